@@ -1,0 +1,73 @@
+"""The registry of encodings. A new encoding is a file beside this one and a line in ``ENCODINGS``."""
+
+from typing import NamedTuple
+
+from lape_vit.encodings.base import AbsoluteEncoding, AttentionEncoding, Encoding, Grid, NoEncoding
+from lape_vit.encodings.learnable import Learnable
+from lape_vit.encodings.sinusoidal import Sinusoidal1D, Sinusoidal2D
+
+__all__ = ["ALIASES", "ENCODINGS", "AbsoluteEncoding", "AttentionEncoding", "Encoding", "Grid", "Resolved", "canonical_name", "names", "resolve"]
+
+ENCODINGS: dict[str, type[Encoding]] = {
+    encoding.name: encoding
+    for encoding in (
+        NoEncoding,
+        Learnable,
+        Sinusoidal1D,
+        Sinusoidal2D,
+    )
+}
+
+ALIASES = {"learn": "learnable", "sinusoidal": "2D_sin", "": "none"}
+"""Other accepted names: those of the compact 2D-PE ViT, and timm's ``pos_embed=""``."""
+
+
+class Resolved(NamedTuple):
+    """A ``pe`` taken apart: the part that the join carries and the part that lives in attention."""
+
+    name: str
+    absolute: type[AbsoluteEncoding] | None
+    attention: type[AttentionEncoding] | None
+
+    def options(self) -> set[str]:
+        """Names of the options that the parts take."""
+        return {option for part in (self.absolute, self.attention) if part for option in part.options()}
+
+
+def names() -> list[str]:
+    """Every legal ``pe``: the registry, and each sum of an absolute encoding with one that lives in attention."""
+    absolute = [name for name, encoding in ENCODINGS.items() if issubclass(encoding, AbsoluteEncoding)]
+    attention = [name for name, encoding in ENCODINGS.items() if issubclass(encoding, AttentionEncoding)]
+    return [*ENCODINGS, *(f"{first}+{second}" for first in absolute for second in attention)]
+
+
+def all_options() -> set[str]:
+    """Names of the options of every encoding."""
+    return {option for encoding in ENCODINGS.values() for option in encoding.options()}
+
+
+def resolve(pe: str) -> Resolved:
+    """Take a ``pe`` apart, such as ``learnable`` or ``learnable+rope_mixed`` (in either order; aliases are accepted).
+
+    Raises:
+        ValueError: an unknown encoding, or a sum of other things than one absolute and one relative or rotary encoding.
+    """
+    parts = [ALIASES.get(part.strip(), part.strip()) for part in pe.split("+")]
+    unknown = [part for part in parts if part not in ENCODINGS]
+    if unknown:
+        raise ValueError(f"unknown encoding pe={unknown[0]!r}; known: {', '.join(ENCODINGS)}, and sums such as a+b")
+    encodings = [ENCODINGS[part] for part in parts]
+    absolute = [encoding for encoding in encodings if issubclass(encoding, AbsoluteEncoding)]
+    attention = [encoding for encoding in encodings if issubclass(encoding, AttentionEncoding)]
+    if len(parts) > 1 and (len(absolute), len(attention), len(parts)) != (1, 1, 2):
+        raise ValueError(f"pe={pe!r} is no legal sum: add one absolute encoding and one relative or rotary encoding")
+    return Resolved(
+        name="+".join(encoding.name for encoding in [*absolute, *attention]) or parts[0],
+        absolute=absolute[0] if absolute else None,
+        attention=attention[0] if attention else None,
+    )
+
+
+def canonical_name(pe: str) -> str:
+    """The registry's name for ``pe``; ValueError as in :func:`resolve`."""
+    return resolve(pe).name

@@ -1,0 +1,124 @@
+"""The contracts that every encoding keeps.
+
+Shapes: B batch, P prefix tokens (class, distillation, registers), H x W patches in row-major order, N = P + H*W tokens,
+R rows of an absolute encoding (N, or H*W where prefix tokens have no row), T tables, D embedding width, h heads, d head width.
+"""
+
+import inspect
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Grid = tuple[int, int]
+
+
+class Encoding(nn.Module):
+    """What position information looks like.
+
+    Options of an encoding are the keyword-only arguments of its ``__init__``; they reach it from ``timm.create_model``.
+    """
+
+    name: ClassVar[str]
+    grid: Grid
+
+    @classmethod
+    def options(cls) -> set[str]:
+        """Names of the options that this encoding takes."""
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+
+    def set_grid(self, grid: Grid) -> None:
+        """Rebuild for another grid. The model calls it after its trained tables were resampled."""
+        self.grid = grid
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of this module's own parameters that an optimiser must not decay."""
+        return set()
+
+
+class AbsoluteEncoding(Encoding):
+    """A vector per token: w in ``forward(grid) -> (T, R, D)``.
+
+    Args:
+        dim: D.
+        grid: (H, W) that the model is built for.
+        prefix_rows: how many prefix tokens have a row of their own; they come first.
+    """
+
+    learned: ClassVar[bool] = False
+    """True where w is a trained table. The model keeps it, under timm's own name ``pos_embed``, and hands it in."""
+
+    def __init__(self, dim: int, grid: Grid, prefix_rows: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.grid = grid
+        self.prefix_rows = prefix_rows
+        # Holds no data: it carries the model's dtype and device to encodings without parameters.
+        self.register_buffer("anchor", torch.empty(0), persistent=False)
+        self.anchor: Tensor
+
+    def forward(self, grid: Grid, pos_embed: Tensor | None = None) -> Tensor:
+        """w for a grid of any size, in the model's dtype and on its device.
+
+        Args:
+            grid: (H, W) of the input at hand.
+            pos_embed: the model's trained tables (T, R, D) for ``self.grid``; None where ``learned`` is False.
+        """
+        raise NotImplementedError
+
+
+class NoEncoding(Encoding):
+    """No position information at all: without it a transformer sees a bag of patches."""
+
+    name = "none"
+
+
+class AttentionEncoding(Encoding):
+    """Position inside attention; one module per layer. Every hook defaults to doing nothing.
+
+    Args:
+        head_dim: d.
+        num_heads: h.
+        grid: (H, W) that the model is built for.
+        num_prefix_tokens: P.
+    """
+
+    has_value_term: ClassVar[bool] = False
+    """True where :meth:`value_term` is defined: attention then needs its weights and cannot be fused."""
+
+    def __init__(self, head_dim: int, num_heads: int, grid: Grid, num_prefix_tokens: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.num_heads = num_heads
+        self.grid = grid
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def rotate(self, q: Tensor, k: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """q and k (B, h, N, d) turned by their positions."""
+        return q, k
+
+    def bias(self, q: Tensor, grid: Grid) -> Tensor | None:
+        """A term of the logits that broadcasts to (B, h, N, N), or None. ``q`` (B, h, N, d) is not yet scaled by d^-1/2."""
+        return None
+
+    def value_term(self, attention: Tensor, grid: Grid) -> Tensor | None:
+        """What the weights (B, h, N, N) gather beside the values: (B, h, N, d), or None."""
+        return None
+
+
+def resize_grid(rows: Tensor, old: Grid, new: Grid) -> Tensor:
+    """Resample rows that stand for the cells of a grid: bicubic with antialiasing, by size, in float32.
+
+    Args:
+        rows: (T, H*W, C), row-major over ``old``.
+
+    Returns:
+        (T, H'*W', C), row-major over ``new``, in the dtype of ``rows``; ``rows`` itself where the grids agree.
+    """
+    if old == new:
+        return rows
+    maps = rows.float().transpose(1, 2).unflatten(2, old)
+    maps = F.interpolate(maps, size=new, mode="bicubic", antialias=True, align_corners=False)
+    return maps.flatten(2).transpose(1, 2).to(rows.dtype)

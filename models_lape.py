@@ -1,0 +1,160 @@
+"""The timm plugin: importing this module registers its models with timm, in place of timm's own of the same name.
+
+    import models_lape, timm
+    model = timm.create_model("deit_tiny_patch16_224", pe="learnable", join_type="LaPE")
+
+Each entrypoint takes what timm's takes, and ``pe``, ``join_type`` and the encoding's options.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import timm.models.deit
+from timm.layers import Mlp, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor, nn
+
+from lape_vit import VisionTransformer, VisionTransformerDistilled, convert_checkpoint
+
+__all__: list[str] = []  # register_model adds each entrypoint
+
+
+class CompactMlp(Mlp):
+    """timm's MLP with dropout at its end only."""
+
+    def __init__(self, *args: Any, drop: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, drop=(0.0, drop), **kwargs)
+
+
+class CompactVisionTransformer(VisionTransformer):
+    """A ViT whose convolution and class token start as its linear layers do: truncated normal of deviation 0.02."""
+
+    def init_weights(self, *args: Any, **kwargs: Any) -> None:
+        super().init_weights(*args, **kwargs)
+        trunc_normal_(self.patch_embed.proj.weight, std=0.02)
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        trunc_normal_(self.cls_token, std=0.02)
+
+
+default_cfgs = {
+    **{name: cfg for name, cfg in timm.models.deit.default_cfgs.items() if name.startswith("deit_")},
+    **generate_default_cfgs(
+        {
+            "vit_compact_patch4_32": {
+                "num_classes": 10,
+                "input_size": (3, 32, 32),
+                "pool_size": None,
+                "crop_pct": 1.0,
+                "interpolation": "bicubic",
+                "fixed_input_size": True,
+                "mean": (0.4914, 0.4822, 0.4465),
+                "std": (0.2470, 0.2435, 0.2616),
+                "first_conv": "patch_embed.proj",
+                "classifier": "head",
+                "license": "apache-2.0",
+            }
+        }
+    ),
+}
+
+
+def _filter(state_dict: dict[str, Tensor], model: VisionTransformer) -> dict[str, Tensor]:
+    return checkpoint_filter_fn(convert_checkpoint(state_dict), model, adapt_layer_scale=True)
+
+
+def _create(
+    variant: str, pretrained: bool, model_cls: type[VisionTransformer | VisionTransformerDistilled], **kwargs: Any
+) -> nn.Module:
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=_filter,
+        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+def _register(entrypoint: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Overwriting .* in registry", category=UserWarning)
+        return register_model(entrypoint)
+
+
+@_register
+def deit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DeiT-Ti, 224 x 224 (https://arxiv.org/abs/2012.12877)."""
+    args = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3, **kwargs}
+    return _create("deit_tiny_patch16_224", pretrained, VisionTransformer, **args)
+
+
+@_register
+def deit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DeiT-S, 224 x 224 (https://arxiv.org/abs/2012.12877)."""
+    args = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6, **kwargs}
+    return _create("deit_small_patch16_224", pretrained, VisionTransformer, **args)
+
+
+@_register
+def deit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DeiT-B, 224 x 224 (https://arxiv.org/abs/2012.12877)."""
+    args = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **kwargs}
+    return _create("deit_base_patch16_224", pretrained, VisionTransformer, **args)
+
+
+@_register
+def deit_base_patch16_384(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DeiT-B, 384 x 384 (https://arxiv.org/abs/2012.12877)."""
+    args = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **kwargs}
+    return _create("deit_base_patch16_384", pretrained, VisionTransformer, **args)
+
+
+@_register
+def deit_tiny_distilled_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DeiT-Ti with a distillation token, 224 x 224 (https://arxiv.org/abs/2012.12877)."""
+    args = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3, **kwargs}
+    return _create("deit_tiny_distilled_patch16_224", pretrained, VisionTransformerDistilled, **args)
+
+
+@_register
+def deit_small_distilled_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DeiT-S with a distillation token, 224 x 224 (https://arxiv.org/abs/2012.12877)."""
+    args = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6, **kwargs}
+    return _create("deit_small_distilled_patch16_224", pretrained, VisionTransformerDistilled, **args)
+
+
+@_register
+def deit_base_distilled_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DeiT-B with a distillation token, 224 x 224 (https://arxiv.org/abs/2012.12877)."""
+    args = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **kwargs}
+    return _create("deit_base_distilled_patch16_224", pretrained, VisionTransformerDistilled, **args)
+
+
+@_register
+def deit_base_distilled_patch16_384(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DeiT-B with a distillation token, 384 x 384 (https://arxiv.org/abs/2012.12877)."""
+    args = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **kwargs}
+    return _create("deit_base_distilled_patch16_384", pretrained, VisionTransformerDistilled, **args)
+
+
+@_register
+def vit_compact_patch4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The 0.8 M parameter ViT for 32 x 32 images in which the compact 2D-PE ViT compares encodings."""
+    args = {
+        "img_size": 32,
+        "patch_size": 4,
+        "embed_dim": 128,
+        "depth": 6,
+        "num_heads": 4,
+        "mlp_ratio": 2.0,
+        "no_embed_class": True,
+        "pos_drop_rate": 0.1,
+        "proj_drop_rate": 0.1,
+        "mlp_layer": CompactMlp,
+        "norm_layer": partial(nn.LayerNorm, eps=1e-5),
+        **kwargs,
+    }
+    return _create("vit_compact_patch4_32", pretrained, CompactVisionTransformer, **args)

@@ -13,11 +13,19 @@ from lape_vit.encodings.sinusoidal import Sinusoidal1D, Sinusoidal2D
 
 StateDict = dict[str, Tensor]
 
+LAPE_NAMES = (
+    (r"^blocks\.(\d+)\.pe_norm\.", r"join.norms.\1."),
+    (r"^blocks\.(\d+)\.attn\.pe_norm\.", r"blocks.\1.attn.encoding.norm."),
+    (r"^blocks\.(\d+)\.attn\.relative_position_bias_table$", r"blocks.\1.attn.encoding.table"),
+)
+LAPE_CONSTANTS = re.compile(r"\.relative_position_index$")
 VIT2D_NAMES = (
     (r"^embedding\.conv1\.", "patch_embed.proj."),
     (r"^embedding\.cls_token$", "cls_token"),
     (r"^embedding\.pos_embedding$", "pos_embed"),
     (r"^encoder\.(\d+)\.attention\.out_projection\.", r"blocks.\1.attn.proj."),
+    (r"^encoder\.(\d+)\.attention\.query_pos_embedding\.([xy])_\w+\.weight$", r"blocks.\1.attn.encoding.key_\2"),
+    (r"^encoder\.(\d+)\.attention\.value_pos_embedding\.([xy])_\w+\.weight$", r"blocks.\1.attn.encoding.value_\2"),
     (r"^encoder\.(\d+)\.(fc\d)\.", r"blocks.\1.mlp.\2."),
     (r"^encoder\.(\d+)\.(norm\d)\.", r"blocks.\1.\2."),
     (r"^classifier\.fc\.", "head."),
@@ -42,7 +50,12 @@ def convert_checkpoint(state_dict: StateDict) -> StateDict:
 
 
 def _convert_lape(state_dict: StateDict) -> StateDict:
-    converted = {re.sub(r"^blocks\.(\d+)\.pe_norm\.", r"join.norms.\1.", name): v for name, v in state_dict.items()}
+    converted = {}
+    for name, value in state_dict.items():
+        if not LAPE_CONSTANTS.search(name):
+            for pattern, ours in LAPE_NAMES:
+                name = re.sub(pattern, ours, name)
+            converted[name] = value
     layers = [name for name in converted if re.fullmatch(r"pos_embed\d+", name)]
     if layers:
         converted["pos_embed"] = torch.cat([converted.pop(f"pos_embed{layer}") for layer in range(len(layers))])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape_vit import encodings
-from lape_vit.encodings import AbsoluteEncoding, Grid, Resolved
+from lape_vit.encodings import AbsoluteEncoding, AttentionEncoding, Grid, Resolved
 
 
 class Join(nn.Module):
@@ -59,6 +59,9 @@ class Join(nn.Module):
     def terms(self, w: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
         """The same, from w (T, R, D)."""
         raise NotImplementedError
+
+    def prepare(self, encoding: AttentionEncoding) -> None:
+        """Adapt one layer's attention encoding to the join."""
 
     def keep_layers(self, depth: int) -> None:
         """Forget the layers from ``depth`` on."""
@@ -116,7 +119,10 @@ class Unshare(Join):
 
 
 class LaPE(Join):
-    """Block l's attention reads LN(x_l) + w_{l+1} with w_{l+1} = LNpe_l(w_l), w_0 = w (Yu et al., ICCV 2023)."""
+    """Block l's attention reads LN(x_l) + w_{l+1} with w_{l+1} = LNpe_l(w_l), w_0 = w (Yu et al., ICCV 2023).
+
+    A bias in the logits that stands alone is normalised in its place, independently in each layer.
+    """
 
     name = "LaPE"
     target = "attention"
@@ -125,7 +131,15 @@ class LaPE(Join):
         self, encoding: AbsoluteEncoding | None, num_prefix_tokens: int, depth: int, norm: Callable[[], nn.Module]
     ) -> None:
         super().__init__(encoding, num_prefix_tokens, depth, norm)
-        self.norms = nn.ModuleList(norm() for _ in range(depth))
+        self.norms = nn.ModuleList(norm() for _ in range(depth) if encoding is not None)
+
+    @classmethod
+    def carries(cls, encoding: Resolved) -> bool:
+        return encoding.absolute is not None or (encoding.attention is not None and encoding.attention.takes_norm)
+
+    def prepare(self, encoding: AttentionEncoding) -> None:
+        if self.encoding is None:
+            encoding.add_norm()
 
     def keep_layers(self, depth: int) -> None:
         super().keep_layers(depth)
@@ -143,6 +157,10 @@ class LaPEShare(LaPE):
     """As LaPE, without the chain: block l's attention reads LN(x_l) + LNpe_l(w) ("sharing PE" in the paper's Table 7)."""
 
     name = "LaPE_share"
+
+    @classmethod
+    def carries(cls, encoding: Resolved) -> bool:
+        return encoding.absolute is not None
 
     def terms(self, w: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
         return None, [self.to_tokens(norm(w)) for norm in self.norms]

@@ -23,7 +23,9 @@ from lape_vit.encodings import AttentionEncoding, Grid
 class Attention(timm.layers.Attention):
     """timm's self-attention, in which an :class:`AttentionEncoding` may turn q and k and add its terms."""
 
-    encoding: AttentionEncoding | None = None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.encoding: AttentionEncoding | None = None
 
     def forward(self, x: Tensor, grid: Grid, attn_mask: Tensor | None = None) -> Tensor:
         """x (B, N, D) to (B, N, D).
@@ -106,8 +108,12 @@ class PositionMixin:
         options = {option: kwargs.pop(option) for option in encodings.all_options() & kwargs.keys()}
         if refused := options.keys() - encoding.options():
             raise TypeError(f"pe={encoding.name!r} takes no option {sorted(refused)[0]!r}")
-        if kwargs.get("patch_drop_rate") and joins.JOINS[join_type].target != "input":
-            raise ValueError(f"patch_drop_rate needs join_type='basic': {join_type!r} adds positions in every block")
+        layers_use_positions = joins.JOINS[join_type].target != "input" or encoding.attention is not None
+        if kwargs.get("patch_drop_rate") and layers_use_positions:
+            raise ValueError(
+                f"patch_drop_rate cannot be used with pe={encoding.name!r}, join_type={join_type!r}: its layers need the"
+                " places of all patches; use an absolute encoding with join_type='basic'"
+            )
 
         super().__init__(*args, **kwargs, block_fn=Block, attn_layer=Attention)
         self.pe, self.join_type = encoding.name, join_type
@@ -134,9 +140,10 @@ class PositionMixin:
         for block in self.blocks:
             block.term_to_residual = join.target == "residual"
             if encoding.attention is not None:
-                taken = {name: options[name] for name in encoding.attention.options() & options.keys()}
                 attn = block.attn
+                taken = {name: options[name] for name in encoding.attention.options() & options.keys()}
                 attn.encoding = encoding.attention(attn.head_dim, attn.num_heads, grid, self.num_prefix_tokens, **taken)
+                self.join.prepare(attn.encoding)
 
     def position_terms(self, grid: Grid | None = None) -> tuple[Tensor | None, list[Tensor | None]]:
         """What the join adds to the input and hands to block 0 .. L-1: each (1, N, D) or None.

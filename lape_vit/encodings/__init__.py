@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 from lape_vit.encodings.base import AbsoluteEncoding, AttentionEncoding, Encoding, Grid, NoEncoding
 from lape_vit.encodings.learnable import Learnable
+from lape_vit.encodings.relative import Relative
+from lape_vit.encodings.relative_bias import RelativeBias
+from lape_vit.encodings.rotary import Rope, RopeAxial, RopeMixed
 from lape_vit.encodings.sinusoidal import Sinusoidal1D, Sinusoidal2D
 
 __all__ = ["ALIASES", "ENCODINGS", "AbsoluteEncoding", "AttentionEncoding", "Encoding", "Grid", "Resolved", "canonical_name", "names", "resolve"]
@@ -15,6 +18,11 @@ ENCODINGS: dict[str, type[Encoding]] = {
         Learnable,
         Sinusoidal1D,
         Sinusoidal2D,
+        Relative,
+        RelativeBias,
+        Rope,
+        RopeAxial,
+        RopeMixed,
     )
 }
 

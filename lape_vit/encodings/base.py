@@ -87,6 +87,8 @@ class AttentionEncoding(Encoding):
 
     has_value_term: ClassVar[bool] = False
     """True where :meth:`value_term` is defined: attention then needs its weights and cannot be fused."""
+    takes_norm: ClassVar[bool] = False
+    """True where a join may normalise the bias: :meth:`add_norm` is defined."""
 
     def __init__(self, head_dim: int, num_heads: int, grid: Grid, num_prefix_tokens: int) -> None:
         super().__init__()
@@ -94,6 +96,10 @@ class AttentionEncoding(Encoding):
         self.num_heads = num_heads
         self.grid = grid
         self.num_prefix_tokens = num_prefix_tokens
+
+    def add_norm(self) -> None:
+        """Normalise the bias before it is added, from now on."""
+        raise NotImplementedError
 
     def rotate(self, q: Tensor, k: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """q and k (B, h, N, d) turned by their positions."""

@@ -1,0 +1,81 @@
+"""A trained bias for each offset between two patches.
+
+Shapes: H x W patches, P prefix tokens, N = P + H*W tokens, h heads, O = (2H - 1)(2W - 1) offsets, row-major.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lape_vit.encodings.base import AttentionEncoding, Grid, resize_grid
+
+
+def offset_grid(grid: Grid) -> Grid:
+    """The grid of offsets, (2H - 1, 2W - 1)."""
+    return 2 * grid[0] - 1, 2 * grid[1] - 1
+
+
+def offset_index(grid: Grid, device: torch.device | None = None) -> Tensor:
+    """For each query (first) and key patch the number of the offset between them: (H*W, H*W), in 0 .. O - 1."""
+    height, width = grid
+    y, x = torch.arange(height, device=device), torch.arange(width, device=device)
+    rows = y[:, None] - y[None, :] + height - 1
+    columns = x[:, None] - x[None, :] + width - 1
+    index = rows[:, None, :, None] * (2 * width - 1) + columns[None, :, None, :]
+    return index.flatten(2, 3).flatten(0, 1)
+
+
+class RelativeBias(AttentionEncoding):
+    """A bias per head and offset, added to the logits between patches; pairs with a prefix token have none.
+
+    Swin (Liu et al. 2021, https://arxiv.org/abs/2103.14030, Eq. 4), one zero-initialised table per layer. Under LaPE a LayerNorm over
+    the keys of each layer's bias (h, H*W, H*W) precedes the sum (eps 1e-5).
+    """
+
+    name = "2D_RPE"
+    takes_norm = True
+
+    def __init__(self, head_dim: int, num_heads: int, grid: Grid, num_prefix_tokens: int) -> None:
+        super().__init__(head_dim, num_heads, grid, num_prefix_tokens)
+        offsets = offset_grid(grid)
+        self.table = nn.Parameter(torch.empty(offsets[0] * offsets[1], num_heads))
+        self.norm: nn.LayerNorm | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A zero table, as in LaPE's code."""
+        nn.init.zeros_(self.table)
+
+    def add_norm(self) -> None:
+        self.norm = nn.LayerNorm(self.grid[0] * self.grid[1], eps=1e-5)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"table"}
+
+    def patch_bias(self, grid: Grid) -> Tensor:
+        """The bias between patches (h, H*W, H*W), as it is added, for a grid of any size."""
+        table = resize_grid(self.table[None], offset_grid(self.grid), offset_grid(grid))[0]
+        bias = table[offset_index(grid, table.device)].permute(2, 0, 1)
+        if self.norm is None:
+            return bias
+        weight, bias_of_norm = self.norm_for(grid)
+        return F.layer_norm(bias, (grid[0] * grid[1],), weight, bias_of_norm, self.norm.eps)
+
+    def norm_for(self, grid: Grid) -> list[Tensor]:
+        """The norm's weight and bias, each (H*W,), resampled from the keys of the model's grid to those of another."""
+        return [resize_grid(part[None, :, None], self.grid, grid)[0, :, 0] for part in self.norm.parameters()]
+
+    def bias(self, q: Tensor, grid: Grid) -> Tensor:
+        P = self.num_prefix_tokens
+        return F.pad(self.patch_bias(grid), (P, 0, P, 0)).to(q.dtype)
+
+    @torch.no_grad()
+    def set_grid(self, grid: Grid) -> None:
+        table = resize_grid(self.table[None], offset_grid(self.grid), offset_grid(grid))[0]
+        self.table = nn.Parameter(table, requires_grad=self.table.requires_grad)
+        if self.norm is not None:
+            weight, bias = self.norm_for(grid)
+            self.norm.normalized_shape = (grid[0] * grid[1],)
+            self.norm.weight = nn.Parameter(weight, requires_grad=self.norm.weight.requires_grad)
+            self.norm.bias = nn.Parameter(bias, requires_grad=self.norm.bias.requires_grad)
+        super().set_grid(grid)

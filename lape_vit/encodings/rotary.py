@@ -1,0 +1,131 @@
+"""Rotations of q and k by angles that grow with a patch's place, so that q.k depends on the offset alone.
+
+Shapes: B batch, h heads, d head width, P prefix tokens, H x W patches, N = P + H*W tokens. Channels 2i and 2i + 1 form pair i,
+which turns by one angle; there are d/2 pairs. Fixed angles are computed in float64 for the grid at hand.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lape_vit.encodings.base import AttentionEncoding, Grid
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of channels of x (..., d) by angles given as cosines and sines (..., d/2)."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+def places(grid: Grid, device: torch.device, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Column x and row y (H*W, 1) of each patch, counted from 0."""
+    y = torch.arange(grid[0], dtype=dtype, device=device)
+    x = torch.arange(grid[1], dtype=dtype, device=device)
+    return x.repeat(grid[0])[:, None], y.repeat_interleave(grid[1])[:, None]
+
+
+class Rotary(AttentionEncoding):
+    """The common part: subclasses give the angles. Prefix tokens are not turned."""
+
+    def __init__(self, head_dim: int, num_heads: int, grid: Grid, num_prefix_tokens: int) -> None:
+        if head_dim % 4:
+            raise ValueError(f"pe={self.name!r} needs a head width divisible by 4, not {head_dim}")
+        super().__init__(head_dim, num_heads, grid, num_prefix_tokens)
+
+    def angles(self, grid: Grid, device: torch.device) -> Tensor:
+        """In radians, per patch and pair: broadcasts to (h, H*W, d/2)."""
+        raise NotImplementedError
+
+    def rotate(self, q: Tensor, k: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        angles = F.pad(self.angles(grid, q.device), (0, 0, self.num_prefix_tokens, 0))
+        cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
+        return turn(q, cos, sin), turn(k, cos, sin)
+
+
+class Rope(Rotary):
+    """The compact 2D-PE ViT's: columns turn the first d/4 pairs, rows the others.
+
+    Places count from 1, pair i = 1 .. d/4 of an axis turns by 10000^(-2i / (d/2)) per patch (Su et al. 2021,
+    https://arxiv.org/abs/2104.09864, Eq. 15, per axis).
+    """
+
+    name = "rope"
+
+    def angles(self, grid: Grid, device: torch.device) -> Tensor:
+        x, y = places(grid, device)
+        pairs = torch.arange(1, self.head_dim // 4 + 1, dtype=x.dtype, device=device)
+        frequencies = torch.exp(-math.log(10000.0) * pairs / (self.head_dim / 4))
+        return torch.cat([(x + 1) * frequencies, (y + 1) * frequencies], dim=-1)
+
+
+class RopeAxial(Rotary):
+    """RoPE-ViT's axial form: columns turn the first d/4 pairs, rows the others, by theta^(-4i / d), i = 0 .. d/4 - 1, per patch.
+
+    Heo et al. 2024, https://arxiv.org/abs/2403.13298, Sec. 3.2. Places count from 0.
+
+    Args:
+        rope_theta: the base of the frequencies.
+    """
+
+    name = "rope_axial"
+
+    def __init__(
+        self, head_dim: int, num_heads: int, grid: Grid, num_prefix_tokens: int, *, rope_theta: float = 100.0
+    ) -> None:
+        super().__init__(head_dim, num_heads, grid, num_prefix_tokens)
+        self.rope_theta = check_theta(rope_theta)
+
+    def angles(self, grid: Grid, device: torch.device) -> Tensor:
+        x, y = places(grid, device)
+        frequencies = axial_frequencies(self.head_dim, self.rope_theta).to(device)
+        return torch.cat([x * frequencies, y * frequencies], dim=-1)
+
+
+class RopeMixed(Rotary):
+    """RoPE-ViT's mixed form: each pair of each head has a trained frequency in the plane, of its own in every layer.
+
+    Heo et al. 2024, https://arxiv.org/abs/2403.13298, Sec. 3.2: the angle at column x and row y is x f_x + y f_y. At init the two
+    frequencies of each magnitude theta^(-4i / d) stand at right angles to each other, turned at random per head.
+
+    Args:
+        rope_theta: the base of the initial frequencies.
+    """
+
+    name = "rope_mixed"
+
+    def __init__(
+        self, head_dim: int, num_heads: int, grid: Grid, num_prefix_tokens: int, *, rope_theta: float = 10.0
+    ) -> None:
+        super().__init__(head_dim, num_heads, grid, num_prefix_tokens)
+        self.rope_theta = check_theta(rope_theta)
+        self.frequencies = nn.Parameter(torch.empty(2, num_heads, head_dim // 2))  # (x and y, h, d/2), radians per patch
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        magnitude = axial_frequencies(self.head_dim, self.rope_theta).to(self.frequencies)
+        turned = torch.rand(self.num_heads, 1).to(self.frequencies) * 2 * math.pi
+        direction = torch.cat([turned.expand(-1, len(magnitude)), turned.expand(-1, len(magnitude)) + math.pi / 2], dim=-1)
+        magnitude = magnitude.repeat(2)
+        self.frequencies.copy_(torch.stack([magnitude * direction.cos(), magnitude * direction.sin()]))
+
+    def no_weight_decay(self) -> set[str]:
+        return {"frequencies"}
+
+    def angles(self, grid: Grid, device: torch.device) -> Tensor:
+        x, y = places(grid, device, self.frequencies.dtype)
+        return x * self.frequencies[0, :, None] + y * self.frequencies[1, :, None]
+
+
+def axial_frequencies(head_dim: int, theta: float) -> Tensor:
+    """theta^(-4i / d) for i = 0 .. d/4 - 1, in float64, radians per patch."""
+    return theta ** (-torch.arange(0, head_dim, 4, dtype=torch.float64)[: head_dim // 4] / head_dim)
+
+
+def check_theta(rope_theta: float) -> float:
+    """``rope_theta`` if it is a base, else ValueError."""
+    if not rope_theta > 1:
+        raise ValueError(f"rope_theta={rope_theta}: the base of the frequencies must be greater than 1")
+    return rope_theta

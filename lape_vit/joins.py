@@ -53,7 +53,7 @@ class Join(nn.Module):
             pos_embed: the model's trained tables, None where the encoding has none.
         """
         if self.encoding is None:
-            return None, self.no_block_terms()
+            return None, no_terms(self.depth)
         return self.terms(self.encoding(grid, pos_embed))
 
     def terms(self, w: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
@@ -67,12 +67,17 @@ class Join(nn.Module):
         """Forget the layers from ``depth`` on."""
         self.depth = depth
 
-    def no_block_terms(self) -> list[Tensor | None]:
-        return [None for _ in range(self.depth)]
-
     def to_tokens(self, rows: Tensor) -> Tensor:
         """(1, R, D) to (1, N, D): a prefix token without a row receives zeros."""
         return F.pad(rows, (0, 0, self.rows_without, 0)) if self.rows_without else rows
+
+
+def no_terms(depth: int) -> list[Tensor | None]:
+    """Blocks that receive nothing."""
+    terms: list[Tensor | None] = []
+    for _ in range(depth):
+        terms.append(None)
+    return terms
 
 
 class Basic(Join):
@@ -86,7 +91,7 @@ class Basic(Join):
         return True
 
     def terms(self, w: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-        return self.to_tokens(w), self.no_block_terms()
+        return self.to_tokens(w), no_terms(self.depth)
 
 
 class Share(Join):
@@ -96,8 +101,8 @@ class Share(Join):
     target = "residual"
 
     def terms(self, w: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-        term = self.to_tokens(w)
-        return None, [term for _ in range(self.depth)]
+        terms: list[Tensor | None] = [self.to_tokens(w)]
+        return None, terms * self.depth
 
 
 class Unshare(Join):
@@ -115,7 +120,10 @@ class Unshare(Join):
         return depth
 
     def terms(self, w: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-        return None, [self.to_tokens(rows) for rows in w.split(1)]
+        terms: list[Tensor | None] = []
+        for layer in range(self.depth):
+            terms.append(self.to_tokens(w[layer : layer + 1]))
+        return None, terms
 
 
 class LaPE(Join):
@@ -163,7 +171,10 @@ class LaPEShare(LaPE):
         return encoding.absolute is not None
 
     def terms(self, w: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-        return None, [self.to_tokens(norm(w)) for norm in self.norms]
+        terms: list[Tensor | None] = []
+        for norm in self.norms:
+            terms.append(self.to_tokens(norm(w)))
+        return None, terms
 
 
 JOINS: dict[str, type[Join]] = {join.name: join for join in (Basic, Share, Unshare, LaPE, LaPEShare)}

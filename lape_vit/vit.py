@@ -26,38 +26,58 @@ class Attention(timm.layers.Attention):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.encoding: AttentionEncoding | None = None
+        self.needs_weights = False
 
-    def forward(self, x: Tensor, grid: Grid, attn_mask: Tensor | None = None) -> Tensor:
+    def set_encoding(self, encoding: AttentionEncoding) -> None:
+        """Let ``encoding`` take part."""
+        self.encoding = encoding
+        self.needs_weights = encoding.has_value_term
+
+    def forward(
+        self, x: Tensor, grid: Grid, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
         """x (B, N, D) to (B, N, D).
 
         Args:
             attn_mask: broadcasts to (B, h, N, N); boolean (True takes part) or added to the logits.
+            is_causal: token i attends to tokens 0 .. i only.
         """
         B, N, _ = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
+        bias: Tensor | None = None
         if self.encoding is not None:
             q, k = self.encoding.rotate(q, k, grid)
-            attn_mask = merge_masks(self.encoding.bias(q, grid), attn_mask)
+            bias = self.encoding.bias(q, grid)
 
-        dropout = self.attn_drop.p if self.training else 0.0
-        if self.fused_attn and not (self.encoding is not None and self.encoding.has_value_term):
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
+        if self.fused_attn and not self.needs_weights:
+            if bias is not None:
+                attn_mask, is_causal = mask_logits(bias, attn_mask, is_causal), False
+            dropout = self.attn_drop.p if self.training else 0.0
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
         else:
             logits = (q * self.scale) @ k.transpose(-2, -1)
-            attention = self.attn_drop(merge_masks(logits, attn_mask).softmax(dim=-1))
+            if bias is not None:
+                logits = logits + bias
+            attention = self.attn_drop(mask_logits(logits, attn_mask, is_causal).softmax(dim=-1))
             x = attention @ v
-            if self.encoding is not None and self.encoding.has_value_term:
-                x = x + self.encoding.value_term(attention, grid)
+            if self.encoding is not None:
+                value_term = self.encoding.value_term(attention, grid)
+                if value_term is not None:
+                    x = x + value_term
 
         x = self.norm(x.transpose(1, 2).reshape(B, N, self.attn_dim))
         return self.proj_drop(self.proj(x))
 
 
-def merge_masks(logits: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
-    """Apply a boolean or an additive mask to a term of the logits; either may be missing."""
-    if logits is None or attn_mask is None:
-        return attn_mask if logits is None else logits
+@torch.fx.wrap
+def mask_logits(logits: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Logits, or a term of them, (..., N, N) with a boolean or additive mask and with the causal one."""
+    if is_causal:
+        later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
+        logits = logits.masked_fill(later, float("-inf"))
+    if attn_mask is None:
+        return logits
     if attn_mask.dtype == torch.bool:
         return logits.masked_fill(~attn_mask, float("-inf"))
     return logits + attn_mask
@@ -66,20 +86,25 @@ def merge_masks(logits: Tensor | None, attn_mask: Tensor | None) -> Tensor | Non
 class Block(timm.models.vision_transformer.Block):
     """timm's pre-norm block, to which a join may hand a term."""
 
-    term_to_residual: bool = False
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.term_to_residual = False
 
-    def forward(self, x: Tensor, term: Tensor | None, grid: Grid, attn_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, term: Tensor | None, grid: Grid, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
         """x_l to x_{l+1}, both (B, N, D).
 
         Args:
             term: (1, N, D), added to x_l if ``term_to_residual``, else to what attention reads.
+            attn_mask, is_causal: as in :meth:`Attention.forward`.
         """
         if term is not None and self.term_to_residual:
             x = x + term
         y = self.norm1(x)
         if term is not None and not self.term_to_residual:
             y = y + term
-        x = x + self.drop_path1(self.ls1(self.attn(y, grid, attn_mask)))
+        x = x + self.drop_path1(self.ls1(self.attn(y, grid, attn_mask, is_causal)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
@@ -117,17 +142,26 @@ class PositionMixin:
 
         super().__init__(*args, **kwargs, block_fn=Block, attn_layer=Attention)
         self.pe, self.join_type = encoding.name, join_type
-        self._attach(encoding, options)
+        if not hasattr(self, "dist_token"):
+            self.register_parameter("dist_token", None)
+        self.blocks = nn.ModuleList(self.blocks)  # no Sequential: a block needs its term and the grid
+        weight = self.patch_embed.proj.weight
+        with weight.device:
+            self._add_join(encoding, options)
+            self._add_attention_encodings(encoding, options)
+        self.join.to(weight.dtype)
 
-    def _attach(self, encoding: encodings.Resolved, options: dict[str, Any]) -> None:
+    def _add_join(self, encoding: encodings.Resolved, options: dict[str, Any]) -> None:
         grid, depth = self.patch_embed.grid_size, len(self.blocks)
-        absolute = None
-        if encoding.absolute is not None:
-            taken = {name: options[name] for name in encoding.absolute.options() & options.keys()}
+        part, absolute = encoding.absolute, None
+        if part is not None:
             prefix_rows = 0 if self.no_embed_class else self.num_prefix_tokens
-            absolute = encoding.absolute(self.embed_dim, grid, prefix_rows, **taken)
+            taken = {name: options[name] for name in part.options() & options.keys()}
+            absolute = part(self.embed_dim, grid, prefix_rows, **taken)
         join = joins.JOINS[self.join_type]
         self.join = join(absolute, self.num_prefix_tokens, depth, norm=lambda: copy.deepcopy(self.blocks[0].norm1))
+        for block in self.blocks:
+            block.term_to_residual = join.target == "residual"
 
         if absolute is None or not absolute.learned:
             self.pos_embed = None
@@ -137,13 +171,16 @@ class PositionMixin:
                 self.pos_embed = nn.Parameter(self.pos_embed.new_empty(shape))
                 timm.layers.trunc_normal_(self.pos_embed, std=0.02)
 
+    def _add_attention_encodings(self, encoding: encodings.Resolved, options: dict[str, Any]) -> None:
+        part = encoding.attention
+        if part is None:
+            return
+        taken = {name: options[name] for name in part.options() & options.keys()}
         for block in self.blocks:
-            block.term_to_residual = join.target == "residual"
-            if encoding.attention is not None:
-                attn = block.attn
-                taken = {name: options[name] for name in encoding.attention.options() & options.keys()}
-                attn.encoding = encoding.attention(attn.head_dim, attn.num_heads, grid, self.num_prefix_tokens, **taken)
-                self.join.prepare(attn.encoding)
+            attn = block.attn
+            module = part(attn.head_dim, attn.num_heads, self.patch_embed.grid_size, self.num_prefix_tokens, **taken)
+            self.join.prepare(module)
+            attn.set_encoding(module.to(attn.qkv.weight.dtype))
 
     def position_terms(self, grid: Grid | None = None) -> tuple[Tensor | None, list[Tensor | None]]:
         """What the join adds to the input and hands to block 0 .. L-1: each (1, N, D) or None.
@@ -157,40 +194,25 @@ class PositionMixin:
         """Images (B, C, height, width) to x_0 (B, N, D), the blocks' terms and the grid."""
         x = self.patch_embed(x)
         grid = (x.shape[1], x.shape[2]) if self.dynamic_img_size else self.patch_embed.grid_size
-        input_term, block_terms = self.position_terms(grid)
-        prefix = (self.cls_token, getattr(self, "dist_token", None), self.reg_token)
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
-        x = torch.cat([*(token.expand(x.shape[0], -1, -1) for token in prefix if token is not None), x], dim=1)
+        tokens = []
+        for token in (self.cls_token, self.dist_token, self.reg_token):
+            if token is not None:
+                tokens.append(token.expand(x.shape[0], -1, -1))
+        tokens.append(x.reshape(x.shape[0], -1, x.shape[-1]))
+        x = torch.cat(tokens, dim=1)
+        input_term, block_terms = self.join(grid, self.pos_embed)
         if input_term is not None:
             x = x + input_term
         return self.norm_pre(self.patch_drop(self.pos_drop(x))), block_terms, grid
 
-    def run_blocks(
-        self,
-        x: Tensor,
-        take: Sequence[int] = (),
-        stop: int | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Images to the last x_l, before the final norm, and to the outputs of the blocks in ``take``; ``stop`` blocks run."""
-        x, terms, grid = self.embed(x)
-        if is_causal:
-            causal = torch.full((x.shape[1], x.shape[1]), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
-            attn_mask = merge_masks(causal, attn_mask)
-        taken = []
-        for index, (block, term) in enumerate(zip(self.blocks[:stop], terms, strict=False)):
-            if self.grad_checkpointing:
-                x = checkpoint(block, x, term, grid, attn_mask, use_reentrant=False)
-            else:
-                x = block(x, term, grid, attn_mask)
-            if index in take:
-                taken.append(x)
-        return x, taken
-
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images (B, C, height, width) to normalised tokens (B, N, D)."""
-        x, _ = self.run_blocks(x, attn_mask=attn_mask, is_causal=is_causal)
+        x, terms, grid = self.embed(x)
+        for index, block in enumerate(self.blocks):
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, terms[index], grid, attn_mask, is_causal, use_reentrant=False)
+            else:
+                x = block(x, terms[index], grid, attn_mask, is_causal)
         return self.norm(x)
 
     def forward_intermediates(
@@ -220,14 +242,19 @@ class PositionMixin:
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r}: it is NCHW or NLC")
         take = block_indices(indices, len(self.blocks))
-        stop = max(take) + 1 if stop_early else None
-        features, outputs = self.run_blocks(x, take, stop, attn_mask, is_causal)
-        if norm:
-            outputs = [self.norm(y) for y in outputs]
+        blocks = self.blocks[: max(take) + 1] if stop_early else self.blocks
+        features, terms, grid = self.embed(x)
+        outputs = []
+        for index, block in enumerate(blocks):
+            if self.grad_checkpointing:
+                features = checkpoint(block, features, terms[index], grid, attn_mask, is_causal, use_reentrant=False)
+            else:
+                features = block(features, terms[index], grid, attn_mask, is_causal)
+            if index in take:
+                outputs.append(self.norm(features) if norm else features)
         prefix = [y[:, : self.num_prefix_tokens] for y in outputs]
         patches = [y[:, self.num_prefix_tokens :] for y in outputs]
         if output_fmt == "NCHW":
-            grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
             patches = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in patches]
 
         with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
@@ -260,6 +287,13 @@ class PositionMixin:
         for module in self.modules():
             if isinstance(module, encodings.Encoding):
                 module.set_grid(grid)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's groups for layer-wise decay; a layer's norm in the join belongs to that layer's block."""
+        groups = super().group_matcher(coarse)
+        groups["blocks"] = [*groups["blocks"], (r"^join\.norms\.(\d+)", None)]
+        return groups
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

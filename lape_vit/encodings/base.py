@@ -21,7 +21,13 @@ class Encoding(nn.Module):
     """
 
     name: ClassVar[str]
-    grid: Grid
+    anchor: Tensor
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+        # Without data: it knows the model's dtype and device, for encodings that have no parameter to ask.
+        self.register_buffer("anchor", torch.empty(0), persistent=False)
 
     @classmethod
     def options(cls) -> set[str]:
@@ -51,13 +57,9 @@ class AbsoluteEncoding(Encoding):
     """True where w is a trained table. The model keeps it, under timm's own name ``pos_embed``, and hands it in."""
 
     def __init__(self, dim: int, grid: Grid, prefix_rows: int) -> None:
-        super().__init__()
+        super().__init__(grid)
         self.dim = dim
-        self.grid = grid
         self.prefix_rows = prefix_rows
-        # Holds no data: it carries the model's dtype and device to encodings without parameters.
-        self.register_buffer("anchor", torch.empty(0), persistent=False)
-        self.anchor: Tensor
 
     def forward(self, grid: Grid, pos_embed: Tensor | None = None) -> Tensor:
         """w for a grid of any size, in the model's dtype and on its device.
@@ -91,10 +93,9 @@ class AttentionEncoding(Encoding):
     """True where a join may normalise the bias: :meth:`add_norm` is defined."""
 
     def __init__(self, head_dim: int, num_heads: int, grid: Grid, num_prefix_tokens: int) -> None:
-        super().__init__()
+        super().__init__(grid)
         self.head_dim = head_dim
         self.num_heads = num_heads
-        self.grid = grid
         self.num_prefix_tokens = num_prefix_tokens
 
     def add_norm(self) -> None:
@@ -125,6 +126,6 @@ def resize_grid(rows: Tensor, old: Grid, new: Grid) -> Tensor:
     """
     if old == new:
         return rows
-    maps = rows.float().transpose(1, 2).unflatten(2, old)
-    maps = F.interpolate(maps, size=new, mode="bicubic", antialias=True, align_corners=False)
+    maps = rows.float().transpose(1, 2).reshape(rows.shape[0], rows.shape[2], old[0], old[1])
+    maps = F.interpolate(maps, size=[new[0], new[1]], mode="bicubic", antialias=True, align_corners=False)
     return maps.flatten(2).transpose(1, 2).to(rows.dtype)

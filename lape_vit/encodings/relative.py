@@ -48,20 +48,20 @@ class Relative(AttentionEncoding):
         return {"key_x", "key_y", "value_x", "value_y"}
 
     def buckets(self, size: int, like: Tensor) -> Tensor:
-        """One-hot buckets (query, key, M) along an axis of ``size`` patches."""
-        places = torch.arange(size, device=like.device)
+        """One-hot buckets (query, key, M) along an axis of ``size`` patches, in the dtype of ``like``."""
+        places = torch.arange(size, device=self.anchor.device)
         k = self.max_relative_distance
         offsets = (places[None, :] - places[:, None]).clamp(-k, k)
-        return F.one_hot(offsets + k + 1, 2 * k + 2).to(like.dtype)
+        return F.one_hot(offsets + k + 1, 2 * k + 2).to(like)
 
     def bias(self, q: Tensor, grid: Grid) -> Tensor:
-        (H, W), P = grid, self.num_prefix_tokens
-        N, d = q.shape[-2:]
+        H, W = grid
+        P, N, d = self.num_prefix_tokens, q.shape[2], self.head_dim
         q = q * d**-0.5
         by_x = q[..., : d // 2] @ self.key_x.T  # (B, h, N, M)
         by_y = q[..., d // 2 :] @ self.key_y.T
-        x = torch.einsum("bhrcm,ckm->bhrck", by_x[:, :, P:].unflatten(2, grid), self.buckets(W, by_x))
-        y = torch.einsum("bhrcm,rkm->bhrck", by_y[:, :, P:].unflatten(2, grid), self.buckets(H, by_y))
+        x = torch.einsum("bhrcm,ckm->bhrck", by_x[:, :, P:].unflatten(2, (H, W)), self.buckets(W, by_x))
+        y = torch.einsum("bhrcm,rkm->bhrck", by_y[:, :, P:].unflatten(2, (H, W)), self.buckets(H, by_y))
         patches = (y[..., :, None] + x[..., None, :]).flatten(4, 5).flatten(2, 3)  # (B, h, H*W, H*W)
         if P == 0:
             return patches
@@ -70,8 +70,9 @@ class Relative(AttentionEncoding):
         return torch.cat([with_prefix[:, :, :P].expand(-1, -1, -1, N), patches], dim=2)
 
     def value_term(self, attention: Tensor, grid: Grid) -> Tensor:
-        (H, W), P = grid, self.num_prefix_tokens
-        patches = attention[:, :, P:, P:].unflatten(3, grid).unflatten(2, grid)
+        H, W = grid
+        P = self.num_prefix_tokens
+        patches = attention[:, :, P:, P:].unflatten(3, (H, W)).unflatten(2, (H, W))
         by_x = torch.einsum("bhrck,ckm->bhrcm", patches.sum(4), self.buckets(W, attention)).flatten(2, 3)
         by_y = torch.einsum("bhrck,rkm->bhrcm", patches.sum(5), self.buckets(H, attention)).flatten(2, 3)
         term = torch.cat([by_x @ self.value_x, by_y @ self.value_y], dim=-1)

@@ -15,7 +15,7 @@ def offset_grid(grid: Grid) -> Grid:
     return 2 * grid[0] - 1, 2 * grid[1] - 1
 
 
-def offset_index(grid: Grid, device: torch.device | None = None) -> Tensor:
+def offset_index(grid: Grid, device: torch.device) -> Tensor:
     """For each query (first) and key patch the number of the offset between them: (H*W, H*W), in 0 .. O - 1."""
     height, width = grid
     y, x = torch.arange(height, device=device), torch.arange(width, device=device)
@@ -55,27 +55,24 @@ class RelativeBias(AttentionEncoding):
     def patch_bias(self, grid: Grid) -> Tensor:
         """The bias between patches (h, H*W, H*W), as it is added, for a grid of any size."""
         table = resize_grid(self.table[None], offset_grid(self.grid), offset_grid(grid))[0]
-        bias = table[offset_index(grid, table.device)].permute(2, 0, 1)
-        if self.norm is None:
-            return bias
-        weight, bias_of_norm = self.norm_for(grid)
-        return F.layer_norm(bias, (grid[0] * grid[1],), weight, bias_of_norm, self.norm.eps)
-
-    def norm_for(self, grid: Grid) -> list[Tensor]:
-        """The norm's weight and bias, each (H*W,), resampled from the keys of the model's grid to those of another."""
-        return [resize_grid(part[None, :, None], self.grid, grid)[0, :, 0] for part in self.norm.parameters()]
+        bias = table[offset_index(grid, self.anchor.device)].permute(2, 0, 1)
+        if self.norm is not None:
+            weight = resize_grid(self.norm.weight[None, :, None], self.grid, grid).flatten()
+            shift = resize_grid(self.norm.bias[None, :, None], self.grid, grid).flatten()
+            bias = F.layer_norm(bias, [grid[0] * grid[1]], weight, shift, self.norm.eps)
+        return bias
 
     def bias(self, q: Tensor, grid: Grid) -> Tensor:
         P = self.num_prefix_tokens
-        return F.pad(self.patch_bias(grid), (P, 0, P, 0)).to(q.dtype)
+        return F.pad(self.patch_bias(grid), (P, 0, P, 0)).to(q)
 
     @torch.no_grad()
     def set_grid(self, grid: Grid) -> None:
         table = resize_grid(self.table[None], offset_grid(self.grid), offset_grid(grid))[0]
         self.table = nn.Parameter(table, requires_grad=self.table.requires_grad)
         if self.norm is not None:
-            weight, bias = self.norm_for(grid)
             self.norm.normalized_shape = (grid[0] * grid[1],)
-            self.norm.weight = nn.Parameter(weight, requires_grad=self.norm.weight.requires_grad)
-            self.norm.bias = nn.Parameter(bias, requires_grad=self.norm.bias.requires_grad)
+            for name, part in list(self.norm.named_parameters()):
+                resized = resize_grid(part[None, :, None], self.grid, grid).flatten()
+                setattr(self.norm, name, nn.Parameter(resized, requires_grad=part.requires_grad))
         super().set_grid(grid)

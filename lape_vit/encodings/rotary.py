@@ -34,13 +34,13 @@ class Rotary(AttentionEncoding):
             raise ValueError(f"pe={self.name!r} needs a head width divisible by 4, not {head_dim}")
         super().__init__(head_dim, num_heads, grid, num_prefix_tokens)
 
-    def angles(self, grid: Grid, device: torch.device) -> Tensor:
+    def angles(self, grid: Grid) -> Tensor:
         """In radians, per patch and pair: broadcasts to (h, H*W, d/2)."""
         raise NotImplementedError
 
     def rotate(self, q: Tensor, k: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        angles = F.pad(self.angles(grid, q.device), (0, 0, self.num_prefix_tokens, 0))
-        cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
+        angles = F.pad(self.angles(grid), (0, 0, self.num_prefix_tokens, 0))
+        cos, sin = angles.cos().to(q), angles.sin().to(q)
         return turn(q, cos, sin), turn(k, cos, sin)
 
 
@@ -53,9 +53,9 @@ class Rope(Rotary):
 
     name = "rope"
 
-    def angles(self, grid: Grid, device: torch.device) -> Tensor:
-        x, y = places(grid, device)
-        pairs = torch.arange(1, self.head_dim // 4 + 1, dtype=x.dtype, device=device)
+    def angles(self, grid: Grid) -> Tensor:
+        x, y = places(grid, self.anchor.device)
+        pairs = torch.arange(1, self.head_dim // 4 + 1, dtype=x.dtype, device=x.device)
         frequencies = torch.exp(-math.log(10000.0) * pairs / (self.head_dim / 4))
         return torch.cat([(x + 1) * frequencies, (y + 1) * frequencies], dim=-1)
 
@@ -77,9 +77,9 @@ class RopeAxial(Rotary):
         super().__init__(head_dim, num_heads, grid, num_prefix_tokens)
         self.rope_theta = check_theta(rope_theta)
 
-    def angles(self, grid: Grid, device: torch.device) -> Tensor:
-        x, y = places(grid, device)
-        frequencies = axial_frequencies(self.head_dim, self.rope_theta).to(device)
+    def angles(self, grid: Grid) -> Tensor:
+        x, y = places(grid, self.anchor.device)
+        frequencies = axial_frequencies(self.head_dim, self.rope_theta).to(x.device)
         return torch.cat([x * frequencies, y * frequencies], dim=-1)
 
 
@@ -114,8 +114,8 @@ class RopeMixed(Rotary):
     def no_weight_decay(self) -> set[str]:
         return {"frequencies"}
 
-    def angles(self, grid: Grid, device: torch.device) -> Tensor:
-        x, y = places(grid, device, self.frequencies.dtype)
+    def angles(self, grid: Grid) -> Tensor:
+        x, y = places(grid, self.anchor.device, self.frequencies.dtype)
         return x * self.frequencies[0, :, None] + y * self.frequencies[1, :, None]
 
 

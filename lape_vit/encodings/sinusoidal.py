@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lape_vit.encodings.base import AbsoluteEncoding, Grid
 
-BASE = 10000.0
+
 
 
 def sinusoid(positions: Tensor, dim: int) -> Tensor:
@@ -22,7 +22,7 @@ def sinusoid(positions: Tensor, dim: int) -> Tensor:
         (M, dim), channel 2i is sin(p / 10000^(2i / dim)), channel 2i + 1 its cosine.
     """
     exponents = torch.arange(0, dim, 2, dtype=positions.dtype, device=positions.device) / dim
-    angles = positions[:, None] * torch.exp(-math.log(BASE) * exponents)
+    angles = positions[:, None] * torch.exp(-math.log(10000.0) * exponents)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 

@@ -6,6 +6,7 @@
 Each entrypoint takes what timm's takes, and ``pe``, ``join_type`` and the encoding's options.
 """
 
+import logging
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -14,12 +15,12 @@ from typing import Any
 import timm.models.deit
 from timm.layers import Mlp, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from lape_vit import VisionTransformer, VisionTransformerDistilled, convert_checkpoint
+from lape_vit import VisionTransformer, VisionTransformerDistilled, warm_start
 
 __all__: list[str] = []  # register_model adds each entrypoint
+_logger = logging.getLogger(__name__)
 
 
 class CompactMlp(Mlp):
@@ -39,8 +40,10 @@ class CompactVisionTransformer(VisionTransformer):
         trunc_normal_(self.cls_token, std=0.02)
 
 
+DEIT3 = {"no_embed_class": True, "init_values": 1e-6}
+
 default_cfgs = {
-    **{name: cfg for name, cfg in timm.models.deit.default_cfgs.items() if name.startswith("deit_")},
+    **timm.models.deit.default_cfgs,
     **generate_default_cfgs(
         {
             "vit_compact_patch4_32": {
@@ -61,8 +64,12 @@ default_cfgs = {
 }
 
 
-def _filter(state_dict: dict[str, Tensor], model: VisionTransformer) -> dict[str, Tensor]:
-    return checkpoint_filter_fn(convert_checkpoint(state_dict), model, adapt_layer_scale=True)
+def _warm_start(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """timm hands the pretrained file's content here; it may be of another size, encoding or join."""
+    start = warm_start(state_dict.get("model", state_dict), model)
+    for line in start.report():
+        _logger.warning("pretrained weights: %s", line)
+    return start.state_dict
 
 
 def _create(
@@ -72,7 +79,7 @@ def _create(
         model_cls,
         variant,
         pretrained,
-        pretrained_filter_fn=_filter,
+        pretrained_filter_fn=_warm_start,
         feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
         **kwargs,
     )
@@ -138,6 +145,62 @@ def deit_base_distilled_patch16_384(pretrained: bool = False, **kwargs: Any) -> 
     """DeiT-B with a distillation token, 384 x 384 (https://arxiv.org/abs/2012.12877)."""
     args = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **kwargs}
     return _create("deit_base_distilled_patch16_384", pretrained, VisionTransformerDistilled, **args)
+
+
+@_register
+def deit3_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DeiT III-S, 224 x 224 (https://arxiv.org/abs/2204.07118)."""
+    args = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6, **DEIT3, **kwargs}
+    return _create("deit3_small_patch16_224", pretrained, VisionTransformer, **args)
+
+
+@_register
+def deit3_small_patch16_384(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DeiT III-S, 384 x 384 (https://arxiv.org/abs/2204.07118)."""
+    args = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6, **DEIT3, **kwargs}
+    return _create("deit3_small_patch16_384", pretrained, VisionTransformer, **args)
+
+
+@_register
+def deit3_medium_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DeiT III-M, 224 x 224 (https://arxiv.org/abs/2204.07118)."""
+    args = {"patch_size": 16, "embed_dim": 512, "depth": 12, "num_heads": 8, **DEIT3, **kwargs}
+    return _create("deit3_medium_patch16_224", pretrained, VisionTransformer, **args)
+
+
+@_register
+def deit3_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DeiT III-B, 224 x 224 (https://arxiv.org/abs/2204.07118)."""
+    args = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **DEIT3, **kwargs}
+    return _create("deit3_base_patch16_224", pretrained, VisionTransformer, **args)
+
+
+@_register
+def deit3_base_patch16_384(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DeiT III-B, 384 x 384 (https://arxiv.org/abs/2204.07118)."""
+    args = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **DEIT3, **kwargs}
+    return _create("deit3_base_patch16_384", pretrained, VisionTransformer, **args)
+
+
+@_register
+def deit3_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DeiT III-L, 224 x 224 (https://arxiv.org/abs/2204.07118)."""
+    args = {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16, **DEIT3, **kwargs}
+    return _create("deit3_large_patch16_224", pretrained, VisionTransformer, **args)
+
+
+@_register
+def deit3_large_patch16_384(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DeiT III-L, 384 x 384 (https://arxiv.org/abs/2204.07118)."""
+    args = {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16, **DEIT3, **kwargs}
+    return _create("deit3_large_patch16_384", pretrained, VisionTransformer, **args)
+
+
+@_register
+def deit3_huge_patch14_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DeiT III-H, 224 x 224 (https://arxiv.org/abs/2204.07118)."""
+    args = {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16, **DEIT3, **kwargs}
+    return _create("deit3_huge_patch14_224", pretrained, VisionTransformer, **args)
 
 
 @_register

@@ -1,14 +1,20 @@
-"""State dicts of the two original code bases, in our names.
+"""Checkpoints of other code bases, sizes, encodings and joins.
 
 LaPE's models (N tokens, D width) differ from ours in the norms' names, in one table per layer for ``unshare``, and in fixed sinusoids
 that are stored. The compact 2D-PE ViT has names of its own, separate q, k and v, and stores its fixed tables too.
 """
 
+import copy
+import math
 import re
+from collections import Counter
+from typing import Any, NamedTuple
 
 import torch
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
+from lape_vit.encodings import Grid
 from lape_vit.encodings.sinusoidal import Sinusoidal1D, Sinusoidal2D
 
 StateDict = dict[str, Tensor]
@@ -94,3 +100,80 @@ def _convert_vit2d(state_dict: StateDict) -> StateDict:
                 name = re.sub(pattern, ours, name)
             converted[name] = value
     return converted
+
+
+class WarmStart(NamedTuple):
+    """What a checkpoint gives to a model."""
+
+    state_dict: StateDict
+    """Complete and in the model's shapes: what fits from the checkpoint, the rest as the model had it."""
+    new: list[str]
+    """The model's names that the checkpoint could not fill."""
+    left_out: list[str]
+    """The checkpoint's names that the model has no place for."""
+
+    def report(self) -> list[str]:
+        """One line on what is new and one on what was left out, where there is any."""
+        parts = (("new, at its initial values", self.new), ("left out of the checkpoint", self.left_out))
+        return [f"{title}: {summarise(names)}" for title, names in parts if names]
+
+
+def warm_start(state_dict: StateDict, model: Any, grid: Grid | None = None) -> WarmStart:
+    """Fit a checkpoint of either original, of timm or of ours to a model of another size, encoding or join.
+
+    Args:
+        state_dict: the checkpoint's.
+        model: one of our models; it is not changed.
+        grid: (H, W) patches that the checkpoint was trained on; by default the square that its tables show.
+
+    Raises:
+        ValueError: the tables fit no square grid and ``grid`` is not given, or nothing in the checkpoint fits the model.
+    """
+    converted = convert_checkpoint(state_dict)
+    source = grid or square_grid(converted, model) or model.patch_embed.grid_size
+    resized = source != model.patch_embed.grid_size
+    if resized:
+        size, (height, width) = model.patch_embed.img_size, model.patch_embed.patch_size
+        model = copy.deepcopy(model)
+        model.set_input_size(img_size=(source[0] * height, source[1] * width))
+    converted = checkpoint_filter_fn(converted, model, adapt_layer_scale=True)
+    own = model.state_dict()
+    fits = {name: value for name, value in converted.items() if name in own and own[name].shape == value.shape}
+    if not fits:
+        raise ValueError("no tensor of the checkpoint fits the model: it is one of another architecture or width")
+    if resized:
+        model.load_state_dict({**own, **fits})
+        model.set_input_size(img_size=size)
+        state = model.state_dict()
+    else:
+        state = {**own, **fits}
+    return WarmStart(state, [name for name in own if name not in fits], [name for name in converted if name not in fits])
+
+
+def square_grid(state_dict: StateDict, model: Any) -> Grid | None:
+    """The square grid behind the tables that a checkpoint and the model have in common; None where there are none.
+
+    Raises:
+        ValueError: the tables stand for no square.
+    """
+    own = model.state_dict()
+    for name, value in state_dict.items():
+        if name not in own:
+            continue
+        if name == "pos_embed":
+            prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+            rows, side = value.shape[1] - prefix, math.isqrt(value.shape[1] - prefix)
+        elif name.endswith(".attn.encoding.table"):
+            rows, side = len(value), math.isqrt(len(value))
+        else:
+            continue
+        if side * side != rows:
+            raise ValueError(f"{name} of the checkpoint has {rows} rows for patches, which is no square: give the grid (H, W)")
+        return (side, side) if name == "pos_embed" else ((side + 1) // 2, (side + 1) // 2)
+    return None
+
+
+def summarise(names: list[str]) -> str:
+    """Names with their layers folded: ``blocks.*.norm1.weight (12), head.bias``."""
+    folded = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+    return ", ".join(name if count == 1 else f"{name} ({count})" for name, count in folded.items())

@@ -27,7 +27,7 @@ class CompactMlp(Mlp):
     """timm's MLP with dropout at its end only."""
 
     def __init__(self, *args: Any, drop: float = 0.0, **kwargs: Any) -> None:
-        super().__init__(*args, drop=(0.0, drop), **kwargs)
+        super().__init__(*args, **{**kwargs, "drop": (0.0, drop)})
 
 
 class CompactVisionTransformer(VisionTransformer):
@@ -72,9 +72,7 @@ def _warm_start(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tenso
     return start.state_dict
 
 
-def _create(
-    variant: str, pretrained: bool, model_cls: type[VisionTransformer | VisionTransformerDistilled], **kwargs: Any
-) -> nn.Module:
+def _create(variant: str, pretrained: bool, model_cls: type[VisionTransformer], **kwargs: Any) -> nn.Module:
     return build_model_with_cfg(
         model_cls,
         variant,

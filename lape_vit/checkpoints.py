@@ -1,7 +1,8 @@
 """Checkpoints of other code bases, sizes, encodings and joins.
 
-LaPE's models (N tokens, D width) differ from ours in the norms' names, in one table per layer for ``unshare``, and in fixed sinusoids
-that are stored. The compact 2D-PE ViT has names of its own, separate q, k and v, and stores its fixed tables too.
+LaPE's models (N tokens, D width) differ from ours in the norms' names, in one table per layer for ``unshare``, and in
+fixed sinusoids that are stored. The compact 2D-PE ViT has names of its own, separate q, k and v, and stores its fixed
+tables too.
 """
 
 import copy
@@ -127,7 +128,7 @@ def warm_start(state_dict: StateDict, model: Any, grid: Grid | None = None) -> W
         grid: (H, W) patches that the checkpoint was trained on; by default the square that its tables show.
 
     Raises:
-        ValueError: the tables fit no square grid and ``grid`` is not given, or nothing in the checkpoint fits the model.
+        ValueError: the tables fit no square grid and ``grid`` is not given, or nothing fits the model.
     """
     converted = convert_checkpoint(state_dict)
     source = grid or square_grid(converted, model) or model.patch_embed.grid_size
@@ -147,7 +148,8 @@ def warm_start(state_dict: StateDict, model: Any, grid: Grid | None = None) -> W
         state = model.state_dict()
     else:
         state = {**own, **fits}
-    return WarmStart(state, [name for name in own if name not in fits], [name for name in converted if name not in fits])
+    new, left_out = ([name for name in names if name not in fits] for names in (own, converted))
+    return WarmStart(state, new, left_out)
 
 
 def square_grid(state_dict: StateDict, model: Any) -> Grid | None:
@@ -168,7 +170,9 @@ def square_grid(state_dict: StateDict, model: Any) -> Grid | None:
         else:
             continue
         if side * side != rows:
-            raise ValueError(f"{name} of the checkpoint has {rows} rows for patches, which is no square: give the grid (H, W)")
+            raise ValueError(
+                f"{name} of the checkpoint has {rows} rows for patches, which is no square: give the grid (H, W)"
+            )
         return (side, side) if name == "pos_embed" else ((side + 1) // 2, (side + 1) // 2)
     return None
 

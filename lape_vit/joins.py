@@ -1,6 +1,7 @@
 """How an absolute encoding w reaches the layers, and which encodings each join can carry.
 
-Shapes: T tables, R rows, N tokens, D embedding width, L layers; w is (T, R, D). x_l is the residual stream entering block l.
+Shapes: T tables, R rows, N tokens, D embedding width, L layers; w is (T, R, D). x_l is the residual stream entering
+block l.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,7 @@ class Join(nn.Module):
 
     name: ClassVar[str]
     target: ClassVar[str]
-    """Where a block's term is added: ``input`` (no block terms), ``residual`` (to x_l) or ``attention`` (after norm1)."""
+    """Where terms are added: ``input`` (to x_0), ``residual`` (to each x_l) or ``attention`` (after each norm1)."""
 
     def __init__(
         self, encoding: AbsoluteEncoding | None, num_prefix_tokens: int, depth: int, norm: Callable[[], nn.Module]
@@ -162,7 +163,7 @@ class LaPE(Join):
 
 
 class LaPEShare(LaPE):
-    """As LaPE, without the chain: block l's attention reads LN(x_l) + LNpe_l(w) ("sharing PE" in the paper's Table 7)."""
+    """LaPE without the chain: block l's attention reads LN(x_l) + LNpe_l(w) ("sharing PE" in the paper's Table 7)."""
 
     name = "LaPE_share"
 

@@ -3,22 +3,27 @@
 Shapes: P prefix tokens, grid (H, W) of patches in row-major order, N = P + H*W tokens, D embedding width, L layers.
 """
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lape_vit.encodings import Grid
-from lape_vit.vit import VisionTransformer, VisionTransformerDistilled
+from lape_vit.vit import Block, VisionTransformer, VisionTransformerDistilled
+
+Model = VisionTransformer | VisionTransformerDistilled
 
 
 @torch.no_grad()
-def layer_positions(model: VisionTransformer | VisionTransformerDistilled, grid: Grid | None = None) -> list[Tensor]:
+def layer_positions(model: Model, grid: Grid | None = None) -> list[Tensor]:
     """What the attention of block 0 .. L-1 reads of the patches' positions, by the model's own norms and their eps.
 
-    Where positions are added after norm1 (LaPE), that is block l's term as it is. Where they are added before it, norm1 is
-    not linear, so the answer is what it makes of the positions alone: ``norm1_l(w)`` if w is added to the input,
-    ``norm1_l(term_l)`` if block l adds a term of its own to the residual stream. Terms that earlier blocks have left in that
-    stream count as its content.
+    Where positions are added after norm1 (LaPE), that is block l's term as it is. Where they are added before it, norm1
+    is not linear, so the answer is what it makes of the positions alone: ``norm1_l(w)`` if w is added to the input,
+    ``norm1_l(term_l)`` if block l adds a term of its own to the residual stream. What earlier blocks' terms have left
+    in that stream counts as its content.
 
     Args:
         grid: (H, W) patches; default: what the model is built for.
@@ -33,7 +38,7 @@ def layer_positions(model: VisionTransformer | VisionTransformerDistilled, grid:
     if input_term is not None:
         terms = [model.norm_pre(input_term) for _ in model.blocks]
     positions = []
-    for block, term in zip(model.blocks, terms, strict=True):
+    for block, term in zip(cast("Iterable[Block]", model.blocks), terms, strict=True):
         if term is None:
             raise ValueError(f"pe={model.pe!r} is no absolute encoding: it has no vector per patch, so nothing to draw")
         read = term if model.join.target == "attention" else block.norm1(term)
@@ -59,7 +64,8 @@ def cosine_similarity(rows: Tensor) -> Tensor:
     if not rows.isfinite().all():
         raise ValueError("positions hold NaN or infinite values: they have no similarity")
     rows = rows.double()
-    largest = rows.abs().amax(dim=1, keepdim=True)  # taken out first: squares of tiny or huge values leave float64's range
+    # Taken out first, since the squares of tiny or huge values leave float64's range.
+    largest = rows.abs().amax(dim=1, keepdim=True)
     directions = F.normalize(rows / largest.where(largest > 0, 1), dim=1)
     similarity = directions @ directions.T
     similarity = ((similarity + similarity.T) / 2).clamp(-1, 1)

@@ -1,12 +1,12 @@
 """timm's vision transformers with any encoding under any join.
 
-Shapes: B batch, C channels, P prefix tokens, grid (H, W) of patches, N = P + H*W tokens, T tables, R rows, D embedding width, h heads,
-d head width, L layers. Block l reads the residual stream x_l (B, N, D).
+Shapes: B batch, C channels, P prefix tokens, grid (H, W) of patches, N = P + H*W tokens, T tables, R rows, D embedding
+width, h heads, d head width, L layers. Block l reads the residual stream x_l (B, N, D).
 """
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import timm.layers
 import timm.models.deit
@@ -33,9 +33,7 @@ class Attention(timm.layers.Attention):
         self.encoding = encoding
         self.needs_weights = encoding.has_value_term
 
-    def forward(
-        self, x: Tensor, grid: Grid, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x (B, N, D) to (B, N, D).
 
         Args:
@@ -108,20 +106,24 @@ class Block(timm.models.vision_transformer.Block):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
-class PositionMixin:
-    """Gives a timm vision transformer the arguments ``pe`` and ``join_type``, and the paths they need.
+class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
+    """timm's ViT (class token, optional registers) with any encoding under any join.
 
     Args:
         pe: an encoding of :mod:`lape_vit.encodings`, or a sum of two; default ``learnable``. timm's own argument
             ``pos_embed`` is taken for it, if given.
         join_type: a join of :mod:`lape_vit.joins`; default ``basic``.
-        kwargs: options of the encoding, and all arguments of timm's class. With neither ``pe`` nor ``join_type`` the model is
+        kwargs: options of the encoding, and all arguments of timm's class. With neither ``pe`` nor ``join_type`` the
+        model is
             timm's, bit for bit.
 
     Raises:
         ValueError: unknown names, an illegal pair, a width that the encoding cannot divide.
         TypeError: an option that the encoding does not take, or an argument that timm does not know.
     """
+
+    if TYPE_CHECKING:
+        dist_token: Any  # a parameter in distilled models, None in others
 
     def __init__(
         self, *args: Any, pe: str | None = None, join_type: str = "basic", pos_embed: str | None = None, **kwargs: Any
@@ -136,15 +138,19 @@ class PositionMixin:
         layers_use_positions = joins.JOINS[join_type].target != "input" or encoding.attention is not None
         if kwargs.get("patch_drop_rate") and layers_use_positions:
             raise ValueError(
-                f"patch_drop_rate cannot be used with pe={encoding.name!r}, join_type={join_type!r}: its layers need the"
-                " places of all patches; use an absolute encoding with join_type='basic'"
+                f"patch_drop_rate cannot be used with pe={encoding.name!r}, join_type={join_type!r}: layers need the "
+                "places of all patches; use an absolute encoding with join_type='basic'"
             )
 
-        super().__init__(*args, **kwargs, block_fn=Block, attn_layer=Attention)
+        # A caller's own block_fn or attn_layer is a TypeError that names it, which mypy foresees.
+        super().__init__(*args, **kwargs, block_fn=Block, attn_layer=Attention)  # type: ignore[misc]
         self.pe, self.join_type = encoding.name, join_type
         if not hasattr(self, "dist_token"):
             self.register_parameter("dist_token", None)
-        self.blocks = nn.ModuleList(self.blocks)  # no Sequential: a block needs its term and the grid
+        elif self.reg_token is not None:
+            raise ValueError("reg_tokens: a distilled model has none, in timm too; use a model without distillation")
+        # A Sequential could not hand a block its term and the grid.
+        self.blocks = nn.ModuleList(self.blocks)  # type: ignore[assignment]
         weight = self.patch_embed.proj.weight
         with weight.device:
             self._add_join(encoding, options)
@@ -156,17 +162,17 @@ class PositionMixin:
         part, absolute = encoding.absolute, None
         if part is not None:
             prefix_rows = 0 if self.no_embed_class else self.num_prefix_tokens
-            taken = {name: options[name] for name in part.options() & options.keys()}
-            absolute = part(self.embed_dim, grid, prefix_rows, **taken)
-        join = joins.JOINS[self.join_type]
-        self.join = join(absolute, self.num_prefix_tokens, depth, norm=lambda: copy.deepcopy(self.blocks[0].norm1))
-        for block in self.blocks:
+            absolute = part(self.embed_dim, grid, prefix_rows, **part.own(options))
+        join, norm = joins.JOINS[self.join_type], cast("Block", self.blocks[0]).norm1
+        self.join = join(absolute, self.num_prefix_tokens, depth, norm=lambda: copy.deepcopy(norm))
+        for block in cast("Iterable[Block]", self.blocks):
             block.term_to_residual = join.target == "residual"
 
         if absolute is None or not absolute.learned:
             self.pos_embed = None
         else:
             shape = (join.num_tables(depth), absolute.prefix_rows + grid[0] * grid[1], self.embed_dim)
+            assert self.pos_embed is not None
             if self.pos_embed.shape != shape:
                 self.pos_embed = nn.Parameter(self.pos_embed.new_empty(shape))
                 timm.layers.trunc_normal_(self.pos_embed, std=0.02)
@@ -175,10 +181,9 @@ class PositionMixin:
         part = encoding.attention
         if part is None:
             return
-        taken = {name: options[name] for name in part.options() & options.keys()}
-        for block in self.blocks:
-            attn = block.attn
-            module = part(attn.head_dim, attn.num_heads, self.patch_embed.grid_size, self.num_prefix_tokens, **taken)
+        grid, own = self.patch_embed.grid_size, part.own(options)
+        for attn in (cast("Attention", block.attn) for block in self.blocks):
+            module = part(attn.head_dim, attn.num_heads, grid, self.num_prefix_tokens, **own)
             self.join.prepare(module)
             attn.set_encoding(module.to(attn.qkv.weight.dtype))
 
@@ -269,7 +274,8 @@ class PositionMixin:
         return intermediates if intermediates_only else (self.norm(features), intermediates)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        """Rebuild for images of (height, width) ``img_size`` pixels: trained tables are resampled, the rest is recomputed.
+        """Rebuild for images of (height, width) ``img_size`` pixels: trained tables are resampled, the rest is
+        recomputed.
 
         On the same size nothing changes, bit for bit.
         """
@@ -282,6 +288,7 @@ class PositionMixin:
             return
         if table is not None:
             with torch.no_grad():
+                assert self.join.encoding is not None  # a table has an encoding
                 resized = self.join.encoding(grid, table)
             self.pos_embed = nn.Parameter(resized, requires_grad=table.requires_grad)
         for module in self.modules():
@@ -307,7 +314,7 @@ class PositionMixin:
         return super().no_weight_decay() | declared
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the blocks after the last one asked for, with what the join holds for them."""
         taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
@@ -315,12 +322,8 @@ class PositionMixin:
         return taken
 
 
-class VisionTransformer(PositionMixin, timm.models.vision_transformer.VisionTransformer):
-    """timm's ViT (class token, optional registers)."""
-
-
-class VisionTransformerDistilled(PositionMixin, timm.models.deit.VisionTransformerDistilled):
-    """timm's DeiT with a distillation token and a second head."""
+class VisionTransformerDistilled(VisionTransformer, timm.models.deit.VisionTransformerDistilled):
+    """timm's DeiT with a distillation token and a second head, likewise."""
 
 
 def block_indices(indices: int | Sequence[int] | None, depth: int) -> list[int]:

@@ -9,7 +9,18 @@ from lape_vit.encodings.relative_bias import RelativeBias
 from lape_vit.encodings.rotary import Rope, RopeAxial, RopeMixed
 from lape_vit.encodings.sinusoidal import Sinusoidal1D, Sinusoidal2D
 
-__all__ = ["ALIASES", "ENCODINGS", "AbsoluteEncoding", "AttentionEncoding", "Encoding", "Grid", "Resolved", "canonical_name", "names", "resolve"]
+__all__ = [
+    "ALIASES",
+    "ENCODINGS",
+    "AbsoluteEncoding",
+    "AttentionEncoding",
+    "Encoding",
+    "Grid",
+    "Resolved",
+    "canonical_name",
+    "names",
+    "resolve",
+]
 
 ENCODINGS: dict[str, type[Encoding]] = {
     encoding.name: encoding

@@ -1,11 +1,12 @@
 """The contracts that every encoding keeps.
 
 Shapes: B batch, P prefix tokens (class, distillation, registers), H x W patches in row-major order, N = P + H*W tokens,
-R rows of an absolute encoding (N, or H*W where prefix tokens have no row), T tables, D embedding width, h heads, d head width.
+R rows of an absolute encoding (N, or H*W where prefix tokens have no row), T tables, D embedding width, h heads, head
+width d.
 """
 
 import inspect
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,11 @@ class Encoding(nn.Module):
         """Names of the options that this encoding takes."""
         parameters = inspect.signature(cls.__init__).parameters.values()
         return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+
+    @classmethod
+    def own(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Those of ``options`` that this encoding takes."""
+        return {name: value for name, value in options.items() if name in cls.options()}
 
     def set_grid(self, grid: Grid) -> None:
         """Rebuild for another grid. The model calls it after its trained tables were resampled."""
@@ -107,7 +113,7 @@ class AttentionEncoding(Encoding):
         return q, k
 
     def bias(self, q: Tensor, grid: Grid) -> Tensor | None:
-        """A term of the logits that broadcasts to (B, h, N, N), or None. ``q`` (B, h, N, d) is not yet scaled by d^-1/2."""
+        """A term of the logits that broadcasts to (B, h, N, N), or None; q (B, h, N, d) is not yet scaled by d^-1/2."""
         return None
 
     def value_term(self, attention: Tensor, grid: Grid) -> Tensor | None:

@@ -9,8 +9,8 @@ from lape_vit.encodings.base import AbsoluteEncoding, Grid, resize_grid
 class Learnable(AbsoluteEncoding):
     """A table with a row for each token (ViT, Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929, Eq. 1).
 
-    Prefix tokens have a row each, unless the model is built with ``no_embed_class``. On another grid than the table's, the
-    patch rows are resampled and the prefix rows kept.
+    Prefix tokens have a row each, unless the model is built with ``no_embed_class``. On another grid than the table's,
+    the patch rows are resampled and the prefix rows kept.
     """
 
     name = "learnable"

@@ -1,7 +1,7 @@
 """Relative positions in two dimensions, in the logits and in the values.
 
-Shapes: B batch, h heads, d head width, H x W patches, P prefix tokens, N = P + H*W tokens, k the largest distance told apart,
-M = 2k + 2 buckets: 0 for every pair with a prefix token, 1 .. 2k+1 for distances -k .. k.
+Shapes: B batch, h heads, d head width, H x W patches, P prefix tokens, N = P + H*W tokens, k the largest distance told
+apart, M = 2k + 2 buckets: 0 for every pair with a prefix token, 1 .. 2k+1 for distances -k .. k.
 """
 
 import torch
@@ -14,9 +14,10 @@ from lape_vit.encodings.base import AttentionEncoding, Grid
 class Relative(AttentionEncoding):
     """Trained vectors for the clipped horizontal and vertical offsets from query to key, shared by the heads.
 
-    Shaw et al. 2018 (https://arxiv.org/abs/1803.02155, Eq. 3 and 4) in two dimensions: the offset's column picks the first half of
-    the vector, its row the second; one pair of tables for the keys, one for the values. No (N, N, d) tensor is built: q meets
-    the M table rows, not the keys, and attention is summed by bucket before it meets the values' table.
+    Shaw et al. 2018 (https://arxiv.org/abs/1803.02155, Eq. 3 and 4) in two dimensions: the offset's column picks the
+    first half of the vector, its row the second; one pair of tables for the keys, one for the values. No (N, N, d)
+    tensor is built: q meets the M table rows, not the keys, and attention is summed by bucket before it meets the
+    values' table.
 
     Args:
         max_relative_distance: k, in patches; longer offsets count as k.

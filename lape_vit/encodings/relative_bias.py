@@ -28,8 +28,8 @@ def offset_index(grid: Grid, device: torch.device) -> Tensor:
 class RelativeBias(AttentionEncoding):
     """A bias per head and offset, added to the logits between patches; pairs with a prefix token have none.
 
-    Swin (Liu et al. 2021, https://arxiv.org/abs/2103.14030, Eq. 4), one zero-initialised table per layer. Under LaPE a LayerNorm over
-    the keys of each layer's bias (h, H*W, H*W) precedes the sum (eps 1e-5).
+    Swin (Liu et al. 2021, https://arxiv.org/abs/2103.14030, Eq. 4), one zero-initialised table per layer. Under LaPE a
+    LayerNorm over the keys of each layer's bias (h, H*W, H*W) precedes the sum (eps 1e-5).
     """
 
     name = "2D_RPE"

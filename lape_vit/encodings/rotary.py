@@ -1,7 +1,7 @@
 """Rotations of q and k by angles that grow with a patch's place, so that q.k depends on the offset alone.
 
-Shapes: B batch, h heads, d head width, P prefix tokens, H x W patches, N = P + H*W tokens. Channels 2i and 2i + 1 form pair i,
-which turns by one angle; there are d/2 pairs. Fixed angles are computed in float64 for the grid at hand.
+Shapes: B batch, h heads, d head width, P prefix tokens, H x W patches, N = P + H*W tokens. Channels 2i and 2i + 1 form
+pair i, which turns by one angle; there are d/2 pairs. Fixed angles are computed in float64 for the grid at hand.
 """
 
 import math
@@ -45,7 +45,7 @@ class Rotary(AttentionEncoding):
 
 
 class Rope(Rotary):
-    """The compact 2D-PE ViT's: columns turn the first d/4 pairs, rows the others.
+    """The compact 2D-PE ViT's form: columns turn the first d/4 pairs, rows the others.
 
     Places count from 1, pair i = 1 .. d/4 of an axis turns by 10000^(-2i / (d/2)) per patch (Su et al. 2021,
     https://arxiv.org/abs/2104.09864, Eq. 15, per axis).
@@ -61,9 +61,10 @@ class Rope(Rotary):
 
 
 class RopeAxial(Rotary):
-    """RoPE-ViT's axial form: columns turn the first d/4 pairs, rows the others, by theta^(-4i / d), i = 0 .. d/4 - 1, per patch.
+    """RoPE-ViT's axial form: columns turn the first d/4 pairs, rows the others.
 
-    Heo et al. 2024, https://arxiv.org/abs/2403.13298, Sec. 3.2. Places count from 0.
+    Places count from 0, pair i = 0 .. d/4 - 1 of an axis turns by theta^(-4i / d) per patch (Heo et al. 2024,
+    https://arxiv.org/abs/2403.13298, Sec. 3.2).
 
     Args:
         rope_theta: the base of the frequencies.
@@ -86,8 +87,9 @@ class RopeAxial(Rotary):
 class RopeMixed(Rotary):
     """RoPE-ViT's mixed form: each pair of each head has a trained frequency in the plane, of its own in every layer.
 
-    Heo et al. 2024, https://arxiv.org/abs/2403.13298, Sec. 3.2: the angle at column x and row y is x f_x + y f_y. At init the two
-    frequencies of each magnitude theta^(-4i / d) stand at right angles to each other, turned at random per head.
+    Heo et al. 2024, https://arxiv.org/abs/2403.13298, Sec. 3.2: the angle at column x and row y is x f_x + y f_y. At
+    init the two frequencies of each magnitude theta^(-4i / d) stand at right angles to each other, turned at random per
+    head.
 
     Args:
         rope_theta: the base of the initial frequencies.
@@ -100,16 +102,15 @@ class RopeMixed(Rotary):
     ) -> None:
         super().__init__(head_dim, num_heads, grid, num_prefix_tokens)
         self.rope_theta = check_theta(rope_theta)
-        self.frequencies = nn.Parameter(torch.empty(2, num_heads, head_dim // 2))  # (x and y, h, d/2), radians per patch
+        self.frequencies = nn.Parameter(torch.empty(2, num_heads, head_dim // 2))  # of x and y, in radians per patch
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         magnitude = axial_frequencies(self.head_dim, self.rope_theta).to(self.frequencies)
-        turned = torch.rand(self.num_heads, 1).to(self.frequencies) * 2 * math.pi
-        direction = torch.cat([turned.expand(-1, len(magnitude)), turned.expand(-1, len(magnitude)) + math.pi / 2], dim=-1)
-        magnitude = magnitude.repeat(2)
-        self.frequencies.copy_(torch.stack([magnitude * direction.cos(), magnitude * direction.sin()]))
+        direction = torch.rand(self.num_heads, 1).to(self.frequencies) * 2 * math.pi
+        x, y = magnitude * direction.cos(), magnitude * direction.sin()
+        self.frequencies.copy_(torch.stack([torch.cat([x, -y], dim=-1), torch.cat([y, x], dim=-1)]))
 
     def no_weight_decay(self) -> set[str]:
         return {"frequencies"}

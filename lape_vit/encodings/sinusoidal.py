@@ -1,4 +1,4 @@
-"""Fixed sines and cosines. They are computed in float64 for the grid at hand, so no cast, device or resolution spoils them."""
+"""Fixed sines and cosines, computed in float64 for the grid at hand: no cast, device or resolution spoils them."""
 
 import math
 
@@ -9,10 +9,10 @@ from torch import Tensor
 from lape_vit.encodings.base import AbsoluteEncoding, Grid
 
 
-
-
 def sinusoid(positions: Tensor, dim: int) -> Tensor:
-    """Sines in the even channels, cosines in the odd ones (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, Sec. 3.5).
+    """Sines in the even channels, cosines in the odd ones.
+
+    Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, Sec. 3.5.
 
     Args:
         positions: (M,), in tokens.

@@ -1,0 +1,78 @@
+"""Every way in which timm's models are compiled, traced and exported."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from timm.models import create_feature_extractor
+from torch import Tensor
+
+from lape_vit import encodings
+from lape_vit.joins import legal_pairs
+from tests.models import DEIT, DISTILLED, create, disturb
+
+over_single_encodings = pytest.mark.parametrize("pe", list(encodings.ENCODINGS))
+# A sum's parts are traced alone too: one absolute part stands for all, and the ordinary join for the others.
+PAIRS = [(pe, join) for pe, join in legal_pairs() if "+" not in pe or (pe.startswith("learnable+") and join == "basic")]
+over_pairs = pytest.mark.parametrize(("pe", "join_type"), PAIRS)
+
+
+def model_and_images(pe: str | None = None, join_type: str | None = None, **kwargs: Any) -> tuple[Any, Tensor]:
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return disturb(create(pe, join_type, **kwargs)).eval(), images
+
+
+@pytest.mark.parametrize("name", [DEIT, DISTILLED])
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_the_default_pair_scripts(name: str) -> None:
+    model, images = model_and_images(name=name)
+    torch.testing.assert_close(torch.jit.script(model)(images), model(images))
+
+
+@over_pairs
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_every_pair_scripts(pe: str, join_type: str) -> None:
+    model, images = model_and_images(pe, join_type)
+    torch.testing.assert_close(torch.jit.script(model)(images), model(images))
+
+
+@over_pairs
+def test_fx_extracts_the_features_of_every_pair(pe: str, join_type: str) -> None:
+    model, images = model_and_images(pe, join_type)
+    extracted = create_feature_extractor(model, return_nodes={"blocks.0": "first", "head": "logits"})(images)
+    first = model.forward_intermediates(images, [0], output_fmt="NLC", return_prefix_tokens=True)[1][0]
+    torch.testing.assert_close(extracted["first"], torch.cat(first[::-1], dim=1))
+    torch.testing.assert_close(extracted["logits"], model(images))
+
+
+@over_pairs
+def test_every_pair_compiles_into_one_graph(pe: str, join_type: str) -> None:
+    torch.compiler.reset()
+    model, images = model_and_images(pe, join_type)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images), model(images))
+
+
+@over_single_encodings
+def test_every_encoding_exports_with_a_dynamic_batch(pe: str) -> None:
+    model, images = model_and_images(pe)
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    for batch in (2, 3):
+        torch.testing.assert_close(program(images[:batch]), model(images[:batch]))
+
+
+@over_single_encodings
+def test_every_encoding_runs_under_onnxruntime(pe: str, tmp_path: Path) -> None:
+    model, images = model_and_images(pe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own
+        batch = torch.export.Dim("batch")
+        torch.onnx.export(
+            model, (images,), tmp_path / "m.onnx", dynamo=True, dynamic_shapes=({0: batch},), verbose=False
+        )
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images[:2].numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model(images[:2]), atol=1e-4, rtol=1e-4)

@@ -1,0 +1,54 @@
+# `make` on its own lists the targets. Another Python: `make test PYTHON=python3.12`.
+PYTHON ?= python3
+PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+# pytest-xdist runs one process a core, so each may have one thread.
+ONE_THREAD := OMP_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format test-oldest clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/.installed ## train with and without LaPE on real digits, compare, and draw (3 minutes on 2 cores)
+	.venv/bin/python demo.py
+
+test: lint ## lint, format, types, import rules and every test, on all cores
+	$(ONE_THREAD) .venv/bin/python -m pytest -q tests/test_imports.py
+	$(ONE_THREAD) .venv/bin/python -m pytest -n auto
+
+lint: .venv/.installed-dev ## lint, format check and types only
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+format: .venv/.installed-dev ## let ruff mend what it can
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+
+test-oldest: .venv-oldest/.installed-dev ## every test, with the oldest releases that requirements.txt admits
+	$(ONE_THREAD) .venv-oldest/bin/python -m pytest -n auto
+
+clean: ## remove the virtual environments and every cache; runs and figures stay
+	rm -rf .venv .venv-oldest .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf __pycache__ */__pycache__ */*/__pycache__
+
+# A stamp is touched only after its installation succeeded. An environment that was left half made, or that belongs to
+# another Python than $(PYTHON), has no such .python-* and is made anew.
+.venv/.python-$(PYTHON_VERSION) .venv-oldest/.python-$(PYTHON_VERSION):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv --clear $(@D)
+	touch $@
+
+.venv/.installed: requirements.txt pyproject.toml .venv/.python-$(PYTHON_VERSION)
+	.venv/bin/python -m pip install -r requirements.txt
+	touch $@
+
+.venv/.installed-dev: requirements-dev.txt .venv/.installed
+	.venv/bin/python -m pip install -r requirements-dev.txt
+	touch $@
+
+.venv-oldest/.installed-dev: requirements-dev.txt requirements.txt pyproject.toml .venv-oldest/.python-$(PYTHON_VERSION)
+	sed -En 's/^([A-Za-z-]+)>=([0-9.]+).*/\1==\2.*/p' requirements.txt > $(@D)/oldest.txt
+	$(@D)/bin/python -m pip install -r requirements-dev.txt -c $(@D)/oldest.txt
+	touch $@

@@ -1,0 +1,390 @@
+"""The data sets, their transforms and their loaders; a new data set is one entry of `DATA_SETS`.
+
+This file shadows Hugging Face's `datasets` package, so timm's `hfds/` readers are not offered.
+
+Images reach the model as float32 (3, S, S), S = `--input-size`, scaled to 0..1 and then normalised by mean and std.
+"""
+
+import argparse
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from http.client import HTTPException
+from logging import getLogger
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from PIL import Image
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.transforms_factory import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, Subset
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.transforms import (
+    CenterCrop,
+    Compose,
+    InterpolationMode,
+    Normalize,
+    RandAugment,
+    RandomChoice,
+    RandomCrop,
+    RandomHorizontalFlip,
+    Resize,
+    ToTensor,
+)
+
+_logger = getLogger(__name__)
+
+Transform = Callable[[Image.Image], Tensor]
+LabelledImages = tuple[Dataset, list[str]]  # the images, and the class names in the order of their labels
+
+
+# ---- data sets
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What differs from one data set to the next."""
+
+    open: Callable[[bool, str | None, Transform], LabelledImages]  # (is_train, data path, transform)
+    mean: tuple[float, float, float]  # of the training images scaled to 0..1
+    std: tuple[float, float, float]
+    recipe: str  # the recipe used when none is named
+    default_data_path: str | None = None
+    small: bool = False  # images so small that evaluation takes them whole
+
+
+def canonical_data_set(name: str) -> str:
+    """The key of `DATA_SETS` that `name` means: any case, with or without `-` and `_`; `CIFAR` is CIFAR100, as in DeiT.
+
+    Raises:
+        ValueError: no such data set; lists the known ones.
+    """
+    key = re.sub("[-_]", "", name).upper()
+    key = "CIFAR100" if key == "CIFAR" else key
+    if key not in DATA_SETS:
+        raise ValueError(f"unknown --data-set {name!r}: choose from {', '.join(DATA_SETS)}")
+    return key
+
+
+def build_dataset(is_train: bool, args: argparse.Namespace) -> LabelledImages:
+    """Open one split of `args.data_set` (a key of `DATA_SETS`), transformed by `build_transform`.
+
+    Returns:
+        The data set of (image (3, S, S), label) pairs, and the class names in the order of their labels.
+
+    Raises:
+        FileNotFoundError: images are missing and, for CIFAR, cannot be downloaded.
+        ValueError: `--data-path` is needed and absent (or the reverse), the classes of train/ and val/ differ, or an
+            option of the transform is illegal.
+    """
+    data_set = DATA_SETS[args.data_set]
+    return data_set.open(is_train, args.data_path or data_set.default_data_path, build_transform(is_train, args))
+
+
+def _open_folders(is_train: bool, data_path: str | None, transform: Transform) -> LabelledImages:
+    if data_path is None:
+        raise ValueError("--data-path is missing: name the folder that holds train/ and val/")
+    splits = {split: Path(data_path).expanduser() / split for split in ("train", "val")}
+    folder = splits["train" if is_train else "val"]
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}: --data-path must hold train/ and val/, with a folder per class")
+    classes = {split: _class_folders(path) for split, path in splits.items() if path.is_dir()}
+    _check_same_classes(data_path, classes.get("train"), classes.get("val"))
+
+    images = ImageFolder(folder, transform, allow_empty=True)
+    if empty := set(range(len(images.classes))).difference(images.targets):
+        names = _first_few([images.classes[label] for label in sorted(empty)])
+        raise FileNotFoundError(f"no image in class folder {names} of {folder}: add images or remove the folder")
+    return images, images.classes
+
+
+def _class_folders(folder: Path) -> set[str]:
+    names = {entry.name for entry in folder.iterdir() if entry.is_dir()}
+    if not names:
+        raise FileNotFoundError(f"no class folder in {folder}: it must hold a folder of images per class")
+    return names
+
+
+def _check_same_classes(data_path: str, train: set[str] | None, val: set[str] | None) -> None:
+    if train is None or val is None or train == val:
+        return
+    sides = {"train/": train - val, "val/": val - train}
+    differences = "; ".join(f"only in {side}: {_first_few(sorted(names))}" for side, names in sides.items() if names)
+    raise ValueError(f"the classes of train/ and val/ in --data-path {data_path} differ: {differences}")
+
+
+def _first_few(names: Sequence[str], few: int = 5) -> str:
+    rest = f" and {len(names) - few} more" if len(names) > few else ""
+    return ", ".join(names[:few]) + rest
+
+
+def _open_cifar(cifar: type[CIFAR10], is_train: bool, data_path: str | None, transform: Transform) -> LabelledImages:
+    assert data_path is not None  # DATA_SETS has a default
+    folder = Path(data_path).expanduser() / cifar.base_folder
+    with _in_turns() as may_download:
+        if may_download and not folder.is_dir():
+            _logger.info("%s is not in %s: downloading it from %s", cifar.__name__, folder, cifar.url)
+        try:
+            # torchvision downloads only what is not already there, whole and with the right checksums
+            images = cifar(folder.parent, train=is_train, transform=transform, download=may_download)
+        except (OSError, HTTPException, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"{cifar.__name__} is not complete in {folder}, and its download from {cifar.url} failed "
+                f"({_one_line(error)}): connect to the network, or unpack {cifar.filename} in {folder.parent}, "
+                f"or name by --data-path the folder that holds {cifar.base_folder}"
+            ) from error
+    return images, images.classes
+
+
+@contextmanager
+def _in_turns() -> Iterator[bool]:
+    """Let rank 0 in first, then one process of each other machine, then all others; tell each whether it may download.
+
+    So a download is made once per disk, whether or not the machines share one, and nobody reads half a download. A
+    process that fails still lets the others in. Without a process group this process is alone.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        yield True
+        return
+    rank = dist.get_rank()
+    is_first_of_machine = int(os.environ.get("LOCAL_RANK", rank)) == 0
+    turn = 0 if rank == 0 else 1 if is_first_of_machine else 2
+    for _ in range(turn):
+        dist.barrier()
+    try:
+        yield turn < 2
+    finally:
+        for _ in range(turn, 2):
+            dist.barrier()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class Digits(Dataset):
+    """Scikit-learn's 1,797 scans of handwritten digits, 8 x 8 and installed with it: 1,437 to train and 360 to test.
+
+    The split is fixed and stratified by class. An item is (transform of a PIL RGB image, label).
+    """
+
+    def __init__(self, is_train: bool, transform: Transform) -> None:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        train, test = train_test_split(
+            np.arange(len(digits.target)), test_size=360, random_state=0, stratify=digits.target
+        )
+        split = train if is_train else test
+        self.images = np.rint(digits.images[split] * (255 / 16)).astype(np.uint8)  # scanned in 17 grey levels, 0..16
+        self.targets: list[int] = digits.target[split].tolist()
+        self.classes = [str(name) for name in digits.target_names]
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index]).convert("RGB")), self.targets[index]
+
+
+def _open_digits(is_train: bool, data_path: str | None, transform: Transform) -> LabelledImages:
+    if data_path is not None:
+        raise ValueError(
+            f"--data-path {data_path} means nothing to DIGITS, which comes with scikit-learn: leave it out"
+        )
+    digits = Digits(is_train, transform)
+    return digits, digits.classes
+
+
+# Upper case, without "-" or "_": what canonical_data_set reduces a name to.
+DATA_SETS: dict[str, DataSet] = {
+    "IMNET": DataSet(_open_folders, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, recipe="deit"),
+    "FOLDER": DataSet(_open_folders, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, recipe="deit"),
+    "CIFAR10": DataSet(
+        partial(_open_cifar, CIFAR10),
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        recipe="vit2d_cifar",
+        default_data_path="./data",
+        small=True,
+    ),
+    "CIFAR100": DataSet(
+        partial(_open_cifar, CIFAR100),
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+        recipe="vit2d_cifar",
+        default_data_path="./data",
+        small=True,
+    ),
+    "DIGITS": DataSet(_open_digits, mean=(0.3054,) * 3, std=(0.3760,) * 3, recipe="digits", small=True),
+}
+
+
+# ---- transforms
+
+TRAIN_CROPS = ("random-resized", "pad", "none")
+TRAIN_INTERPOLATIONS = ("bicubic", "bilinear", "random")
+ERASING_MODES = ("const", "rand", "pixel")
+
+# timm drops a section of a policy that it cannot read ("rand-m9-inc") without a word, and falls back on a default for
+# an unknown set of operations ("rand-tfoo"): only what it reads is let through.
+_NUMBER = r"\d+(\.\d+)?"
+TIMM_POLICY = re.compile(
+    rf"rand(-(m\d+|n\d+|p{_NUMBER}|mstd{_NUMBER}|mmax\d+|inc[01]|t(weights|3aw?)))*"
+    rf"|augmix(-(m\d+|w\d+|d\d+|a{_NUMBER}|b[01]|mstd{_NUMBER}))*"
+    rf"|(original|v0)r?(-mstd{_NUMBER})?|3a(-mstd{_NUMBER})?"
+)
+
+
+def build_transform(is_train: bool, args: argparse.Namespace) -> Transform:
+    """The transform of one split: PIL RGB image -> normalised float32 tensor (3, S, S), S = `args.input_size`.
+
+    Training: crop (`args.train_crop`), flip, `args.aa`, colour jitter, normalisation, random erasing, as in DeiT; `pad`
+    crops the whole image padded by an eighth of its side, `none` takes the whole image. Evaluation: the whole image for
+    a small data set or a small input (S <= 32), else DeiT's centre crop of `args.eval_crop_ratio` of the shorter side.
+
+    Raises:
+        ValueError: an illegal option; names its flag.
+    """
+    return _train_transform(args) if is_train else _eval_transform(args)
+
+
+def _train_transform(args: argparse.Namespace) -> Transform:
+    _check_choice("--train-crop", args.train_crop, TRAIN_CROPS)
+    _check_choice("--train-interpolation", args.train_interpolation, TRAIN_INTERPOLATIONS)
+    _check_choice("--remode", args.remode, ERASING_MODES)
+    crop_and_flip, augment, finish = create_transform(
+        args.input_size,
+        is_training=True,
+        hflip=args.hflip,
+        auto_augment=_timm_policy(args),
+        color_jitter=args.color_jitter or 0.0,
+        interpolation=args.train_interpolation,
+        mean=args.mean,
+        std=args.std,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        separate=True,
+    )
+    if args.train_crop != "random-resized":
+        crop = [RandomCrop(args.input_size, padding=args.input_size // 8)] if args.train_crop == "pad" else []
+        crop_and_flip = Compose([_resize_whole(args), *crop, RandomHorizontalFlip(args.hflip)])
+    if args.aa == "torchvision":
+        augment = Compose([RandAugment(), augment])
+    return Compose([crop_and_flip, augment, finish])
+
+
+def _resize_whole(args: argparse.Namespace) -> Callable[[Image.Image], Image.Image]:
+    random = args.train_interpolation == "random"
+    modes = ("bilinear", "bicubic") if random else (args.train_interpolation,)
+    return RandomChoice([Resize((args.input_size, args.input_size), InterpolationMode(mode)) for mode in modes])
+
+
+def _timm_policy(args: argparse.Namespace) -> str | None:
+    if args.aa in (None, "none", "torchvision"):
+        return None
+    if not TIMM_POLICY.fullmatch(args.aa):
+        raise ValueError(
+            f"unknown policy --aa {args.aa!r}: give none, torchvision, or timm's rand-m9-mstd0.5-inc1, augmix-m3-w3, "
+            "original, originalr, v0, v0r or 3a"
+        )
+    if args.color_jitter and "3a" not in args.aa:  # timm's own rule: it jitters colours beside the 3a policies only
+        raise ValueError(
+            f"--color-jitter {args.color_jitter} has no effect beside --aa {args.aa}: set it to 0, or --aa none"
+        )
+    return args.aa
+
+
+def _eval_transform(args: argparse.Namespace) -> Transform:
+    _check_choice("--interpolation", args.interpolation, [mode.value for mode in InterpolationMode])
+    if not 0 < args.eval_crop_ratio <= 1:
+        raise ValueError(f"--eval-crop-ratio {args.eval_crop_ratio} is no part of the image: give a number in (0, 1]")
+    size, mode = args.input_size, InterpolationMode(args.interpolation)
+    if DATA_SETS[args.data_set].small or size <= 32:
+        crop: list[Callable] = [Resize((size, size), mode)]  # changes no pixel of an image of that size
+    else:
+        crop = [Resize(int(size / args.eval_crop_ratio), mode), CenterCrop(size)]
+    return Compose([*crop, ToTensor(), Normalize(args.mean, args.std)])
+
+
+def _check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {flag} {value!r}: choose from {', '.join(choices)}")
+
+
+# ---- loaders
+
+
+class SeededRepeatAugSampler(RepeatAugSampler):
+    """Repeated augmentation (Hoffer et al. 2020) as in DeiT: a third of the images an epoch, each three times.
+
+    timm's sampler shuffles by the epoch alone; this one by seed + epoch, as `DistributedSampler` does. Its length is
+    not rounded down to a multiple of 256, so that a small data set is not left without a batch.
+    """
+
+    def __init__(self, dataset: Dataset, num_replicas: int, rank: int, seed: int) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, num_repeats=3, selected_round=0)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(self.seed + epoch)
+
+
+def build_loader(dataset: Dataset, is_train: bool, args: argparse.Namespace, rank: int, world_size: int) -> DataLoader:
+    """The batches of process `rank` of `world_size`: images (B, 3, S, S) and labels (B,), B = `args.batch_size`.
+
+    Training: full batches only, in an order that `args.seed` and `loader.sampler.set_epoch(epoch)` decide. Evaluation:
+    batches of up to 1.5 B; the processes share out the data set, each image once.
+
+    The augmentations follow the global random states of `random`, `numpy` and `torch` in this process: seed them.
+
+    Raises:
+        ValueError: `--batch-size` below 1, or a training set smaller than one batch of all processes.
+    """
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size} is too small: give at least 1")
+    # Workers are not persistent: new ones, seeded from this process's random state, start with every epoch. So an
+    # epoch's augmentations depend on that state alone, and a resumed run sees those of a run that was never stopped.
+    load = partial(
+        DataLoader,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem,
+        worker_init_fn=ignore_interrupt,
+        persistent_workers=False,
+    )
+    if not is_train:
+        shard = Subset(dataset, range(rank, _size(dataset), world_size))
+        return load(shard, batch_size=int(1.5 * args.batch_size), shuffle=False)
+    sampler = _train_sampler(dataset, args, rank, world_size)
+    return load(dataset, batch_size=args.batch_size, sampler=sampler, drop_last=True)
+
+
+def _train_sampler(dataset: Dataset, args: argparse.Namespace, rank: int, world_size: int) -> Sampler:
+    if _size(dataset) < args.batch_size * world_size:
+        raise ValueError(
+            f"{_size(dataset)} training images do not fill a batch of {args.batch_size} on each of {world_size} "
+            "process(es): lower --batch-size or the number of processes"
+        )
+    if args.repeated_aug:
+        return SeededRepeatAugSampler(dataset, world_size, rank, args.seed)
+    return DistributedSampler(dataset, world_size, rank, seed=args.seed, drop_last=True)
+
+
+def _size(dataset: Dataset) -> int:
+    return len(dataset)  # type: ignore[arg-type]  # torch's Dataset declares no __len__; all of ours have one
+
+
+def ignore_interrupt(worker_id: int) -> None:
+    """Start a worker that leaves Ctrl-C, which a terminal sends to every process, to the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,480 @@
+"""Train a vision transformer, or evaluate a checkpoint of one.
+
+`python main.py --help` lists the options; `torchrun main.py` does the same work in several processes.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from logging import getLogger
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+import models_lape  # noqa: F401  (registers the models)
+from datasets import DATA_SETS, build_dataset, build_loader, canonical_data_set
+from engine import evaluate, train_one_epoch
+from lape_vit import convert_checkpoint
+from lape_vit.encodings import canonical_name
+from training import distributed
+from training.checkpoint import atomic_write, description_of, load_checkpoint, load_weights, save_checkpoint
+from training.curves import draw_curves
+from training.distributed import World
+from training.interrupt import defer_interrupts
+from training.logs import LoopDisplay, clock, start_logging
+from training.optimisation import learning_rate
+from training.options import (
+    OptionParser,
+    build_parser,
+    config_text,
+    describe,
+    find_recipe,
+    flag_of,
+    read_recipe,
+    saved_options,
+)
+from training.seeding import seed_everything
+from training.state import TrainingState, build_state, restore_state
+
+_logger = getLogger(__name__)
+
+FIXED = ("model", "pe", "join_type", "input_size")
+"""Options that a checkpoint decides."""
+FOR_EVALUATION = ("data_set", "data_path", "batch_size", "num_workers", "amp_dtype", "interpolation", "eval_crop_ratio")
+"""Options that evaluation takes over from the training, to repeat what the training measured."""
+RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "config.yaml", "log.txt")
+SECONDS_BETWEEN_DRAWINGS = 30
+SECONDS_FOR_MAIN_PROCESS = 15
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: that of the process).
+
+    Returns:
+        The exit code: 0; 1 if the training diverged; 2 for bad input; 130 if interrupted. All but 0 come with one line.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    world = distributed.world_from_environment()
+    console = start_logging(world.is_main)
+    display = LoopDisplay(console if world.is_main else None, world.size)
+    try:
+        try:
+            run = set_up(argv, world, display)
+        except (ValueError, OSError) as error:
+            return _end(f"error: {error}", 2, world)
+        with defer_interrupts():
+            return evaluate_checkpoint(run) if run.training is None else train(run, run.training)
+    except FloatingPointError as error:
+        return _end(f"error: {error}", 1, world)
+    except KeyboardInterrupt as interrupt:
+        return _end(f"interrupted{interrupt}", 130, world) if world.is_main else 130
+    finally:
+        distributed.stop()
+
+
+def _end(message: str, exit_code: int, world: World) -> int:
+    if not world.is_main:
+        # If the main process fails too, torchrun ends this one while it waits, and one process has told what is wrong.
+        time.sleep(SECONDS_FOR_MAIN_PROCESS)
+        message = f"process {world.rank}: {message}"
+    print("main.py:", " ".join(message.split()), file=sys.stderr, flush=True)
+    return exit_code
+
+
+# ---- set-up: all that can be wrong with the input is found here, before anything is written
+
+
+@dataclass
+class Training:
+    """What training needs besides what evaluation needs."""
+
+    state: TrainingState
+    loader: DataLoader
+    config: dict[str, Any]  # the options to save
+
+
+@dataclass
+class Run:
+    """What a run works with, in this process."""
+
+    args: argparse.Namespace
+    world: World
+    device: torch.device
+    display: LoopDisplay
+    model: nn.Module
+    description: dict[str, Any]
+    test_loader: DataLoader
+    num_test_images: int
+    training: Training | None = None
+    output_dir: Path | None = None  # in the main process, which alone writes
+
+
+def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
+    """Read the options, the data, the checkpoint and the model.
+
+    Raises:
+        ValueError, OSError: something is wrong with the input; the message says what, where, and what to do.
+    """
+    parser = build_parser()
+    given = parser.read(argv)
+    if given.get("eval") and "resume" not in given:
+        raise ValueError("--eval needs --resume FILE, the checkpoint to evaluate")
+    checkpoint = load_checkpoint(given["resume"]) if "resume" in given else {}
+    description = description_of(checkpoint)
+    args = resolve_options(parser, given, checkpoint, description)
+    device = distributed.pick_device(args.device, world)
+    resolve_device_options(args, device)
+    distributed.start(world, device)
+
+    test_set, classes = build_dataset(False, args)
+    expected = description.get("num_classes", len(classes))
+    if expected != len(classes):
+        raise ValueError(f"{args.data_set} has {len(classes)} classes, but the model of {args.resume} has {expected}")
+    seed_everything(args.seed, epoch=0, rank=0)  # every process makes the same model
+    model = build_model(args, len(classes))
+    if checkpoint:
+        name = f"{args.model} with {args.pe} and {args.join_type}"
+        load_weights(model, convert_checkpoint(checkpoint["model"]), args.resume, name)
+    run = Run(
+        args=args,
+        world=world,
+        device=device,
+        display=display,
+        model=model.to(device),
+        description=describe_model(args, classes),
+        test_loader=build_loader(test_set, False, args, world.rank, world.size),
+        num_test_images=len(test_set),  # type: ignore[arg-type]  # torch's Dataset declares no __len__
+    )
+    if not args.eval:
+        run.training = set_up_training(run, parser, checkpoint)
+    if world.is_main:
+        run.output_dir = open_output_dir(args)
+        introduce(run, parser, given)
+        if run.training is not None and run.output_dir is not None:
+            text = config_text(run.training.config, shlex.join(["main.py", *argv]))
+            write_text(run.output_dir / "config.yaml", text)
+    return run
+
+
+def resolve_options(
+    parser: OptionParser, given: dict[str, Any], checkpoint: dict[str, Any], description: dict[str, Any]
+) -> argparse.Namespace:
+    """All options: what was given, else what the checkpoint is of, else the recipe, else the default; canonical names.
+
+    Raises:
+        ValueError: an unknown name, or an option that contradicts the checkpoint; names both values.
+    """
+    for options in (given, description):
+        if options.get("pe") is not None:
+            options["pe"] = canonical_name(options["pe"])
+    if "data_set" in given:
+        given["data_set"] = canonical_data_set(given["data_set"])
+    fixed = {name: description[name] for name in FIXED if name in description}
+    for name in fixed.keys() & given.keys():
+        if given[name] != fixed[name]:
+            raise ValueError(f"{flag_of(name)} {given[name]} contradicts {given['resume']}, which has {fixed[name]}")
+
+    recipe_name, recipe = pick_recipe(parser, given, checkpoint)
+    args = argparse.Namespace(**{**parser.defaults, **recipe, **fixed, **given, "recipe": recipe_name})
+    if args.resume and not args.eval and args.output_dir is None:
+        args.output_dir = str(Path(args.resume).parent)
+    if args.model not in (known := timm.list_models(module="models_lape")):
+        raise ValueError(f"unknown --model {args.model!r}: choose from {', '.join(known)}")
+    if args.input_size is None:
+        cfg = timm.models.get_pretrained_cfg(args.model)
+        assert cfg is not None  # all models of models_lape have one
+        args.input_size = cfg.input_size[-1]
+    args.data_set = canonical_data_set(args.data_set)
+    data_set = DATA_SETS[args.data_set]
+    args.data_path = args.data_path or data_set.default_data_path
+    args.mean, args.std = description.get("mean", data_set.mean), description.get("std", data_set.std)
+    return args
+
+
+def pick_recipe(parser: OptionParser, given: dict[str, Any], checkpoint: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A name and options: of the recipe asked for, else of the checkpoint, else of the data set's recipe."""
+    if "recipe" in given:
+        return given["recipe"], read_recipe(parser, find_recipe(given["recipe"]))
+    if "config" in checkpoint:
+        saved = dict(checkpoint["config"])
+        if given.get("data_set", saved["data_set"]) != saved["data_set"]:
+            saved["data_path"] = None  # is of the other data set
+        return given["resume"], {name: saved[name] for name in FOR_EVALUATION} if given.get("eval") else saved
+    name = DATA_SETS[given.get("data_set", parser.defaults["data_set"])].recipe
+    return name, read_recipe(parser, find_recipe(name))
+
+
+def resolve_device_options(args: argparse.Namespace, device: torch.device) -> None:
+    """Fill in the options whose default depends on the device."""
+    on_gpu = device.type == "cuda"
+    args.device = args.device or device.type
+    if args.amp_dtype is None:
+        args.amp_dtype = (
+            ("bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16")
+            if on_gpu
+            else "float32"
+        )
+    if args.pin_mem is None:
+        args.pin_mem = on_gpu
+
+
+def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    """The model of the options; what they leave open, it decides, and `args` then says the encoding and the join."""
+    options = {"pe": args.pe, "join_type": args.join_type, "drop_rate": args.drop, "drop_path_rate": args.drop_path}
+    options = {name: value for name, value in options.items() if value is not None}
+    model: Any = timm.create_model(args.model, num_classes=num_classes, img_size=args.input_size, **options)
+    patch = model.patch_embed.patch_size[0]
+    if args.input_size % patch:  # timm would leave the rest of the image out
+        raise ValueError(
+            f"--input-size {args.input_size} is no multiple of the {patch} pixels of {args.model}'s patches"
+        )
+    args.pe, args.join_type = model.pe, model.join_type
+    return model
+
+
+def describe_model(args: argparse.Namespace, classes: Sequence[str]) -> dict[str, Any]:
+    """What it takes to build the model and to prepare its images, as plain data."""
+    return {
+        "model": args.model,
+        "pe": args.pe,
+        "join_type": args.join_type,
+        "num_classes": len(classes),
+        "classes": list(classes),
+        "input_size": args.input_size,
+        "data_set": args.data_set,
+        "mean": list(args.mean),
+        "std": list(args.std),
+        "interpolation": args.interpolation,
+        "eval_crop_ratio": args.eval_crop_ratio,
+    }
+
+
+def set_up_training(run: Run, parser: OptionParser, checkpoint: dict[str, Any]) -> Training:
+    """The training data and the state of the training, restored from the checkpoint if there is one."""
+    args, world = run.args, run.world
+    train_set, classes = build_dataset(True, args)
+    loader = build_loader(train_set, True, args, world.rank, world.size)
+    state = build_state(args, run.model, len(classes), len(loader), world.size)
+    if checkpoint:
+        restore_state(state, checkpoint, args)
+        if world.is_main:
+            state.rows = read_log(Path(args.output_dir) / "log.txt", state.epoch)
+    return Training(state, loader, saved_options(args, parser))
+
+
+def open_output_dir(args: argparse.Namespace) -> Path | None:
+    """Make the folder of `--output_dir`, if one is given.
+
+    Raises:
+        OSError: it holds another run, or cannot be made.
+    """
+    if args.output_dir is None:
+        return None
+    folder = Path(args.output_dir)
+    held = [name for name in RUN_FILES if (folder / name).exists()]
+    is_resumed = args.resume is not None and Path(args.resume).resolve().parent == folder.resolve()
+    if held and not args.eval and not is_resumed:
+        raise FileExistsError(
+            f"--output_dir {folder} holds a run already ({', '.join(held)}): go on with it by "
+            f"--resume {folder / RUN_FILES[0]}, or name another folder"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--output_dir {folder} cannot be made: {error.strerror}") from error
+    return folder
+
+
+def introduce(run: Run, parser: OptionParser, given: dict[str, Any]) -> None:
+    """Log what the run is going to do."""
+    args, world = run.args, run.world
+    processes = "1 process" if world.size == 1 else f"{world.size} processes"
+    parameters = count_parameters(run.model)
+    _logger.info("%s with %s, joined by %s: %s parameters", args.model, args.pe, args.join_type, f"{parameters:,}")
+    if run.training is None:
+        _logger.info(
+            "%s: %d images; %s on %s in %s", args.data_set, run.num_test_images, processes, args.device, args.amp_dtype
+        )
+        return
+    _logger.info("options (* given on the command line, others from recipe %s or by default)", args.recipe)
+    _logger.info("%s", describe(args, parser, given))
+    _logger.info(
+        "%s: %d images to train, %d to test, %d classes",
+        args.data_set,
+        len(run.training.loader.dataset),  # type: ignore[arg-type]
+        run.num_test_images,
+        run.description["num_classes"],
+    )
+    _logger.info(
+        "%s on %s in %s: %d images per update, %d updates per epoch, learning rate up to %g",
+        processes,
+        args.device,
+        args.amp_dtype,
+        args.batch_size * world.size,
+        len(run.training.loader),
+        learning_rate(args, world.size),
+    )
+    _logger.info("output: %s", run.output_dir or "none, as --output_dir is not given")
+
+
+# ---- the two things to do
+
+
+def evaluate_checkpoint(run: Run) -> int:
+    """Evaluate the model, show the result, and write `eval.json`."""
+    result = evaluate_model(run, run.model, "test")
+    _logger.info("* Acc@1 %.3f Acc@5 %.3f loss %.3f", result["acc1"], result["acc5"], result["loss"])
+    if run.output_dir is not None:
+        write_text(run.output_dir / "eval.json", json.dumps(result) + "\n")
+    return 0
+
+
+def train(run: Run, training: Training) -> int:
+    """Train the epochs that are left; after each, evaluate, log and save."""
+    args, state = run.args, training.state
+    model = distributed.wrap(run.model, run.world, run.device)
+    if state.epoch >= args.epochs:
+        _logger.info("all %d epochs of %s are done: give more --epochs to go on", args.epochs, args.resume)
+        return 0
+    start, epochs_before, drawn = time.monotonic(), state.epoch, -math.inf
+    try:
+        while state.epoch < args.epochs:
+            row = run_epoch(run, training, model)
+            is_best = row["test_acc1"] > state.best_acc1
+            state.best_acc1 = max(state.best_acc1, row["test_acc1"])
+            state.epoch = row["epoch"]
+            state.rows.append(row)
+            left = (time.monotonic() - start) / (state.epoch - epochs_before) * (args.epochs - state.epoch)
+            _logger.info("%s  best %.2f %%  %s left", summarise(row, args.epochs), state.best_acc1, clock(left))
+            if run.output_dir is not None:
+                save(run.output_dir, run, training, is_best)
+                if state.epoch == args.epochs or time.monotonic() - drawn > SECONDS_BETWEEN_DRAWINGS:
+                    with atomic_write(run.output_dir / "curves.png") as file:
+                        draw_curves(state.rows, file, f"{args.model}, {args.pe}, {args.join_type} on {args.data_set}")
+                    drawn = time.monotonic()
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error}; {last_checkpoint(run)}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f" in epoch {state.epoch + 1}; {last_checkpoint(run)}") from None
+    return 0
+
+
+def run_epoch(run: Run, training: Training, model: nn.Module) -> dict[str, Any]:
+    """Train `model`, the wrapped `run.model`, for one epoch and evaluate it: a row of `log.txt`."""
+    args, state, loader = run.args, training.state, training.loader
+    start = time.monotonic()
+    epoch = state.epoch + 1
+    accuracy = f"  acc@1 {state.rows[-1]['test_acc1']:.2f} %" if state.rows else ""
+    seed_everything(args.seed, epoch, run.world.rank)
+    cast("DistributedSampler", loader.sampler).set_epoch(state.epoch)
+    trained = train_one_epoch(
+        model,
+        loader,
+        state.criterion,
+        state.optimizer,
+        state.scheduler,
+        state.scaler,
+        epoch=state.epoch,
+        title=f"epoch {epoch}/{args.epochs}{accuracy}",
+        device=run.device,
+        amp_dtype=getattr(torch, args.amp_dtype),
+        clip_grad=args.clip_grad,
+        mixup=state.mixup,
+        ema=state.ema,
+        display=run.display,
+    )
+    row = {"epoch": epoch, "train_loss": trained["loss"], "train_lr": trained["lr"]}
+    tested = {"test": evaluate_model(run, run.model, f"epoch {epoch}/{args.epochs}  test")}
+    if state.ema is not None:
+        tested["test_ema"] = evaluate_model(run, state.ema.module, f"epoch {epoch}/{args.epochs}  test of the average")
+    for name, result in tested.items():
+        row |= {f"{name}_{key}": result[key] for key in ("loss", "acc1", "acc5")}
+    row |= {"n_parameters": count_parameters(run.model), "seconds": time.monotonic() - start}
+    return row | {"images_per_second": trained["images_per_second"]}
+
+
+def evaluate_model(run: Run, model: nn.Module, title: str) -> dict[str, float]:
+    """Evaluate `model` on the test images."""
+    return evaluate(
+        model,
+        run.test_loader,
+        num_images=run.num_test_images,
+        title=title,
+        device=run.device,
+        amp_dtype=getattr(torch, run.args.amp_dtype),
+        display=run.display,
+    )
+
+
+def summarise(row: dict[str, Any], epochs: int) -> str:
+    """A row of `log.txt` for the eye."""
+    ema = f" (average {row['test_ema_acc1']:.2f} %)" if "test_ema_acc1" in row else ""
+    return (
+        f"epoch {row['epoch']}/{epochs}  train loss {row['train_loss']:.4f}  test loss {row['test_loss']:.4f}  "
+        f"acc@1 {row['test_acc1']:.2f} %{ema}  acc@5 {row['test_acc5']:.2f} %  lr {row['train_lr']:.2e}  "
+        f"{row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s"
+    )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+# ---- files
+
+
+def save(folder: Path, run: Run, training: Training, is_best: bool) -> None:
+    """Write the log, then the checkpoint: a row beyond the checkpoint is dropped when the run is resumed."""
+    write_text(folder / "log.txt", "".join(f"{json.dumps(row)}\n" for row in training.state.rows))
+    checkpoint = {
+        "model": run.model.state_dict(),
+        **training.state.state_dict(),
+        "config": training.config,
+        "description": run.description,
+    }
+    save_checkpoint(folder / "checkpoint.pth", checkpoint)
+    if is_best:
+        save_checkpoint(folder / "best_checkpoint.pth", checkpoint)
+
+
+def last_checkpoint(run: Run) -> str:
+    """Where to go on from."""
+    path = None if run.output_dir is None else run.output_dir / "checkpoint.pth"
+    return f"last checkpoint: {path}; go on with --resume {path}" if path and path.exists() else "no checkpoint yet"
+
+
+def read_log(path: Path, epochs: int) -> list[dict[str, Any]]:
+    """The rows of the first `epochs` epochs in a `log.txt`, if there is one.
+
+    Raises:
+        ValueError: not such a file.
+    """
+    if not path.exists():
+        return []
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [row for row in rows if row["epoch"] <= epochs]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged: it must hold one JSON object per line; repair it or move it away"
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file, or leave it as it was."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

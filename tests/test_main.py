@@ -1,0 +1,667 @@
+"""The command line: what it trains, writes, evaluates and refuses."""
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+import yaml
+from PIL import Image
+from tiny_run import as_original, call, contents, load, log_of, set_up, train
+
+import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run.make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    path = tmp_path_factory.mktemp("recipes") / "tiny.yaml"
+    path.write_text(tiny_run.RECIPE + f"data-path: {data}\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
+    """The folder of a finished run; to be left as it is."""
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    assert call("--recipe", recipe, "--join-type", "LaPE", "--output_dir", folder) == 0
+    return folder
+
+
+def refused(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on standard error."""
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("main.py: error: ")
+    return line
+
+
+# ---- training
+
+
+def test_training_writes_all_that_it_promises(trained: Path) -> None:
+    files = {"checkpoint.pth", "best_checkpoint.pth", "config.yaml", "log.txt", "curves.png"}
+    assert set(contents(trained)) == files
+
+    rows = log_of(trained)
+    assert [row["epoch"] for row in rows] == [1, 2]
+    promised = {"epoch", "train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5", "n_parameters", "seconds"}
+    assert all(promised <= row.keys() for row in rows)
+    assert [row["train_lr"] for row in rows] == pytest.approx([1e-4, 5.05e-4])  # warm-up, then half of the cosine
+    assert all(0 <= row["test_acc1"] <= row["test_acc5"] == 100 for row in rows)  # of three classes
+
+    checkpoint = load(trained / "checkpoint.pth")
+    assert checkpoint["epoch"] == 2
+    assert checkpoint["best_acc1"] == max(row["test_acc1"] for row in rows)
+    assert rows[0]["n_parameters"] == sum(
+        p.numel() for p in set_up("--resume", trained / "checkpoint.pth").model.parameters()
+    )
+    assert checkpoint["description"] == {
+        "model": "vit_compact_patch4_32",
+        "pe": "learnable",
+        "join_type": "LaPE",
+        "num_classes": 3,
+        "classes": list(tiny_run.CLASSES),
+        "input_size": 16,
+        "data_set": "FOLDER",
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "interpolation": "bicubic",
+        "eval_crop_ratio": 0.875,
+    }
+    with Image.open(trained / "curves.png") as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 400
+
+
+def test_the_best_checkpoint_is_that_of_the_best_epoch(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracies = iter([50.0, 70.0, 70.0, 60.0])
+    result = {"acc5": 100.0, "loss": 1.0, "count": 13}
+    monkeypatch.setattr(main, "evaluate", lambda *args, **kwargs: {"acc1": next(accuracies), **result})
+    train("--recipe", recipe, "--epochs", 4, "--output_dir", tmp_path / "run")
+    assert load(tmp_path / "run" / "best_checkpoint.pth")["epoch"] == 2
+    assert load(tmp_path / "run" / "checkpoint.pth")["epoch"] == 4
+    assert load(tmp_path / "run" / "checkpoint.pth")["best_acc1"] == 70
+
+
+def test_without_output_dir_nothing_is_written(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call("--recipe", recipe, "--epochs", 1) == 0
+    assert contents(tmp_path) == {}
+    assert "output: none" in capsys.readouterr().out
+
+
+def test_the_run_prints_its_options_and_marks_those_given(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call("--recipe", recipe, "--epochs", 1, "--weight_decay=0.25")
+    out = capsys.readouterr().out
+    assert re.search(r"weight-decay\* 0.25\b", out)
+    assert re.search(r"\blr 0.001\b", out)
+    assert re.search(r"join-type basic\b", out)
+    assert re.search(r"device cpu|device cuda", out)
+    assert re.search(r"epoch 1/1 .*train loss .*acc@1 .* images/s .* left", out)
+
+
+@pytest.mark.parametrize("flags", [("--output-dir", "--weight-decay"), ("--output_dir", "--weight_decay")])
+def test_dash_and_underscore_mean_the_same(tmp_path: Path, recipe: Path, flags: tuple[str, str]) -> None:
+    folder, decay = flags
+    run = set_up("--recipe", recipe, folder, tmp_path / "a_b", f"{decay}=0.125")
+    assert run.output_dir == tmp_path / "a_b"
+    assert run.args.weight_decay == 0.125
+
+
+def test_the_command_line_overrides_the_recipe_and_that_the_defaults(recipe: Path) -> None:
+    args = set_up("--recipe", recipe, "--lr", "0.5").args
+    assert (args.lr, args.batch_size, args.weight_decay) == (0.5, 12, 0.05)
+
+
+def test_the_saved_configuration_repeats_the_run(tmp_path: Path, trained: Path) -> None:
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    assert (config["join_type"], config["device"], config["input_size"]) == ("LaPE", set_up_device(), 16)
+    run = train("--recipe", trained / "config.yaml", "--output_dir", tmp_path)
+    saved = load(trained / "checkpoint.pth")["model"]
+    assert all(torch.equal(value.cpu(), saved[name]) for name, value in run.model.state_dict().items())
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == config
+
+
+def set_up_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def test_without_an_average_there_is_none_and_with_one_it_is_evaluated(
+    tmp_path: Path, recipe: Path, trained: Path
+) -> None:
+    assert load(trained / "checkpoint.pth")["model_ema"] is None
+    run = train("--recipe", recipe, "--epochs", 1, "--model-ema", "--model-ema-decay", 0.5, "--output_dir", tmp_path)
+    assert {"test_ema_loss", "test_ema_acc1", "test_ema_acc5"} <= log_of(tmp_path)[0].keys()
+    average = load(tmp_path / "checkpoint.pth")["model_ema"]
+    weights = run.model.state_dict()
+    assert average.keys() == weights.keys()
+    assert not torch.equal(average["head.weight"], weights["head.weight"].cpu())
+
+
+# What to compare with beside the bare recipe, and a change of the option that the weights after two epochs must show.
+EFFECTS: dict[str, tuple[tuple[object, ...], tuple[object, ...]]] = {
+    "seed": ((), ("--seed", 1)),
+    "amp_dtype": ((), ("--amp-dtype", "bfloat16")),
+    "pe": ((), ("--pe", "2D_sin")),
+    "join_type": ((), ("--join-type", "LaPE")),
+    "input_size": ((), ("--input-size", 8)),
+    "drop": ((), ("--drop", 0.9)),
+    "drop_path": ((), ("--drop-path", 0.9)),
+    "batch_size": ((), ("--batch-size", 6)),
+    "train_crop": ((), ("--train-crop", "random-resized")),
+    "train_interpolation": (("--input-size", 12), ("--train-interpolation", "bilinear")),
+    "hflip": ((), ("--hflip", 0)),
+    "aa": ((), ("--aa", "rand-m9-mstd0.5-inc1")),
+    "color_jitter": ((), ("--color-jitter", 0.5)),
+    "reprob": ((), ("--reprob", 1)),
+    "remode": (("--reprob", 1), ("--remode", "const")),
+    "recount": (("--reprob", 1), ("--recount", 3)),
+    "repeated_aug": ((), ("--repeated-aug",)),
+    "mixup": ((), ("--mixup", 1)),
+    "cutmix": ((), ("--cutmix", 1)),
+    "cutmix_minmax": (("--cutmix", 1), ("--cutmix-minmax", 0.4, 0.6)),
+    "mixup_prob": (("--mixup", 1), ("--mixup-prob", 0.1)),
+    "mixup_switch_prob": (("--mixup", 1, "--cutmix", 1), ("--mixup-switch-prob", 0)),
+    "mixup_mode": (("--mixup", 1), ("--mixup-mode", "elem")),
+    "smoothing": ((), ("--smoothing", 0.3)),
+    "epochs": ((), ("--epochs", 1)),
+    "opt": ((), ("--opt", "sgd")),
+    "opt_eps": ((), ("--opt-eps", 1)),
+    "opt_betas": ((), ("--opt-betas", 0.1, 0.2)),
+    "momentum": (("--opt", "sgd"), ("--momentum", 0.1)),
+    "weight_decay": ((), ("--weight-decay", 10)),
+    "clip_grad": (("--opt", "sgd"), ("--clip-grad", 0.01)),
+    "lr": ((), ("--lr", 5e-3)),
+    "unscale_lr": ((), ("--no-unscale-lr",)),
+    "sched": ((), ("--sched", "constant")),
+    "sched_on_updates": ((), ("--sched-on-updates",)),
+    "warmup_epochs": ((), ("--warmup-epochs", 0)),
+    "warmup_lr": ((), ("--warmup-lr", 5e-4)),
+    "min_lr": ((), ("--min-lr", 9e-4)),
+}
+
+
+@pytest.fixture(scope="session")
+def few_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run.make_images(tmp_path_factory.mktemp("few"), num_train=8, num_val=3)
+
+
+@pytest.fixture(scope="session")
+def compared() -> dict[tuple[object, ...], torch.Tensor]:
+    return {}
+
+
+@pytest.mark.parametrize("option", EFFECTS)
+def test_each_option_of_training_changes_the_weights(
+    option: str, recipe: Path, few_images: Path, compared: dict[tuple[object, ...], torch.Tensor]
+) -> None:
+    def weights(*flags: object) -> torch.Tensor:
+        if flags not in compared:
+            run = train("--recipe", recipe, "--data-path", few_images, *flags)
+            compared[flags] = run.model.state_dict()["blocks.0.mlp.fc1.weight"].clone()
+        return compared[flags]
+
+    base, change = EFFECTS[option]
+    assert not torch.equal(weights(*base), weights(*base, *change))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(
+    tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = call(
+        "--recipe", recipe, "--lr", 1e30, "--warmup-epochs", 0, "--opt", "sgd", "--output_dir", tmp_path / "run"
+    )
+    assert code == 1
+    assert re.search(
+        r"epoch 1/2: the loss became (nan|inf) at a learning rate of 1e\+30; no checkpoint yet", refused(capsys)
+    )
+    assert not (tmp_path / "run" / "checkpoint.pth").exists()
+
+
+# ---- evaluation
+
+
+def test_evaluation_of_a_checkpoint_alone_repeats_what_training_measured(
+    tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("--eval", "--resume", trained / "checkpoint.pth", "--output_dir", tmp_path) == 0
+    row = log_of(trained)[-1]
+    line = f"* Acc@1 {row['test_acc1']:.3f} Acc@5 {row['test_acc5']:.3f} loss {row['test_loss']:.3f}"
+    assert line in capsys.readouterr().out.splitlines()
+    result = json.loads((tmp_path / "eval.json").read_text())
+    expected = {"acc1": row["test_acc1"], "acc5": row["test_acc5"], "loss": row["test_loss"], "count": tiny_run.NUM_VAL}
+    assert result == expected
+    assert set(contents(tmp_path)) == {"eval.json"}
+
+
+def test_evaluation_into_the_folder_of_a_run_leaves_the_run_alone(tmp_path: Path, trained: Path) -> None:
+    copy = copy_of(trained, tmp_path)
+    before = contents(copy)
+    assert call("--eval", "--resume", copy / "checkpoint.pth", "--output_dir", copy) == 0
+    after = contents(copy)
+    del after["eval.json"]
+    assert after == before
+
+
+def copy_of(folder: Path, parent: Path) -> Path:
+    copy = parent / "copy"
+    copy.mkdir()
+    for name, content in contents(folder).items():
+        (copy / name).write_bytes(content)
+    return copy
+
+
+CONTRADICTIONS = {
+    "model": ("deit_tiny_patch16_224", "vit_compact_patch4_32"),
+    "pe": ("2D_sin", "learnable"),
+    "join_type": ("share", "LaPE"),
+    "input_size": ("32", "16"),
+}
+
+
+@pytest.mark.parametrize("mode", ["--eval", "--no-pin-mem"])  # evaluate, or go on with the training
+@pytest.mark.parametrize("option", CONTRADICTIONS)
+def test_a_flag_that_contradicts_the_checkpoint_is_refused_with_both_values(
+    option: str, mode: str, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, saved = CONTRADICTIONS[option]
+    flag = "--" + option.replace("_", "-")
+    before = contents(trained)
+    assert call(mode, "--resume", trained / "checkpoint.pth", flag, given) == 2
+    line = refused(capsys)
+    assert f"{flag} {given}" in line
+    assert saved in line
+    assert contents(trained) == before
+
+
+def test_flags_that_agree_with_the_checkpoint_are_accepted_under_any_name(trained: Path) -> None:
+    args = set_up("--eval", "--resume", trained / "checkpoint.pth", "--pos_embed", "learn", "--join_type=LaPE").args
+    assert (args.pe, args.join_type) == ("learnable", "LaPE")
+
+
+def test_the_checkpoint_decides_over_a_recipe(tmp_path: Path, trained: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(
+        "pe: none\njoin-type: basic\ninput-size: 32\n" + f"data-set: FOLDER\ndata-path: {data_path(trained)}\n"
+    )
+    args = set_up("--eval", "--resume", trained / "checkpoint.pth", "--recipe", other).args
+    assert (args.pe, args.join_type, args.input_size) == ("learnable", "LaPE", 16)
+
+
+def data_path(run: Path) -> str:
+    return yaml.safe_load((run / "config.yaml").read_text())["data_path"]
+
+
+def test_the_originals_checkpoints_evaluate_as_ours(
+    tmp_path: Path, trained: Path, data: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = as_original(load(trained / "checkpoint.pth"))
+    row = log_of(trained)[-1]
+    line = f"* Acc@1 {row['test_acc1']:.3f} Acc@5 {row['test_acc5']:.3f} loss {row['test_loss']:.3f}"
+
+    torch.save(original, tmp_path / "namespace.pth")
+    assert call("--eval", "--resume", tmp_path / "namespace.pth", "--data-set", "FOLDER", "--data-path", data) == 0
+    assert line in capsys.readouterr().out.splitlines()
+
+    torch.save(original["model"], tmp_path / "weights.pth")  # which say nothing of the model
+    flags = ("--recipe", recipe, "--join-type", "LaPE")
+    assert call("--eval", "--resume", tmp_path / "weights.pth", *flags) == 0
+    assert line in capsys.readouterr().out.splitlines()
+
+    assert call("--resume", tmp_path / "namespace.pth", *flags) == 2
+    assert "no training to go on with" in refused(capsys)
+
+
+def test_a_namespace_that_is_contradicted_is_refused(
+    tmp_path: Path, trained: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(as_original(load(trained / "checkpoint.pth")), tmp_path / "namespace.pth")
+    assert call("--eval", "--resume", tmp_path / "namespace.pth", "--recipe", recipe, "--join-type", "share") == 2
+    assert "--join-type share contradicts" in refused(capsys)
+
+
+# ---- resuming
+
+RICH = (
+    "--model-ema",
+    "--model-ema-decay",
+    0.9,
+    "--mixup",
+    0.8,
+    "--drop-path",
+    0.2,
+    "--reprob",
+    0.5,
+    "--join-type",
+    "LaPE",
+)
+
+
+def interrupt_after(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*args: object, epoch: int, **kwargs: object) -> dict[str, float]:
+        if epoch == epochs:
+            raise KeyboardInterrupt
+        return train_one_epoch(*args, epoch=epoch, **kwargs)  # type: ignore[arg-type]
+
+    train_one_epoch = main.train_one_epoch
+    monkeypatch.setattr(main, "train_one_epoch", stopped)
+
+
+def test_four_epochs_equal_two_and_two_bit_for_bit(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--recipe", recipe, "--epochs", 4, "--sched-on-updates", "--device", "cpu", *RICH)
+    assert call(*flags, "--output_dir", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        assert call(*flags, "--output_dir", tmp_path / "parts") == 130
+    checkpoint = tmp_path / "parts" / "checkpoint.pth"
+    message = f"main.py: interrupted in epoch 3; last checkpoint: {checkpoint}; go on with --resume {checkpoint}"
+    assert capsys.readouterr().err.splitlines() == [message]
+    assert call("--resume", checkpoint) == 0  # no other flag
+
+    for name in ("checkpoint.pth", "best_checkpoint.pth"):
+        whole, parts = load(tmp_path / "whole" / name), load(tmp_path / "parts" / name)
+        assert differences(whole, parts) == []
+        assert whole["epoch"] > 0
+    timeless = [
+        [{key: value for key, value in row.items() if key not in ("seconds", "images_per_second")} for row in log]
+        for log in (log_of(tmp_path / "whole"), log_of(tmp_path / "parts"))
+    ]
+    assert len(timeless[0]) == 4
+    assert timeless[0] == timeless[1]
+    assert yaml.safe_load((tmp_path / "whole/config.yaml").read_text()) == yaml.safe_load(
+        (tmp_path / "parts/config.yaml").read_text()
+    )
+
+
+def differences(a: object, b: object, at: str = "") -> list[str]:
+    """Where two checkpoints differ by a bit."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [found for key in a for found in differences(a[key], b[key], f"{at}.{key}")]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [found for index in range(len(a)) for found in differences(a[index], b[index], f"{at}[{index}]")]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+    return [] if same else [at]
+
+
+def test_resuming_drops_log_rows_beyond_the_checkpoint_and_tells_changed_options(
+    tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = copy_of(trained, tmp_path)
+    with (copy / "log.txt").open("a") as file:
+        file.write(json.dumps({"epoch": 3, "test_acc1": 99.0}) + "\n")
+    assert call("--resume", copy / "checkpoint.pth", "--epochs", 3, "--weight-decay", 0.5) == 0
+    out = capsys.readouterr().out
+    assert "--epochs is now 3; it was 2" in out
+    assert "--weight-decay is now 0.5; it was 0.05" in out
+    rows = log_of(copy)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert rows[2]["test_acc1"] != 99
+    decays = {group["weight_decay"] for group in load(copy / "checkpoint.pth")["optimizer"]["param_groups"]}
+    assert decays == {0.0, 0.5}
+
+
+def test_resuming_a_finished_run_does_nothing_and_says_so(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(trained)
+    assert call("--resume", trained / "checkpoint.pth") == 0
+    assert "all 2 epochs" in capsys.readouterr().out
+    after = contents(trained)
+    before["config.yaml"] = after["config.yaml"] = b""  # says the last command
+    assert after == before
+
+
+def test_another_optimizer_is_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--resume", trained / "checkpoint.pth", "--epochs", 3, "--opt", "sgd") == 2
+    line = refused(capsys)
+    assert "--opt sgd" in line
+    assert "adamw" in line
+
+
+# ---- bad input
+
+
+def damaged_data(kind: str, folder: Path) -> Path:
+    if kind == "absent":
+        return folder / "nowhere"
+    root = folder / "images"
+    if kind == "empty":
+        root.mkdir()
+    else:
+        tiny_run.make_images(root, num_train=2, num_val=3)
+        (root / "val" / "circle").rename(root / "val" / "ellipse")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("absent", "nowhere"), ("empty", "train/ and val/"), ("other classes", "ellipse")]
+)
+def test_bad_data_folders_are_refused(
+    kind: str, words: str, tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = damaged_data(kind, tmp_path)
+    assert call("--recipe", recipe, "--data-path", path, "--output_dir", tmp_path / "run") == 2
+    assert words in refused(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_cifar_without_files_and_network_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_network(*args: object, **kwargs: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    command = ("--dataset", "cifar10", "--pos_embed", "sinusoidal", "--data-path", tmp_path / "data")
+    assert call(*command, "--output_dir", tmp_path / "run") == 2
+    assert "no network" in refused(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+BAD_OPTIONS = [
+    (("--pe", "2D_cos"), ["2D_cos", "2D_sin"]),
+    (("--pe", "2D_sin", "--join-type", "unshare"), ["unshare", "2D_sin", "LaPE"]),
+    (("--join-type", "lapel"), ["lapel", "LaPE"]),
+    (("--model", "resnet18"), ["resnet18", "deit_tiny_patch16_224"]),
+    (("--data-set", "MNIST"), ["MNIST", "CIFAR100"]),
+    (("--epochs", "many"), ["--epochs", "many"]),
+    (("--epoch", "3"), ["--epoch"]),
+    (("--lr", "-1"), ["--lr", "-1"]),
+    (("--opt", "adamx"), ["--opt", "adamx"]),
+    (("--opt", "adahessian"), ["second derivatives"]),
+    (("--device", "toaster"), ["--device", "toaster"]),
+    (("--device", "cuda:99"), ["--device cuda:99"]),
+    (("--input-size", "18"), ["--input-size 18", "4 pixels"]),
+    (("--batch-size", "1000"), ["--batch-size", "1000"]),
+    (("--mixup", "1", "--batch-size", "5"), ["--batch-size 5", "mixup"]),
+    (("--cutmix-minmax", "0.8", "0.2"), ["--cutmix-minmax"]),
+    (("--aa", "rainbow"), ["--aa", "rainbow"]),
+    (("--recipe", "deot"), ["deot", "deit, digits, vit2d_cifar"]),
+    (("--resume", "nowhere.pth"), ["nowhere.pth"]),
+    (("--eval",), ["--resume"]),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), BAD_OPTIONS, ids=[" ".join(flags) for flags, _ in BAD_OPTIONS])
+def test_bad_options_are_refused_in_one_line(
+    flags: tuple[str, ...], words: list[str], tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("--recipe", recipe, "--output_dir", tmp_path / "run", *flags) == 2
+    line = refused(capsys)
+    assert [word for word in words if word not in line] == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_a_run_is_not_overwritten(
+    tmp_path: Path, trained: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(trained)
+    assert call("--recipe", recipe, "--output_dir", trained) == 2
+    assert f"--resume {trained / 'checkpoint.pth'}" in refused(capsys)
+    other = copy_of(trained, tmp_path)
+    assert call("--resume", other / "checkpoint.pth", "--epochs", 3, "--output_dir", trained) == 2
+    assert "holds a run already" in refused(capsys)
+    assert contents(trained) == before
+
+
+def test_an_output_dir_that_is_a_file_is_refused(
+    tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    assert call("--recipe", recipe, "--output_dir", tmp_path / "file") == 2
+    assert "--output_dir" in refused(capsys)
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+class Evil:
+    def __init__(self, touched: Path) -> None:
+        self.touched = touched
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (f"touch {self.touched}",)
+
+
+def make_bad_checkpoint(kind: str, path: Path, good: Path) -> None:
+    content = good.read_bytes()
+    match kind:
+        case "truncated":
+            path.write_bytes(content[: len(content) // 2])
+        case "empty":
+            path.write_bytes(b"")
+        case "text":
+            path.write_text("not a checkpoint\n" * 20)
+        case "malicious":
+            torch.save({"model": load(good)["model"], "args": Evil(path.with_name("touched"))}, path)
+        case "of another model":
+            other = load(good)
+            del other["model"]["blocks.3.attn.qkv.weight"]
+            other["model"]["head.weight"] = torch.zeros(5, 5)
+            other["model"]["stem.weight"] = torch.zeros(1)
+            torch.save(other, path)
+        case "of other classes":
+            other = load(good)
+            other["description"]["num_classes"] = 5
+            torch.save(other, path)
+        case "of a later version":
+            torch.save({**load(good), "version": 99}, path)
+        case "without weights":
+            torch.save({"epoch": 3}, path)
+
+
+BAD_CHECKPOINTS = {
+    "truncated": ["damaged"],
+    "empty": ["damaged"],
+    "text": ["no checkpoint"],
+    "malicious": ["more than plain data"],
+    "of another model": [
+        "vit_compact_patch4_32",
+        "LaPE",
+        "head.weight is (5, 5), not (3, 128)",
+        "qkv.weight is missing",
+    ],
+    "of other classes": ["5", "3 classes"],
+    "of a later version": ["version 99"],
+    "without weights": ["no state dict"],
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CHECKPOINTS)
+@pytest.mark.parametrize("mode", ["--eval", "--no-pin-mem"])
+def test_bad_checkpoints_are_refused_and_run_no_code(
+    kind: str, mode: str, tmp_path: Path, trained: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.pth"
+    make_bad_checkpoint(kind, path, trained / "checkpoint.pth")
+    before = contents(tmp_path)
+    assert call(mode, "--resume", path, "--recipe", recipe, "--output_dir", tmp_path) == 2
+    line = refused(capsys)
+    assert [word for word in [str(path), *BAD_CHECKPOINTS[kind]] if word not in line] == []
+    assert contents(tmp_path) == before
+
+
+# ---- as a process
+
+
+def start(*argv: object, launcher: tuple[str, ...] = (), **kwargs: object) -> subprocess.Popen[str]:
+    command = [sys.executable, *launcher, str(ROOT / "main.py"), *map(str, argv)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **kwargs,  # type: ignore[call-overload]
+    )
+
+
+def test_bad_input_ends_the_process_with_code_2_and_one_line(tmp_path: Path, recipe: Path) -> None:
+    process = start("--recipe", recipe, "--pe", "foo", "--output_dir", tmp_path / "run", cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert "foo" in err
+    assert contents(tmp_path) == {}
+
+
+def test_ctrl_c_ends_in_one_line_with_whole_files(tmp_path: Path, recipe: Path) -> None:
+    folder = tmp_path / "run"
+    flags = ("--recipe", recipe, "--epochs", 500, "--num-workers", 1, "--output_dir", folder)
+    process = start(*flags, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    deadline = time.monotonic() + 120
+    while not (folder / "curves.png").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    (line,) = err.splitlines()
+    assert re.fullmatch(r"main.py: interrupted in epoch \d+; last checkpoint: (\S+); go on with --resume \1", line)
+    assert not list(folder.glob("*.tmp")) + list(folder.glob(".*.tmp"))
+    assert load(folder / "checkpoint.pth")["epoch"] >= 1
+
+
+def test_two_processes_train_together_and_evaluate_exactly(tmp_path: Path, recipe: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    flags = ("--recipe", recipe, "--epochs", 1, "--batch-size", 6, "--device", "cpu", "--output_dir", tmp_path / "two")
+    process = start(*flags, launcher=launcher)
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    assert "2 processes on cpu" in out
+    assert out.count("epoch 1/1") == 1  # only one of them tells
+    assert "12 images per update, 4 updates per epoch" in out
+
+    (row,) = log_of(tmp_path / "two")
+    assert call("--eval", "--resume", tmp_path / "two" / "checkpoint.pth", "--output_dir", tmp_path / "eval") == 0
+    alone = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    assert alone["count"] == tiny_run.NUM_VAL
+    assert (row["test_acc1"], row["test_acc5"]) == (alone["acc1"], alone["acc5"])
+    assert row["test_loss"] == pytest.approx(alone["loss"], abs=1e-6)

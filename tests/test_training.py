@@ -1,0 +1,534 @@
+"""The parts of `training`: options, recipe files, checkpoint files, seeds, optimisation, display, curves."""
+
+import argparse
+import ast
+import io
+import json
+import logging
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import nn
+
+import main
+from engine import evaluate
+from training import logs
+from training.checkpoint import atomic_write, load_checkpoint, load_weights, save_checkpoint
+from training.curves import draw_curves
+from training.distributed import World, pick_device, world_from_environment
+from training.interrupt import defer_interrupts, raise_if_interrupted
+from training.logs import LoopDisplay, clock
+from training.optimisation import build_criterion, build_mixup, build_optimizer, build_scheduler, learning_rate
+from training.options import build_parser, config_text, describe, find_recipe, flag_of, read_recipe
+from training.seeding import seed_everything
+
+ROOT = Path(__file__).resolve().parents[1]
+PARSER = build_parser()
+
+
+def options(**changed: Any) -> argparse.Namespace:
+    assert changed.keys() <= PARSER.defaults.keys()
+    return argparse.Namespace(**{**PARSER.defaults, "device": "cpu", "amp_dtype": "float32", **changed})
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
+
+
+# ---- options
+
+
+def test_every_option_is_read_somewhere() -> None:
+    read = set()
+    for path in [ROOT / "main.py", ROOT / "engine.py", ROOT / "datasets.py", *(ROOT / "training").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Attribute(value=ast.Name(id="args"), attr=name, ctx=ast.Load()):
+                    read.add(name)
+    assert PARSER.defaults.keys() - read == set()
+
+
+def test_the_help_shows_each_flag_with_its_default() -> None:
+    shown = PARSER.format_help()
+    assert all(flag in shown for flag in PARSER.flags)
+    assert shown.count("default:") == len(PARSER.defaults)
+    assert max(map(len, shown.splitlines())) <= 110
+
+
+def test_help_ends_with_code_0(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main.main(["--help"])
+    assert end.value.code == 0
+    assert "--join-type" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", PARSER.defaults)
+def test_each_flag_is_read_with_dashes_and_with_underscores(name: str) -> None:
+    dashes = next(flag for flag, option in PARSER.flags.items() if option == name)
+    underscores = "--" + dashes[2:].replace("-", "_")
+    values: dict[str, list[str]] = {"cutmix_minmax": ["0", "1"], "amp_dtype": ["float32"], "mixup_mode": ["pair"]}
+    values |= {name: [] for name in ("eval", "pin_mem", "model_ema", "repeated_aug", "unscale_lr", "sched_on_updates")}
+    value = values.get(name, ["tanh" if name == "sched" else "1"])
+    assert PARSER.read([dashes, *value]) == PARSER.read([underscores, *value])
+    assert PARSER.read([dashes, *value]).keys() == {name}
+
+
+def test_only_what_is_given_is_read() -> None:
+    assert PARSER.read([]) == {}
+    given = {"lr": 0.1, "pe": "learn", "model_ema": False, "aa": None, "data_set": "cifar_10", "opt_betas": [0.9, 0.99]}
+    flags = "--lr 1e-1 --pos_embed learn --no_model_ema --aa none --dataset cifar_10 --opt-betas 0.9 0.99"
+    assert PARSER.read(flags.split()) == given
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--lr nan", "--lr inf", "--lr fast", "--mixup-prob 1.1", "--epochs 0", "--epochs 1.5", "--seed -1",
+     "--clip-grad 0", "--sched linear", "--opt-betas", "--warmup 3", "lonely", "--eval=1", "--cutmix-minmax 0.1"],
+)  # fmt: skip
+def test_illegal_values_are_refused_by_name(flags: str) -> None:
+    with pytest.raises(ValueError, match=flags.split("=")[0].split(" ")[0]):
+        PARSER.read(flags.split())
+
+
+def test_the_description_is_aligned_and_marks_what_was_given() -> None:
+    args = options(lr=0.25, model_ema=True, opt_betas=[0.9, 0.99])
+    text = describe(args, PARSER, {"lr": 0.25})
+    assert "lr* 0.25" in text
+    assert "model-ema on" in text
+    assert "opt-betas 0.9 0.99" in text
+    assert text.count("*") == 1
+    assert max(map(len, text.splitlines())) <= 110
+    starts = {len(line) - len(line[14:].lstrip()) for line in text.splitlines()}
+    assert starts == {14}
+
+
+# ---- recipe files
+
+
+def recipe_file(folder: Path, text: str) -> Path:
+    path = folder / "some.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_recipe_takes_any_spelling_and_any_way_to_write_a_number(tmp_path: Path) -> None:
+    text = (
+        "batch_size: 8\nlr: 1e-3\ndataset: CIFAR\npos-embed: none\nopt-betas: [0.9, 1e-1]\nmodel-ema: true\ndrop: null"
+    )
+    assert read_recipe(PARSER, recipe_file(tmp_path, text)) == {
+        "batch_size": 8,
+        "lr": 0.001,
+        "data_set": "CIFAR",
+        "pe": "none",
+        "opt_betas": [0.9, 0.1],
+        "model_ema": True,
+        "drop": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("batch-sise: 3", "batch-sise"),
+        ("batch-size: many", "--batch-size"),
+        ("batch-size: true", "--batch-size"),
+        ("batch-size: null", "--batch-size"),
+        ("batch-size: {a: 1}", "--batch-size"),
+        ("model-ema: 1", "--model-ema"),
+        ("no-model-ema: true", "no-model-ema"),
+        ("model: [a, b]", "b"),
+        ("sched: linear", "--sched"),
+        ("output_dir: runs", "output_dir"),
+        ("lr: 1\nbatch-size: 3\nbatch_size: 4", "batch_size"),
+        ("- lr", "mapping"),
+        ("lr: [", "YAML"),
+    ],
+)
+def test_a_bad_recipe_is_refused_in_one_line_by_file_and_option(tmp_path: Path, text: str, word: str) -> None:
+    path = recipe_file(tmp_path, text)
+    with pytest.raises(ValueError, match=word) as error:
+        read_recipe(PARSER, path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_recipe_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nothing.*deit, digits, vit2d_cifar"):
+        find_recipe("nothing")
+    with pytest.raises(FileNotFoundError, match="gone"):
+        find_recipe(str(tmp_path / "gone.yaml"))
+
+
+def test_saved_options_read_back_as_they_were(tmp_path: Path) -> None:
+    saved = {
+        name: value for name, value in PARSER.defaults.items() if name not in ("output_dir", "resume", "eval", "recipe")
+    }
+    saved |= {"pe": "none", "lr": 1e-7, "opt_betas": [0.9, 0.95], "aa": None, "model_ema": True}
+    text = config_text(saved, "main.py --lr 1e-7")
+    assert "# main.py --lr 1e-7" in text.splitlines()
+    assert read_recipe(PARSER, recipe_file(tmp_path, text)) == saved
+
+
+# ---- processes and devices
+
+
+def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert world_from_environment() == World(0, 1, 0)
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert world_from_environment() == World(5, 8, 1)
+
+
+@pytest.mark.parametrize("name", ["toaster", "mps", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        pick_device(name, World())
+
+
+def test_several_processes_may_not_share_one_gpu() -> None:
+    with pytest.raises(ValueError, match="one GPU for 2 processes"):
+        pick_device("cuda:0", World(0, 2, 0))
+
+
+def test_a_process_that_fails_alone_says_who_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    waited: list[float] = []
+    monkeypatch.setattr(main.time, "sleep", waited.append)
+    assert main.main(["--epochs", "x"]) == 2
+    assert capsys.readouterr().err.startswith("main.py: process 1: error: argument --epochs")
+    assert waited  # for the main process to tell it, and torchrun to end this one
+
+
+# ---- checkpoint files
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail() -> None:
+        with atomic_write(path) as file:
+            file.write(b"new and half")
+            assert path.read_bytes() == b"old"
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_bytes() == b"old"
+    with atomic_write(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    saved = {"model": {"weight": torch.arange(3.0)}, "epoch": 3, "config": {"lr": 0.1, "aa": None}}
+    save_checkpoint(tmp_path / "some.pth", saved)
+    loaded = load_checkpoint(str(tmp_path / "some.pth"))
+    assert torch.equal(loaded["model"].pop("weight"), saved["model"].pop("weight"))  # type: ignore[attr-defined]
+    assert loaded == {"format": "lape-vit", "version": 1, **saved}
+
+
+def test_weights_that_do_not_fit_are_named_few_at_a_time() -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
+    state = {**model.state_dict(), "0.weight": torch.zeros(3, 3), "extra": torch.zeros(1)}
+    del state["1.bias"]
+    with pytest.raises(
+        ValueError, match=r"some.pth does not fit tiny: 0.weight is \(3, 3\), not \(2, 2\); 1.bias is missing"
+    ):
+        load_weights(model, state, "some.pth", "tiny")
+    with pytest.raises(ValueError, match=r"; and 6 more$"):
+        load_weights(model, {"extra": torch.zeros(1)}, "some.pth", "tiny")
+
+
+# ---- seeds
+
+
+def draw(seed: int, epoch: int, rank: int) -> tuple[float, float, float]:
+    seed_everything(seed, epoch, rank)
+    return random.random(), np.random.rand(), torch.rand(()).item()
+
+
+def test_random_states_follow_seed_epoch_and_process() -> None:
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+    draws = [draw(1, 2, 3), draw(2, 2, 3), draw(1, 3, 3), draw(1, 2, 4), draw(2, 1, 3)]
+    for numbers in zip(*draws, strict=True):
+        assert len(set(numbers)) == len(draws)
+
+
+# ---- optimisation
+
+
+class Exempting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.ones(2, 2))
+        self.linear = nn.Linear(2, 2)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"table"}
+
+
+def test_weight_decay_spares_biases_and_what_the_model_exempts() -> None:
+    model = Exempting()
+    optimizer = build_optimizer(options(weight_decay=0.3), model, 0.1)
+    decayed = [p for group in optimizer.param_groups if group["weight_decay"] == 0.3 for p in group["params"]]
+    assert len(decayed) == 1
+    assert decayed[0] is model.linear.weight
+
+
+def test_an_option_that_the_optimizer_does_not_have_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    build_optimizer(options(opt="sgd", opt_eps=1e-8, momentum=0.5), Exempting(), 0.1)
+    assert "sgd has no eps" in caplog.text
+    assert "momentum" not in caplog.text
+
+
+def test_the_learning_rate_is_scaled_by_the_images_per_update() -> None:
+    assert learning_rate(options(lr=0.5, batch_size=64), 4) == 0.25
+    assert learning_rate(options(lr=0.5, batch_size=64, unscale_lr=True), 4) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("sched", "expected"),
+    [("cosine", [0.1, 0.55, 0.505, 0.155]), ("constant", [0.1, 0.55, 1, 1]), ("tanh", [0.1, 0.541, 0.982, 0.276])],
+)
+def test_the_schedule_warms_up_and_then_takes_its_shape(sched: str, expected: list[float]) -> None:
+    args = options(sched=sched, epochs=4, warmup_epochs=2, warmup_lr=0.1, min_lr=0.01)
+    optimizer = build_optimizer(args, Exempting(), 1.0)
+    scheduler = build_scheduler(args, optimizer, 10)
+    rates = []
+    for epoch in range(4):
+        scheduler.step(epoch)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx(expected, rel=0.01)
+
+
+def test_a_schedule_by_updates_changes_between_them() -> None:
+    args = options(epochs=4, warmup_epochs=2, warmup_lr=0.0, sched_on_updates=True)
+    optimizer = build_optimizer(args, Exempting(), 1.0)
+    scheduler = build_scheduler(args, optimizer, 10)
+    rates = []
+    for update in (0, 1, 5, 20, 40):
+        scheduler.step(update // 10)
+        scheduler.step_update(update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0, 0.05, 0.25, 0.5, 1e-5], abs=1e-4)
+
+
+def test_the_loss_is_the_one_of_the_labels_at_hand() -> None:
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
+    plain = nn.functional.cross_entropy(logits, labels)
+    smoothed = nn.functional.cross_entropy(logits, labels, label_smoothing=0.3)
+    assert torch.allclose(build_criterion(options(), None)(logits, labels), plain)
+    assert torch.allclose(build_criterion(options(smoothing=0.3), None)(logits, labels), smoothed)
+
+    args = options(mixup=1.0, mixup_prob=0.0, smoothing=0.3)  # mixes nothing, and makes the labels soft
+    mixup = build_mixup(args, 3)
+    assert mixup is not None
+    _, targets = mixup(torch.zeros(4, 3, 2, 2), labels)
+    assert torch.allclose(build_criterion(args, mixup)(logits, targets), smoothed)
+    assert build_mixup(options(smoothing=0.3), 3) is None
+
+
+# ---- evaluation
+
+
+class Echo(nn.Module):
+    """Logits that are the image's first pixels."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)[:, : self.classes]
+
+
+def loader_of(images: torch.Tensor, labels: torch.Tensor) -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=4)
+
+
+CPU: dict[str, Any] = {
+    "title": "test",
+    "device": torch.device("cpu"),
+    "amp_dtype": torch.float32,
+    "display": LoopDisplay(None),
+}
+
+
+@pytest.mark.parametrize("classes", [3, 12])
+def test_evaluation_counts_every_image_once(classes: int) -> None:
+    torch.manual_seed(0)
+    images, labels = torch.randn(7, 3, 2, 2), torch.randint(0, classes, (7,))
+    result = evaluate(Echo(classes), loader_of(images, labels), num_images=7, **CPU)
+    logits = images.flatten(1)[:, :classes]
+    ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
+    assert result == {
+        "acc1": 100 * (ranks < 1).sum().item() / 7,
+        "acc5": 100 * (ranks < 5).sum().item() / 7,
+        "loss": pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-6),
+        "count": 7,
+    }
+
+
+def test_evaluation_of_another_number_of_images_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="7 images were evaluated in place of 8"):
+        evaluate(Echo(3), loader_of(torch.randn(7, 3, 2, 2), torch.zeros(7).long()), num_images=8, **CPU)
+
+
+# ---- display
+
+
+def show(console: Console | None, monkeypatch: pytest.MonkeyPatch, seconds_per_step: float) -> int:
+    """A loop of 20 steps on a clock of our own; how often its status was asked for."""
+    now = [100.0]
+    monkeypatch.setattr(logs.time, "perf_counter", lambda: now[0])
+    asked = []
+
+    def status() -> str:
+        asked.append(now[0])
+        return "loss 1.2500  [x]"
+
+    with LoopDisplay(console, num_ranks=2).show("epoch 1/2", 20) as loop:
+        for _ in range(20):
+            now[0] += seconds_per_step
+            loop.advance(8, status)
+    return len(asked)
+
+
+def test_a_terminal_gets_a_bar_with_all_that_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(force_terminal=True, file=io.StringIO(), width=120)
+    assert show(console, monkeypatch, 0.1) < 12  # asking for the status makes the device wait
+    assert isinstance(console.file, io.StringIO)
+    drawn = console.file.getvalue()
+    for part in ("epoch 1/2", "20/20", "loss 1.2500  [x]", "160 images/s", "0:00 left"):
+        assert part in drawn
+
+
+def test_elsewhere_a_long_loop_gets_ten_lines_and_a_short_one_none(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    console = Console(force_terminal=False, file=io.StringIO())
+    show(console, monkeypatch, 0.01)
+    assert caplog.messages == []
+    show(console, monkeypatch, 10)
+    assert len(caplog.messages) == 10
+    assert caplog.messages[4] == "epoch 1/2  10/20  loss 1.2500  [x]  2 images/s  1:40 left"
+
+
+def test_other_processes_show_nothing_but_look_at_the_loss(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert show(None, monkeypatch, 10) == 10
+    assert caplog.messages == []
+    assert capsys.readouterr() == ("", "")
+
+
+def test_log_lines_come_without_markup_and_wrapping(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.start_logging(is_main=True)
+    logging.getLogger("some").info("[bold]%s", "word " * 40)
+    logging.getLogger("some").warning("careful")
+    logs.start_logging(is_main=False)
+    logging.getLogger("some").info("other process")
+    assert capsys.readouterr().out.splitlines() == ["[bold]" + "word " * 40, "warning: careful"]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3723, "1:02:03")])
+def test_times_are_shown_as_a_clock_shows_them(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+# ---- curves
+
+
+def row(epoch: int) -> dict[str, float]:
+    return {
+        "epoch": epoch,
+        "train_loss": 2 / epoch,
+        "test_loss": 2.5 / epoch,
+        "test_acc1": 90 - 9 / epoch,
+        "test_acc5": 99,
+    }
+
+
+def with_average(epoch: int) -> dict[str, float]:
+    return {**row(epoch), "test_ema_loss": 3 / epoch, "test_ema_acc1": 80 - 9 / epoch, "test_ema_acc5": 98}
+
+
+def draw_to_pixels(rows: list[dict[str, float]]) -> np.ndarray:
+    file = io.BytesIO()
+    draw_curves(rows, file, "a model")
+    return np.asarray(Image.open(file).convert("RGB"))
+
+
+def test_curves_are_drawn_from_the_first_epoch_on() -> None:
+    pictures = [
+        draw_to_pixels([make(epoch) for epoch in range(1, epochs + 1)])
+        for make, epochs in ((row, 1), (row, 5), (with_average, 5), (row, 100))
+    ]
+    assert {picture.shape for picture in pictures} == {pictures[0].shape}
+    for index, picture in enumerate(pictures):
+        assert picture.std() > 5
+        assert not any(np.array_equal(picture, other) for other in pictures[:index])
+
+
+# ---- Ctrl-C
+
+
+def test_ctrl_c_waits_for_a_safe_place_and_a_second_one_does_not() -> None:
+    usual = signal.getsignal(signal.SIGINT)
+    with defer_interrupts():
+        raise_if_interrupted()
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            raise_if_interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is usual
+    with defer_interrupts():
+        raise_if_interrupted()  # the next run starts afresh
+
+
+def test_an_ignored_ctrl_c_stays_ignored() -> None:
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with defer_interrupts():
+            signal.raise_signal(signal.SIGINT)
+            raise_if_interrupted()
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+# ---- the log
+
+
+def test_a_damaged_log_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    assert main.read_log(path, 3) == []
+    path.write_text(json.dumps({"epoch": 1}) + '\n{"epo')
+    with pytest.raises(ValueError, match=r"log\.txt is damaged"):
+        main.read_log(path, 3)
+
+
+def test_flags_are_named_as_they_are_typed() -> None:
+    assert all(flag_of(name) in PARSER.flags for name in PARSER.defaults)

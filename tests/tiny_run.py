@@ -1,0 +1,96 @@
+"""Images, options and calls so small that a whole run of `main.py` takes a second."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import main
+from training.distributed import World
+from training.logs import LoopDisplay
+
+CLASSES = ("circle", "square", "triangle")
+NUM_TRAIN, NUM_VAL = 16, 13  # per class, and a prime number in all
+
+RECIPE = """
+data-set: FOLDER
+model: vit_compact_patch4_32
+input-size: 16
+batch-size: 12
+num-workers: 0
+train-crop: none
+epochs: 2
+lr: 1e-3
+unscale-lr: true
+warmup-epochs: 1
+warmup-lr: 1e-4
+"""
+
+
+def make_images(folder: Path, num_train: int = NUM_TRAIN, num_val: int = NUM_VAL) -> Path:
+    """An ImageFolder tree of noisy 16 x 16 images; returns `folder`."""
+    generator = np.random.default_rng(0)
+    for index in range(len(CLASSES) * num_train + num_val):
+        split = "train" if index < len(CLASSES) * num_train else "val"
+        label = index % len(CLASSES)
+        pixels = generator.integers(0, 200, (16, 16, 3))
+        pixels[4 * label : 4 * label + 4] += 55
+        path = folder / split / CLASSES[label] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return folder
+
+
+def set_up(*argv: object) -> main.Run:
+    """A run, ready to go."""
+    return main.set_up([str(token) for token in argv], World(), LoopDisplay(None))
+
+
+def train(*argv: object) -> main.Run:
+    """A run that has trained, with what it then holds."""
+    run = set_up(*argv)
+    assert run.training is not None
+    assert main.train(run, run.training) == 0
+    return run
+
+
+def call(*argv: object) -> int:
+    """The exit code of `main.py`."""
+    return main.main([str(token) for token in argv])
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def load(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def as_original(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of ours as LaPE's own code would have written it."""
+    description = checkpoint["description"]
+    names = {f"join.norms.{layer}.": f"blocks.{layer}.pe_norm." for layer in range(12)}
+    state_dict = {}
+    for name, value in checkpoint["model"].items():
+        prefix = next((ours for ours in names if name.startswith(ours)), None)
+        state_dict[name.replace(prefix, names[prefix]) if prefix else name] = value
+    args = argparse.Namespace(
+        model=description["model"],
+        pe=description["pe"],
+        join_type=description["join_type"],
+        nb_classes=description["num_classes"],
+        input_size=description["input_size"],
+        lr=5e-4,
+        output_dir="result",
+    )
+    return {"model": state_dict, "optimizer": {}, "epoch": 299, "args": args}

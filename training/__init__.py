@@ -1,0 +1,1 @@
+"""What `main.py` needs and a model does not: options, processes, optimisation, checkpoint files, logging, curves."""

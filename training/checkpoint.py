@@ -1,0 +1,131 @@
+"""Checkpoint files, ours and the original code bases', and files that are whole or absent.
+
+Ours are a dictionary of plain data (tensors, numbers, strings, lists, dictionaries), written by `torch.save`:
+
+    format          "lape-vit"
+    version         1
+    model           state dict
+    model_ema       state dict of the averaged weights, or None
+    optimizer       state dict
+    scaler          state dict of the gradient scaler
+    epoch           epochs finished
+    best_acc1       best test accuracy so far, per cent
+    config          the options of the run, by name (`batch_size`)
+    description     model, pe, join_type, num_classes, classes, input_size, data_set, mean, std, interpolation,
+                    eval_crop_ratio
+
+The learning rate is a function of the options and the epoch, and each epoch seeds its random states from its number: so
+there is no more to keep.
+"""
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+FORMAT, VERSION = "lape-vit", 1
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` once it is wholly on disk, and not at all if anything goes wrong before."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write a checkpoint of our format; `path` holds a complete one at every moment."""
+    with atomic_write(path) as file:
+        torch.save({"format": FORMAT, "version": VERSION, **checkpoint}, file)
+
+
+def load_checkpoint(path: str) -> dict[str, Any]:
+    """Read a checkpoint, ours or an original's, to the CPU; it cannot run code.
+
+    Returns:
+        Ours as it was saved; an original's with its state dict under `model`, and its `args`, if it has them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a checkpoint, a damaged one, one that holds more than data, or one of a later version.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"no checkpoint file {path}")
+    try:
+        # the original code bases keep their options in the checkpoint, as a Namespace
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except UnpicklingError as error:
+        raise ValueError(f"{path} is refused: it holds more than plain data, or is no checkpoint at all") from error
+    except Exception as error:  # what is no checkpoint can fail in any way
+        raise ValueError(f"{path} is damaged, or no checkpoint at all") from error
+
+    if _is_state_dict(content):
+        content = {"model": content}
+    if not (isinstance(content, dict) and _is_state_dict(content.get("model"))):
+        raise ValueError(f"{path} is no checkpoint of a model: it holds no state dict")
+    if content.get("format") == FORMAT and content.get("version") != VERSION:
+        raise ValueError(
+            f"{path} is a checkpoint of version {content.get('version')}; this code reads version {VERSION}"
+        )
+    return content
+
+
+def _is_state_dict(content: Any) -> bool:
+    return isinstance(content, dict) and bool(content) and all(isinstance(value, Tensor) for value in content.values())
+
+
+def is_ours(checkpoint: dict[str, Any]) -> bool:
+    return checkpoint.get("format") == FORMAT
+
+
+def description_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its model: its `description` if it is ours, else what its `args` say, if it has any."""
+    if is_ours(checkpoint):
+        return checkpoint["description"]
+    names = {
+        "model": "model",
+        "pe": "pe",
+        "join_type": "join_type",
+        "nb_classes": "num_classes",
+        "input_size": "input_size",
+    }
+    args = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), argparse.Namespace) else {}
+    return {ours: args[theirs] for theirs, ours in names.items() if args.get(theirs) is not None}
+
+
+def load_weights(model: nn.Module, state_dict: dict[str, Tensor], path: str, name: str) -> None:
+    """Load `state_dict`, whose names are ours already, into the model.
+
+    Raises:
+        ValueError: weights of another model; names some of them.
+    """
+    wanted = model.state_dict()
+    differences = [f"{key} is missing" for key in wanted.keys() - state_dict.keys()]
+    differences += [f"{key} is not of this model" for key in state_dict.keys() - wanted.keys()]
+    differences += [
+        f"{key} is {tuple(state_dict[key].shape)}, not {tuple(wanted[key].shape)}"
+        for key in wanted.keys() & state_dict.keys()
+        if wanted[key].shape != state_dict[key].shape
+    ]
+    if differences:
+        few = sorted(differences)[:3]
+        rest = f"; and {len(differences) - len(few)} more" if len(differences) > len(few) else ""
+        raise ValueError(f"{path} does not fit {name}: {'; '.join(few)}{rest}")
+    model.load_state_dict(state_dict)

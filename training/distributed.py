@@ -1,0 +1,85 @@
+"""One process, or several that torchrun started: who is who, on which device, and sums over all of them."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: `rank` of `size`, and `local_rank` on its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def world_from_environment() -> World:
+    """What torchrun says in the environment; without it, the only process."""
+    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
+    return World(rank, size, local_rank)
+
+
+_TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+def pick_device(name: str | None, world: World) -> torch.device:
+    """The device of this process; by default a GPU where there is one.
+
+    Raises:
+        ValueError: an unknown or absent device, or one GPU for several processes.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown --device {name!r}: give cpu, cuda or cuda:N") from error
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise ValueError(f"--device {name!r} is not supported: give cpu, cuda or cuda:N")
+    if device.index is not None and world.size > 1:
+        raise ValueError(f"--device {name} is one GPU for {world.size} processes: give cuda, and each takes its own")
+    index = world.local_rank if device.index is None else device.index
+    if index >= (count := torch.cuda.device_count()):
+        raise ValueError(
+            f"--device {name} needs GPU {index}, but torch sees {count}: give cpu, or start fewer processes"
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def start(world: World, device: torch.device) -> None:
+    """Join the process group, if there are several processes: nccl between GPUs, gloo between CPUs."""
+    if world.size > 1:
+        on_gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wrap(model: nn.Module, world: World, device: torch.device) -> nn.Module:
+    """The model that averages gradients over the processes; the model itself, if there is only one."""
+    if world.size == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of each process's `tensor`, in place and on every process."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor

@@ -1,0 +1,129 @@
+"""What a run shows: log lines on rank 0, and the progress of a loop, as a bar on a terminal and as lines elsewhere."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+_logger = logging.getLogger(__name__)
+
+LINES_PER_LOOP = 10
+SECONDS_BETWEEN_LINES = 5.0  # so that a short loop has none
+SECONDS_BETWEEN_REFRESHES = 0.25
+
+
+def start_logging(is_main: bool) -> Console:
+    """Send log records to standard output: from INFO on in the main process, from ERROR on in the others.
+
+    Returns:
+        The console that the records go to; a progress bar on it stays below them.
+    """
+    console = Console()
+    handler = _ConsoleHandler(console)
+    level = logging.INFO if is_main else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # at INFO it tells of its font cache
+    return console
+
+
+class _ConsoleHandler(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        if record.levelno >= logging.WARNING:
+            text = f"{record.levelname.lower()}: {text}"
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class Loop:
+    """The progress of one loop over batches; made by `LoopDisplay.show`.
+
+    Attributes:
+        step: batches so far.
+        images: images of these batches, in this process.
+    """
+
+    def __init__(self, steps: int, num_ranks: int, draw: Callable[[int, str], None], is_live: bool) -> None:
+        self.steps = steps
+        self.num_ranks = num_ranks
+        self.draw = draw
+        self.is_live = is_live
+        self.step = 0
+        self.images = 0
+        self.start = self.drawn = time.perf_counter()
+
+    def advance(self, images: int, status: Callable[[], str]) -> None:
+        """Count a batch of this process. `status`, which may wait for the device, is called only to be drawn."""
+        self.step += 1
+        self.images += images
+        now = time.perf_counter()
+        if self.is_live:
+            is_due = now - self.drawn >= SECONDS_BETWEEN_REFRESHES or self.step == self.steps
+        else:
+            is_tenth = self.step % max(1, self.steps // LINES_PER_LOOP) == 0
+            is_due = is_tenth and now - self.drawn >= SECONDS_BETWEEN_LINES
+        if is_due:
+            left = (now - self.start) / self.step * (self.steps - self.step)
+            self.draw(self.step, f"{status()}  {self.images_per_second():.0f} images/s  {clock(left)} left")
+            self.drawn = time.perf_counter()
+
+    def images_per_second(self) -> float:
+        """Of all processes, since the start."""
+        return self.num_ranks * self.images / (time.perf_counter() - self.start)
+
+
+class LoopDisplay:
+    """Shows loops one after the other: as a bar where `console` is a terminal, as about ten log lines each elsewhere.
+
+    Args:
+        console: of this process; None for a process that shows nothing.
+        num_ranks: how many processes share each loop, for the images per second of all.
+    """
+
+    def __init__(self, console: Console | None, num_ranks: int = 1) -> None:
+        self.console = console
+        self.num_ranks = num_ranks
+
+    @contextmanager
+    def show(self, title: str, steps: int) -> Iterator[Loop]:
+        """Within this context, `advance` the loop of so many steps."""
+        if self.console is None:
+            yield Loop(steps, self.num_ranks, lambda step, text: None, is_live=False)
+        elif self.console.is_terminal:
+            with _bar(self.console) as bar:
+                task = bar.add_task(title, total=steps, text="")
+                yield Loop(steps, self.num_ranks, partial(_move, bar, task), is_live=True)
+        else:
+            yield Loop(steps, self.num_ranks, partial(_log, title, steps), is_live=False)
+
+
+def _bar(console: Console) -> Progress:
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}", markup=False),
+    )
+    return Progress(*columns, console=console, transient=True)
+
+
+def _move(bar: Progress, task: TaskID, step: int, text: str) -> None:
+    bar.update(task, completed=step, text=text)
+
+
+def _log(title: str, steps: int, step: int, text: str) -> None:
+    _logger.info("%s  %*d/%d  %s", title, len(str(steps)), step, steps, text)
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03` or `2:03`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,97 @@
+"""Mixup, loss, optimizer and schedule from the options, with timm's parts."""
+
+import argparse
+from logging import getLogger
+from typing import Any
+
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from torch.optim import Optimizer
+
+_logger = getLogger(__name__)
+
+
+def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
+    """Mixup and cutmix of a batch, with the labels smoothed; None where both are off.
+
+    Raises:
+        ValueError: a batch of odd size, which timm cannot mix, or a box that is larger at the low end.
+    """
+    if not (args.mixup or args.cutmix or args.cutmix_minmax):
+        return None
+    if args.batch_size % 2:
+        raise ValueError(f"--batch-size {args.batch_size} is odd: mixup and cutmix need pairs of images")
+    if args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
+        raise ValueError(f"--cutmix-minmax {args.cutmix_minmax}: the first number must be the smaller one")
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def build_criterion(args: argparse.Namespace, mixup: Mixup | None) -> nn.Module:
+    """Mean loss of logits (B, C) against labels (B,), or against the (B, C) targets that mixup makes; in nats."""
+    if mixup is not None:
+        return SoftTargetCrossEntropy()  # mixup has smoothed the labels
+    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
+
+
+def learning_rate(args: argparse.Namespace, world_size: int) -> float:
+    """The peak learning rate: DeiT's linear scaling, unless `--unscale-lr`."""
+    return args.lr if args.unscale_lr else args.lr * args.batch_size * world_size / 512
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> Optimizer:
+    """timm's optimizer, without weight decay on what the model exempts.
+
+    Raises:
+        ValueError: an unknown optimizer, one that does not take the options, or one that needs a loop of its own.
+    """
+    name = args.opt.lower().removeprefix("lookahead_")
+    if name not in list_optimizers():
+        raise ValueError(
+            f"unknown --opt {args.opt!r}: choose from timm.optim.list_optimizers(), such as adamw, lamb or sgd"
+        )
+    info = get_optimizer_info(name)
+    if info.second_order:
+        raise ValueError(f"--opt {args.opt} needs second derivatives, which this training loop does not compute")
+    options: dict[str, Any] = {}
+    for option, value, is_known in (
+        ("eps", args.opt_eps, info.has_eps),
+        ("betas", args.opt_betas, info.has_betas),
+        ("momentum", args.momentum, info.has_momentum),
+    ):
+        if value is not None and is_known:
+            options[option] = value
+        elif value is not None:
+            _logger.warning("%s has no %s: %s is without effect", args.opt, option, value)
+    try:
+        return create_optimizer_v2(model, args.opt, lr, args.weight_decay, **options)
+    except Exception as error:  # each optimizer has its own checks and dependencies, and raises what it likes
+        raise ValueError(f"--opt {args.opt} cannot be made with {options}: {error}") from error
+
+
+def build_scheduler(args: argparse.Namespace, optimizer: Optimizer, updates_per_epoch: int) -> Scheduler:
+    """The learning rate as a function of the epoch or, with `--sched-on-updates`, of the update; it has no state."""
+    constant = {"sched": "step", "decay_rate": 1.0}  # a step by a factor of 1 still has the warm-up
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        **(constant if args.sched == "constant" else {"sched": args.sched}),
+        num_epochs=args.epochs,
+        min_lr=args.min_lr,
+        warmup_lr=args.warmup_lr,
+        warmup_epochs=args.warmup_epochs,
+        step_on_epochs=not args.sched_on_updates,
+        updates_per_epoch=updates_per_epoch,
+    )
+    return scheduler

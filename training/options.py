@@ -1,0 +1,335 @@
+"""The options of a run: one parser reads them from the command line and from recipe files.
+
+An option is looked up on the command line, then in the recipe, then in the defaults below. The defaults are DeiT's, but
+augmentation and regularisation are off unless a recipe or a flag turns them on: a recipe tells all that a run does.
+"""
+
+import argparse
+import math
+import os
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+RUN_ONLY = ("output_dir", "resume", "eval", "recipe")
+"""Options of one call: no recipe may set them, and a saved configuration leaves them out."""
+WIDTH = 110
+"""Columns of the help and of the list of options."""
+
+
+class OptionParser(argparse.ArgumentParser):
+    """A parser in whose flags `-` and `_` mean the same, and whose errors are a `ValueError` of one line.
+
+    Attributes:
+        defaults: of every option, by its name (`batch_size`).
+        flags: option names by flag (`--batch-size`), other names of the flag included.
+        sections: option names by the title of their section.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            prog="main.py",
+            usage="%(prog)s [options]",
+            description="Train a vision transformer or evaluate a checkpoint; with several processes, by torchrun.",
+            epilog="In flags, - and _ mean the same. The command line overrides the recipe, the recipe the defaults.",
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=WIDTH),
+            allow_abbrev=False,
+        )
+        self.defaults: dict[str, Any] = {}
+        self.flags: dict[str, str] = {}
+        self.sections: dict[str, list[str]] = {}
+
+    def section(self, title: str) -> Callable[..., None]:
+        """Start a section; what it returns adds an option: flags, help, default, and what `add_argument` takes."""
+        group = self.add_argument_group(title)
+        names = self.sections.setdefault(title, [])
+
+        def add(*flags: str, help: str, default: Any = None, **kwargs: Any) -> None:
+            if "default:" not in help:
+                help += f" (default: {_show(default)})"
+            # The default stays out of argparse, so that what it reads is what was given.
+            name = group.add_argument(*flags, help=help, default=argparse.SUPPRESS, **kwargs).dest
+            names.append(name)
+            self.defaults[name] = default
+            self.flags.update(dict.fromkeys(flags, name))
+
+        return add
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+    def read(self, argv: Sequence[str]) -> dict[str, Any]:
+        """The options that `argv` names, without the defaults.
+
+        Raises:
+            ValueError: an unknown flag, or an illegal value; names it.
+        """
+        return vars(self.parse_args([_with_dashes(token) for token in argv]))
+
+
+def _with_dashes(token: str) -> str:
+    flag, equals, value = token.partition("=")
+    return flag.replace("_", "-") + equals + value if token.startswith("--") else token
+
+
+def flag_of(name: str) -> str:
+    """`--batch-size` for `batch_size`."""
+    return "--" + name.replace("_", "-")
+
+
+# ---- value types
+
+
+def whole(low: int = 0) -> Callable[[str], int]:
+    """A whole number, at least `low`."""
+
+    def read(text: str) -> int:
+        value = int(text) if text.removeprefix("-").isdecimal() else low - 1
+        if value < low:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {low}, got {text!r}")
+        return value
+
+    return read
+
+
+def number(low: float = 0.0, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """A finite number in `[low, high]`, or in `(low, high]` if it has to be `above` the low end."""
+    least = f"above {low:g}" if above else f"of at least {low:g}"
+    wanted = least if high == math.inf else f"{least} and at most {high:g}"
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and low <= value <= high) or (above and value == low):
+            raise argparse.ArgumentTypeError(f"expected a number {wanted}, got {text!r}")
+        return value
+
+    return read
+
+
+def optional(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """What `read` takes, or `none`."""
+    return lambda text: None if text.lower() == "none" else read(text)
+
+
+AMOUNT, FRACTION = number(), number(high=1.0)
+
+
+# ---- the options
+
+
+def build_parser() -> OptionParser:
+    """All options of `main.py`, in sections."""
+    parser = OptionParser()
+    for title, add_options in (
+        ("run", _run_options),
+        ("model", _model_options),
+        ("data", _data_options),
+        ("augmentation", _augmentation_options),
+        ("optimisation", _optimisation_options),
+    ):
+        add_options(parser.section(title))
+    return parser
+
+
+# fmt: off
+def _run_options(add: Callable[..., None]) -> None:
+    add("--output-dir", metavar="DIR",
+        help="receives the checkpoints, config.yaml, log.txt and curves.png; default: nothing is written")
+    add("--resume", metavar="FILE",
+        help="go on with the training of this checkpoint, in its folder and with its options unless others are given;"
+             " with --eval: the checkpoint to evaluate; default: start afresh")
+    add("--eval", action="store_true", default=False, help="evaluate the checkpoint of --resume and end")
+    add("--recipe", metavar="NAME",
+        help="options from recipes/NAME.yaml, or from the .yaml file of this path; default: the data set's recipe")
+    add("--seed", type=whole(), default=0, metavar="N", help="of weights, order and augmentation")
+    add("--device", metavar="NAME", help="cpu, cuda or cuda:N; default: cuda if there is one, else cpu")
+    add("--amp-dtype", choices=("float32", "bfloat16", "float16"),
+        help="type to compute in, with weights in float32; default: bfloat16 on a GPU that has it, float16 on any "
+             "other, float32 on a CPU")
+
+
+def _model_options(add: Callable[..., None]) -> None:
+    own = "default: the model's own"
+    add("--model", default="deit_base_patch16_224", metavar="NAME", help="a model of models_lape")
+    add("--pe", "--pos-embed", metavar="NAME", help=f"positional encoding; {own}")
+    add("--join-type", metavar="NAME", help=f"how an absolute encoding reaches the layers; {own}")
+    add("--input-size", type=whole(1), metavar="S", help=f"side of the images, pixels; {own}")
+    add("--drop", type=optional(FRACTION), metavar="P", help=f"probability of dropout before the classifier; {own}")
+    add("--drop-path", type=optional(FRACTION), metavar="P",
+        help=f"probability to skip the last block, the others less; {own}")
+    add("--model-ema", action=argparse.BooleanOptionalAction, default=False,
+        help="average the weights over the updates, and evaluate the average too")
+    add("--model-ema-decay", type=FRACTION, default=0.99996, metavar="D", help="the average's decay per update")
+
+
+def _data_options(add: Callable[..., None]) -> None:
+    add("--data-set", "--dataset", default="IMNET", metavar="NAME",
+        help="IMNET, FOLDER, CIFAR10, CIFAR100 or DIGITS, in any case")
+    add("--data-path", metavar="DIR",
+        help="IMNET, FOLDER: holds train/ and val/, with a folder of images per class; CIFAR: where it is, or is "
+             "downloaded to; default: ./data for CIFAR")
+    add("--batch-size", type=whole(1), default=64, metavar="N", help="images per update and process")
+    add("--num-workers", type=whole(), default=min(10, os.cpu_count() or 1), metavar="N",
+        help="processes that load data, for each training process; default: one per core, at most 10")
+    add("--pin-mem", action=argparse.BooleanOptionalAction, help="load into page-locked memory; default: on with a GPU")
+    add("--interpolation", default="bicubic", metavar="NAME",
+        help="how evaluation resizes: bicubic, bilinear, nearest, ...")
+    add("--eval-crop-ratio", type=FRACTION, default=0.875, metavar="R",
+        help="evaluation's centre crop, part of the shorter side")
+
+
+def _augmentation_options(add: Callable[..., None]) -> None:
+    add("--train-crop", default="random-resized", metavar="HOW",
+        help="random-resized; pad, for a crop of the image padded by an eighth of its side; none")
+    add("--train-interpolation", default="bicubic", metavar="NAME",
+        help="how training resizes: bicubic, bilinear, random")
+    add("--hflip", type=FRACTION, default=0.5, metavar="P", help="probability of a horizontal flip")
+    add("--aa", type=optional(str), metavar="POLICY",
+        help="timm's augmentation policy, such as rand-m9-mstd0.5-inc1, or torchvision for its RandAugment; default: "
+             "none")
+    add("--color-jitter", type=optional(AMOUNT), metavar="X",
+        help="strength of changes of brightness, contrast and saturation; default: none")
+    add("--reprob", type=FRACTION, default=0.0, metavar="P", help="probability of random erasing")
+    add("--remode", default="pixel", metavar="MODE", help="what erases: const, rand, pixel")
+    add("--recount", type=whole(1), default=1, metavar="N", help="erased boxes per image")
+    add("--repeated-aug", action=argparse.BooleanOptionalAction, default=False,
+        help="show a third of the images per epoch, each three times and augmented anew")
+    add("--mixup", type=AMOUNT, default=0.0, metavar="ALPHA", help="mixup's alpha; 0: off")
+    add("--cutmix", type=AMOUNT, default=0.0, metavar="ALPHA", help="cutmix's alpha; 0: off")
+    add("--cutmix-minmax", type=FRACTION, nargs=2, metavar=("LOW", "HIGH"),
+        help="sides of cutmix's box, parts of the image's; default: drawn with --cutmix")
+    add("--mixup-prob", type=FRACTION, default=1.0, metavar="P",
+        help="probability of mixing where mixup or cutmix is on")
+    add("--mixup-switch-prob", type=FRACTION, default=0.5, metavar="P", help="probability of cutmix where both are on")
+    add("--mixup-mode", choices=("batch", "pair", "elem"), default="batch",
+        help="what shares a draw: batch, pair of images, image")
+
+
+def _optimisation_options(add: Callable[..., None]) -> None:
+    add("--epochs", type=whole(1), default=300, metavar="N", help="passes over the training data")
+    add("--opt", default="adamw", metavar="NAME", help="one of timm's optimizers")
+    add("--opt-eps", type=optional(AMOUNT), metavar="X", help="the optimizer's epsilon; default: its own")
+    add("--opt-betas", type=FRACTION, nargs="+", metavar="B", help="the optimizer's betas; default: its own")
+    add("--momentum", type=optional(FRACTION), metavar="M",
+        help="the optimizer's momentum; default: 0.9 where it has one")
+    add("--weight-decay", type=AMOUNT, default=0.05, metavar="W",
+        help="on all weights but biases, norms and encodings")
+    add("--clip-grad", type=optional(number(above=True)), metavar="NORM",
+        help="largest norm of the gradient; default: any")
+    add("--lr", type=AMOUNT, default=5e-4, metavar="LR",
+        help="learning rate of an update of 512 images, scaled in proportion")
+    add("--unscale-lr", action=argparse.BooleanOptionalAction, default=False, help="use --lr as it is")
+    add("--sched", choices=("cosine", "tanh", "constant"), default="cosine", help="learning rate after the warm-up")
+    add("--sched-on-updates", action=argparse.BooleanOptionalAction, default=False,
+        help="change the learning rate with every update in place of every epoch")
+    add("--warmup-epochs", type=whole(), default=5, metavar="N", help="epochs of linear warm-up, part of --epochs")
+    add("--warmup-lr", type=AMOUNT, default=1e-6, metavar="LR",
+        help="learning rate at the start of the warm-up, not scaled")
+    add("--min-lr", type=AMOUNT, default=1e-5, metavar="LR",
+        help="learning rate at the end of cosine and tanh, not scaled")
+    add("--smoothing", type=FRACTION, default=0.0, metavar="X", help="label smoothing")
+# fmt: on
+
+
+# ---- recipes
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe, by its path or by its name in `recipes/`.
+
+    Raises:
+        FileNotFoundError: there is none; lists those of `recipes/`.
+    """
+    path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+        raise FileNotFoundError(f"no recipe {path}: give the path of a .yaml file, or one of {known}")
+    return path
+
+
+def read_recipe(parser: OptionParser, path: Path) -> dict[str, Any]:
+    """The options that a recipe sets: a flat YAML mapping from option to value, in any spelling of the flag.
+
+    Raises:
+        ValueError: not such a mapping, an unknown option, or an illegal value; names the file and the option.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path} is no YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"recipe {path} is no mapping from option to value")
+
+    options: dict[str, Any] = {}
+    for key, value in content.items():
+        flag = flag_of(str(key))
+        name = parser.flags.get(flag)
+        if name is None:
+            raise ValueError(f"recipe {path}: unknown option {key!r} (main.py --help lists them)")
+        if name in RUN_ONLY:
+            raise ValueError(f"recipe {path}: {key} belongs on the command line, not in a recipe")
+        if name in options:
+            raise ValueError(f"recipe {path}: {key} is set twice")
+        try:
+            options[name] = (
+                None if value is None and parser.defaults[name] is None else _read_value(parser, flag, value)
+            )
+        except ValueError as error:
+            raise ValueError(f"recipe {path}: {str(error).removeprefix('argument ')}") from error
+    return options
+
+
+def _read_value(parser: OptionParser, flag: str, value: Any) -> Any:
+    """A YAML value as the command line would read it."""
+    if isinstance(value, bool):
+        argv = [flag if value else flag.replace("--", "--no-", 1)]
+    elif isinstance(value, list):
+        argv = [flag, *map(str, value)]
+    elif isinstance(value, str | int | float):
+        argv = [f"{flag}={value}"]
+    else:
+        raise ValueError(f"{flag}: expected a value as on the command line, got {value!r}")
+    (read,) = parser.read(argv).values()
+    return read
+
+
+# ---- what a run resolved to
+
+
+def saved_options(args: argparse.Namespace, parser: OptionParser) -> dict[str, Any]:
+    """The options that make a run what it is, as plain data."""
+    return {name: getattr(args, name) for name in parser.defaults if name not in RUN_ONLY}
+
+
+def config_text(options: Mapping[str, Any], command: str) -> str:
+    """`options` as a recipe file that says where it comes from."""
+    header = f"# What the options of a run resolved to. As --recipe, this file repeats the run.\n# {command}\n"
+    return header + yaml.safe_dump(dict(options), sort_keys=False)
+
+
+def describe(args: argparse.Namespace, parser: OptionParser, given: Mapping[str, Any]) -> str:
+    """All options in aligned, wrapped lines, a section each; a star marks those that were given."""
+    indent = 2 + max(map(len, parser.sections))
+    lines = []
+    for title, names in parser.sections.items():
+        entries = [f"{name.replace('_', '-')}{'*' * (name in given)} {_show(getattr(args, name))}" for name in names]
+        text = "   ".join(entry.replace(" ", "\0") for entry in entries)  # so that no entry is broken
+        lines += textwrap.wrap(
+            text, WIDTH, initial_indent=title.ljust(indent), subsequent_indent=" " * indent, break_on_hyphens=False
+        )
+    return "\n".join(lines).replace("\0", " ")
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list | tuple):
+        return " ".join(map(_show, value))
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

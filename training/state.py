@@ -1,0 +1,96 @@
+"""What training changes as it goes on, apart from the model, and how it is saved and restored."""
+
+import argparse
+from dataclasses import dataclass, field
+from logging import getLogger
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from training.checkpoint import is_ours
+from training.optimisation import build_criterion, build_mixup, build_optimizer, build_scheduler, learning_rate
+from training.options import flag_of
+
+_logger = getLogger(__name__)
+
+
+@dataclass
+class TrainingState:
+    """Mixup, loss, optimizer, schedule, gradient scaler and weight average; how far training is, and its log so far."""
+
+    mixup: Mixup | None
+    criterion: nn.Module
+    optimizer: Optimizer
+    scheduler: Scheduler
+    scaler: GradScaler
+    ema: ModelEmaV3 | None
+    epoch: int = 0  # epochs finished
+    best_acc1: float = -1.0  # so that the first epoch is better
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of log.txt, one per finished epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data, for a checkpoint."""
+        return {
+            "model_ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "best_acc1": self.best_acc1,
+        }
+
+
+def build_state(
+    args: argparse.Namespace, model: nn.Module, num_classes: int, updates_per_epoch: int, world_size: int
+) -> TrainingState:
+    """The state before the first epoch of `model`, which is on its device and not wrapped.
+
+    Raises:
+        ValueError: illegal options; names them.
+    """
+    mixup = build_mixup(args, num_classes)
+    optimizer = build_optimizer(args, model, learning_rate(args, world_size))
+    if args.warmup_epochs >= args.epochs:
+        _logger.warning("the warm-up (%d epochs) does not end in %d epochs", args.warmup_epochs, args.epochs)
+    return TrainingState(
+        mixup=mixup,
+        criterion=build_criterion(args, mixup),
+        optimizer=optimizer,
+        scheduler=build_scheduler(args, optimizer, updates_per_epoch),
+        scaler=GradScaler(torch.device(args.device).type, enabled=args.amp_dtype == "float16"),
+        ema=ModelEmaV3(model, args.model_ema_decay) if args.model_ema else None,
+    )
+
+
+def restore_state(state: TrainingState, checkpoint: dict[str, Any], args: argparse.Namespace) -> None:
+    """Take over the state of a checkpoint. The options stay those of this run; what differs is logged.
+
+    Raises:
+        ValueError: a checkpoint that is not of our format, or of another optimizer.
+    """
+    if not is_ours(checkpoint):
+        raise ValueError(f"{args.resume} holds weights, but no training to go on with: pass --eval to evaluate it")
+    saved = checkpoint["config"]
+    if args.opt != saved["opt"]:
+        raise ValueError(f"--opt {args.opt} contradicts {args.resume}, which has {saved['opt']}")
+    for name, value in saved.items():
+        if getattr(args, name) != value:
+            _logger.info("%s is now %s; it was %s", flag_of(name), getattr(args, name), value)
+
+    # The optimizer's options (weight decay, ...) are the ones it was made with; only what it has gathered is restored.
+    own = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
+    state.optimizer.load_state_dict(checkpoint["optimizer"])
+    for group, options in zip(state.optimizer.param_groups, own, strict=True):
+        group.update(options)
+
+    if checkpoint["scaler"]:
+        state.scaler.load_state_dict(checkpoint["scaler"])
+    if state.ema is not None and checkpoint["model_ema"] is not None:
+        state.ema.module.load_state_dict(checkpoint["model_ema"])
+    state.epoch = checkpoint["epoch"]
+    state.best_acc1 = checkpoint["best_acc1"]

@@ -1,0 +1,84 @@
+"""Tiny models in float64, and images for them, that the tests of the library share."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+import models_lape  # noqa: F401  registers the models
+from lape_vit import encodings
+from lape_vit.joins import legal_joins, legal_pairs
+
+MODELS = timm.list_models(module="models_lape")
+DEIT = "deit_tiny_patch16_224"
+DISTILLED = "deit_tiny_distilled_patch16_224"
+COMPACT = "vit_compact_patch4_32"
+SIZES: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 3,
+    "mlp_ratio": 2.0,
+    "num_classes": 5,
+}
+"""A grid of 4 x 4 patches and heads of width 8."""
+
+
+def sampled_pairs() -> list[tuple[str, str]]:
+    """Every legal pair of a single encoding, and every sum under one join, the joins taking turns."""
+    sums = [(pe, legal_joins(pe)) for pe in encodings.names() if pe not in encodings.ENCODINGS]
+    turns = [(pe, joins[turn % len(joins)]) for turn, (pe, joins) in enumerate(sums)]
+    return [pair for pair in legal_pairs() if pair[0] in encodings.ENCODINGS or pair in turns]
+
+
+over_pairs = pytest.mark.parametrize(("pe", "join_type"), legal_pairs())
+over_sampled_pairs = pytest.mark.parametrize(("pe", "join_type"), sampled_pairs())
+over_encodings = pytest.mark.parametrize("pe", encodings.names())
+
+
+def create(pe: str | None = None, join_type: str | None = None, name: str = DEIT, **kwargs: Any) -> Any:
+    """A tiny model as it comes from timm, in float32 and training mode; the same at every call."""
+    torch.manual_seed(0)
+    return timm.create_model(name, pe=pe, join_type=join_type, **{**SIZES, **kwargs})
+
+
+def tiny(pe: str | None = None, join_type: str | None = None, name: str = DEIT, **kwargs: Any) -> Any:
+    """The same in float64 and evaluation mode, with no parameter at a value, such as 0 or 1, that would hide a term."""
+    return disturb(create(pe, join_type, name, **kwargs).double()).eval()
+
+
+@torch.no_grad()
+def disturb(model: Any, seed: int = 0) -> Any:
+    """Add N(0, 0.3^2) to every parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.add_(0.3 * noise.to(parameter.dtype))
+    return model
+
+
+def images(batch: int = 2, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:
+    """Noise (batch, 3, height, width) in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 3, height, width, generator=generator, dtype=torch.float64)
+
+
+def gradients(model: Any, output: Tensor) -> dict[str, Tensor]:
+    """Of the output's sum of squares, by the parameters' names."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(output.square().sum(), parameters), strict=True))
+
+
+def assert_equal(actual: Any, expected: Any) -> None:
+    """Bit for bit, through lists, tuples and dictionaries of tensors, dtypes and the order of keys included."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=False)
+    if isinstance(actual, dict):
+        assert list(actual) == list(expected)
+
+
+def assert_near(actual: Any, expected: Any, tolerance: float = 1e-12) -> None:
+    """To rounding."""
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)

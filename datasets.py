@@ -2,7 +2,7 @@
 
 This file shadows Hugging Face's `datasets` package, so timm's `hfds/` readers are not offered.
 
-Images reach the model as float32 (3, S, S), S = `--input-size`, scaled to 0..1 and then normalised by mean and std.
+Images reach the model as float32 (3, H, W) of `--input-size`, scaled to 0..1 and then normalised by mean and std.
 """
 
 import argparse
@@ -22,7 +22,9 @@ import torch.distributed as dist
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.transforms import ResizeKeepRatio
 from timm.data.transforms_factory import create_transform
+from timm.layers import to_2tuple
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, Subset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
@@ -77,7 +79,7 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> LabelledImages:
     """Open one split of `args.data_set` (a key of `DATA_SETS`), transformed by `build_transform`.
 
     Returns:
-        The data set of (image (3, S, S), label) pairs, and the class names in the order of their labels.
+        The data set of (image (3, H, W), label) pairs, and the class names in the order of their labels.
 
     Raises:
         FileNotFoundError: images are missing and, for CIFAR, cannot be downloaded.
@@ -246,11 +248,11 @@ TIMM_POLICY = re.compile(
 
 
 def build_transform(is_train: bool, args: argparse.Namespace) -> Transform:
-    """The transform of one split: PIL RGB image -> normalised float32 tensor (3, S, S), S = `args.input_size`.
+    """The transform of one split: PIL RGB image -> normalised float32 tensor (3, H, W) of `args.input_size`.
 
     Training: crop (`args.train_crop`), flip, `args.aa`, colour jitter, normalisation, random erasing, as in DeiT; `pad`
     crops the whole image padded by an eighth of its side, `none` takes the whole image. Evaluation: the whole image for
-    a small data set or a small input (S <= 32), else DeiT's centre crop of `args.eval_crop_ratio` of the shorter side.
+    a small data set or a small input (up to 32 x 32), else DeiT's centre crop of `args.eval_crop_ratio` of each side.
 
     Raises:
         ValueError: an illegal option; names its flag.
@@ -262,8 +264,9 @@ def _train_transform(args: argparse.Namespace) -> Transform:
     _check_choice("--train-crop", args.train_crop, TRAIN_CROPS)
     _check_choice("--train-interpolation", args.train_interpolation, TRAIN_INTERPOLATIONS)
     _check_choice("--remode", args.remode, ERASING_MODES)
+    height, width = size = to_2tuple(args.input_size)
     crop_and_flip, augment, finish = create_transform(
-        args.input_size,
+        size,
         is_training=True,
         hflip=args.hflip,
         auto_augment=_timm_policy(args),
@@ -277,7 +280,7 @@ def _train_transform(args: argparse.Namespace) -> Transform:
         separate=True,
     )
     if args.train_crop != "random-resized":
-        crop = [RandomCrop(args.input_size, padding=args.input_size // 8)] if args.train_crop == "pad" else []
+        crop = [RandomCrop(size, padding=(width // 8, height // 8))] if args.train_crop == "pad" else []
         crop_and_flip = Compose([_resize_whole(args), *crop, RandomHorizontalFlip(args.hflip)])
     if args.aa == "torchvision":
         augment = Compose([RandAugment(), augment])
@@ -287,7 +290,7 @@ def _train_transform(args: argparse.Namespace) -> Transform:
 def _resize_whole(args: argparse.Namespace) -> Callable[[Image.Image], Image.Image]:
     random = args.train_interpolation == "random"
     modes = ("bilinear", "bicubic") if random else (args.train_interpolation,)
-    return RandomChoice([Resize((args.input_size, args.input_size), InterpolationMode(mode)) for mode in modes])
+    return RandomChoice([Resize(to_2tuple(args.input_size), InterpolationMode(mode)) for mode in modes])
 
 
 def _timm_policy(args: argparse.Namespace) -> str | None:
@@ -309,11 +312,15 @@ def _eval_transform(args: argparse.Namespace) -> Transform:
     _check_choice("--interpolation", args.interpolation, [mode.value for mode in InterpolationMode])
     if not 0 < args.eval_crop_ratio <= 1:
         raise ValueError(f"--eval-crop-ratio {args.eval_crop_ratio} is no part of the image: give a number in (0, 1]")
-    size, mode = args.input_size, InterpolationMode(args.interpolation)
-    if DATA_SETS[args.data_set].small or size <= 32:
-        crop: list[Callable] = [Resize((size, size), mode)]  # changes no pixel of an image of that size
+    height, width = size = to_2tuple(args.input_size)
+    mode = InterpolationMode(args.interpolation)
+    if DATA_SETS[args.data_set].small or max(size) <= 32:
+        crop: list[Callable] = [Resize(size, mode)]  # changes no pixel of an image of that size
+    elif height == width:
+        crop = [Resize(int(height / args.eval_crop_ratio), mode), CenterCrop(size)]
     else:
-        crop = [Resize(int(size / args.eval_crop_ratio), mode), CenterCrop(size)]
+        around = [int(side / args.eval_crop_ratio) for side in size]
+        crop = [ResizeKeepRatio(around, interpolation=args.interpolation), CenterCrop(size)]
     return Compose([*crop, ToTensor(), Normalize(args.mean, args.std)])
 
 
@@ -342,7 +349,7 @@ class SeededRepeatAugSampler(RepeatAugSampler):
 
 
 def build_loader(dataset: Dataset, is_train: bool, args: argparse.Namespace, rank: int, world_size: int) -> DataLoader:
-    """The batches of process `rank` of `world_size`: images (B, 3, S, S) and labels (B,), B = `args.batch_size`.
+    """The batches of process `rank` of `world_size`: images (B, 3, H, W) and labels (B,), B = `args.batch_size`.
 
     Training: full batches only, in an order that `args.seed` and `loader.sampler.set_epoch(epoch)` decide. Evaluation:
     batches of up to 1.5 B; the processes share out the data set, each image once.

@@ -17,14 +17,15 @@ from typing import Any, cast
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 import models_lape  # noqa: F401  (registers the models)
 from datasets import DATA_SETS, build_dataset, build_loader, canonical_data_set
 from engine import evaluate, train_one_epoch
-from lape_vit import convert_checkpoint
-from lape_vit.encodings import canonical_name
+from lape_vit import convert_checkpoint, warm_start
+from lape_vit.encodings import all_options, canonical_name
 from training import distributed
 from training.checkpoint import atomic_write, description_of, load_checkpoint, load_weights, save_checkpoint
 from training.curves import draw_curves
@@ -47,7 +48,7 @@ from training.state import TrainingState, build_state, restore_state
 
 _logger = getLogger(__name__)
 
-FIXED = ("model", "pe", "join_type", "input_size")
+FIXED = ("model", "pe", "join_type", "input_size", *all_options())
 """Options that a checkpoint decides."""
 FOR_EVALUATION = ("data_set", "data_path", "batch_size", "num_workers", "amp_dtype", "interpolation", "eval_crop_ratio")
 """Options that evaluation takes over from the training, to repeat what the training measured."""
@@ -124,13 +125,16 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
     Raises:
         ValueError, OSError: something is wrong with the input; the message says what, where, and what to do.
     """
-    parser = build_parser()
+    parser = build_parser(all_options())
     given = parser.read(argv)
     if given.get("eval") and "resume" not in given:
         raise ValueError("--eval needs --resume FILE, the checkpoint to evaluate")
+    if "finetune" in given and "resume" in given:
+        raise ValueError("--finetune starts a run and --resume goes on with one: give one of them")
     checkpoint = load_checkpoint(given["resume"]) if "resume" in given else {}
     description = description_of(checkpoint)
-    args = resolve_options(parser, given, checkpoint, description)
+    start = load_checkpoint(given["finetune"]) if "finetune" in given else {}
+    args = resolve_options(parser, given, checkpoint, description, description_of(start))
     device = distributed.pick_device(args.device, world)
     resolve_device_options(args, device)
     distributed.start(world, device)
@@ -140,10 +144,13 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
     if expected != len(classes):
         raise ValueError(f"{args.data_set} has {len(classes)} classes, but the model of {args.resume} has {expected}")
     seed_everything(args.seed, epoch=0, rank=0)  # every process makes the same model
-    model = build_model(args, len(classes))
+    model = build_model(args, len(classes), description.get("input_size", args.input_size))
     if checkpoint:
         name = f"{args.model} with {args.pe} and {args.join_type}"
         load_weights(model, convert_checkpoint(checkpoint["model"]), args.resume, name)
+        model.set_input_size(img_size=to_2tuple(args.input_size))
+    if start:
+        load_what_fits(model, start, args.finetune)
     run = Run(
         args=args,
         world=world,
@@ -166,25 +173,36 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
 
 
 def resolve_options(
-    parser: OptionParser, given: dict[str, Any], checkpoint: dict[str, Any], description: dict[str, Any]
+    parser: OptionParser,
+    given: dict[str, Any],
+    checkpoint: dict[str, Any],
+    description: dict[str, Any],
+    start: dict[str, Any],
 ) -> argparse.Namespace:
     """All options: what was given, else what the checkpoint is of, else the recipe, else the default; canonical names.
+
+    Args:
+        start: the description of the checkpoint to fine-tune, which goes before the recipe; it binds to nothing.
 
     Raises:
         ValueError: an unknown name, or an option that contradicts the checkpoint; names both values.
     """
-    for options in (given, description):
+    for options in (given, description, start):
         if options.get("pe") is not None:
             options["pe"] = canonical_name(options["pe"])
     if "data_set" in given:
         given["data_set"] = canonical_data_set(given["data_set"])
     fixed = {name: description[name] for name in FIXED if name in description}
-    for name in fixed.keys() & given.keys():
+    may_change = {"input_size"} if given.get("eval") else set()
+    for name in (fixed.keys() & given.keys()) - may_change:
         if given[name] != fixed[name]:
             raise ValueError(f"{flag_of(name)} {given[name]} contradicts {given['resume']}, which has {fixed[name]}")
 
     recipe_name, recipe = pick_recipe(parser, given, checkpoint)
-    args = argparse.Namespace(**{**parser.defaults, **recipe, **fixed, **given, "recipe": recipe_name})
+    model = {name: start[name] for name in FIXED if name in start}
+    if given.get("pe", model.get("pe")) != model.get("pe"):
+        model = {name: value for name, value in model.items() if name not in all_options()}
+    args = argparse.Namespace(**{**parser.defaults, **recipe, **model, **fixed, **given, "recipe": recipe_name})
     if args.resume and not args.eval and args.output_dir is None:
         args.output_dir = str(Path(args.resume).parent)
     if args.model not in (known := timm.list_models(module="models_lape")):
@@ -227,18 +245,42 @@ def resolve_device_options(args: argparse.Namespace, device: torch.device) -> No
         args.pin_mem = on_gpu
 
 
-def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
+def build_model(args: argparse.Namespace, num_classes: int, input_size: int | list[int]) -> Any:
     """The model of the options; what they leave open, it decides, and `args` then says the encoding and the join."""
+    of_encoding = {name: getattr(args, name) for name in all_options() if getattr(args, name) is not None}
     options = {"pe": args.pe, "join_type": args.join_type, "drop_rate": args.drop, "drop_path_rate": args.drop_path}
     options = {name: value for name, value in options.items() if value is not None}
-    model: Any = timm.create_model(args.model, num_classes=num_classes, img_size=args.input_size, **options)
-    patch = model.patch_embed.patch_size[0]
-    if args.input_size % patch:  # timm would leave the rest of the image out
-        raise ValueError(
-            f"--input-size {args.input_size} is no multiple of the {patch} pixels of {args.model}'s patches"
+    try:
+        model: Any = timm.create_model(
+            args.model, num_classes=num_classes, img_size=to_2tuple(input_size), **options, **of_encoding
         )
-    args.pe, args.join_type = model.pe, model.join_type
+    except TypeError as error:
+        if not of_encoding:
+            raise
+        raise ValueError(f"{' '.join(map(flag_of, of_encoding))}: {error}") from error
+    patch = model.patch_embed.patch_size
+    for side, multiple in zip(to_2tuple(args.input_size), patch, strict=True):
+        if side % multiple:  # timm would leave the rest of the image out
+            raise ValueError(f"--input-size {side} is no multiple of the {multiple} pixels of {args.model}'s patches")
+    vars(args).update(pe=model.pe, join_type=model.join_type, **model.pe_options)
     return model
+
+
+def load_what_fits(model: Any, checkpoint: dict[str, Any], path: str) -> None:
+    """Start from the weights of a checkpoint, and say in one line each what is new and what was left out.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+    size, patch = description_of(checkpoint).get("input_size"), model.patch_embed.patch_size
+    grid = None if size is None else tuple(side // cell for side, cell in zip(to_2tuple(size), patch, strict=True))
+    try:
+        start = warm_start(checkpoint["model"], model, grid)
+    except ValueError as error:
+        raise ValueError(f"--finetune {path}: {error}") from error
+    for line in start.report():
+        _logger.info("%s: %s", path, line)
+    model.load_state_dict(start.state_dict)
 
 
 def describe_model(args: argparse.Namespace, classes: Sequence[str]) -> dict[str, Any]:
@@ -247,6 +289,7 @@ def describe_model(args: argparse.Namespace, classes: Sequence[str]) -> dict[str
         "model": args.model,
         "pe": args.pe,
         "join_type": args.join_type,
+        **{name: getattr(args, name) for name in all_options() if getattr(args, name) is not None},
         "num_classes": len(classes),
         "classes": list(classes),
         "input_size": args.input_size,

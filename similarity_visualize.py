@@ -21,7 +21,7 @@ from torch import Tensor
 
 import models_lape  # noqa: F401  (registers the models)
 from lape_vit import convert_checkpoint
-from lape_vit.encodings import Grid, canonical_name
+from lape_vit.encodings import Grid, all_options, canonical_name
 from lape_vit.similarity import Model, cosine_similarity, layer_positions, token_map
 from training.checkpoint import description_of, load_checkpoint, load_weights
 from training.logs import start_logging
@@ -119,13 +119,13 @@ def load_model(args: argparse.Namespace) -> tuple[Model, str]:
     """
     checkpoint = load_checkpoint(args.ckpt_path)
     description = complete(description_of(checkpoint), args)
-    name = description["model"]
+    name = description.pop("model")
     if name not in (known := timm.list_models(module="models_lape")):
         raise ValueError(f"unknown {FLAGS['model']} {name!r}: choose from {', '.join(known)}")
     state_dict = convert_checkpoint(checkpoint["model"])
-    options = {"pe": description["pe"], "join_type": description["join_type"], "img_size": description["input_size"]}
     num_classes = len(state_dict.get("head.weight", ()))
-    model = cast("Model", timm.create_model(name, num_classes=num_classes, **options))
+    img_size = description.pop("input_size")
+    model = cast("Model", timm.create_model(name, num_classes=num_classes, img_size=img_size, **description))
     load_weights(model, state_dict, args.ckpt_path, f"{name} with {model.pe} and {model.join_type}")
     return model.eval(), name
 
@@ -136,7 +136,7 @@ def complete(description: dict[str, Any], args: argparse.Namespace) -> dict[str,
     Raises:
         ValueError: a flag that contradicts the checkpoint, or something else that neither says.
     """
-    completed = {}
+    completed = {option: description[option] for option in all_options() if option in description}
     for name, flag in FLAGS.items():
         values = [description.get(name), getattr(args, name)]
         said, given = (None if value is None else canonical(name, value) for value in values)

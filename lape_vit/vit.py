@@ -117,6 +117,10 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
         model is
             timm's, bit for bit.
 
+    Attributes:
+        pe, join_type: canonical names.
+        pe_options: every option of the encoding with its value.
+
     Raises:
         ValueError: unknown names, an illegal pair, a width that the encoding cannot divide.
         TypeError: an option that the encoding does not take, or an argument that timm does not know.
@@ -132,8 +136,8 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
             raise ValueError(f"pe={pe!r} and pos_embed={pos_embed!r} say the same thing: give one of them")
         encoding = encodings.resolve(next((name for name in (pe, pos_embed) if name is not None), "learnable"))
         joins.check_pair(encoding.name, join_type)
-        options = {option: kwargs.pop(option) for option in encodings.all_options() & kwargs.keys()}
-        if refused := options.keys() - encoding.options():
+        options = {option: kwargs.pop(option) for option in encodings.all_options().keys() & kwargs.keys()}
+        if refused := options.keys() - encoding.options().keys():
             raise TypeError(f"pe={encoding.name!r} takes no option {sorted(refused)[0]!r}")
         layers_use_positions = joins.JOINS[join_type].target != "input" or encoding.attention is not None
         if kwargs.get("patch_drop_rate") and layers_use_positions:
@@ -145,6 +149,7 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
         # A caller's own block_fn or attn_layer is a TypeError that names it, which mypy foresees.
         super().__init__(*args, **kwargs, block_fn=Block, attn_layer=Attention)  # type: ignore[misc]
         self.pe, self.join_type = encoding.name, join_type
+        self.pe_options = {**encoding.options(), **options}
         if not hasattr(self, "dist_token"):
             self.register_parameter("dist_token", None)
         elif self.reg_token is not None:
@@ -153,16 +158,19 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
         self.blocks = nn.ModuleList(self.blocks)  # type: ignore[assignment]
         weight = self.patch_embed.proj.weight
         with weight.device:
-            self._add_join(encoding, options)
-            self._add_attention_encodings(encoding, options)
+            self._add_join(encoding)
+            self._add_attention_encodings(encoding)
         self.join.to(weight.dtype)
 
-    def _add_join(self, encoding: encodings.Resolved, options: dict[str, Any]) -> None:
+    def _options_of(self, part: type[encodings.Encoding]) -> dict[str, Any]:
+        return {option: self.pe_options[option] for option in part.options()}
+
+    def _add_join(self, encoding: encodings.Resolved) -> None:
         grid, depth = self.patch_embed.grid_size, len(self.blocks)
         part, absolute = encoding.absolute, None
         if part is not None:
             prefix_rows = 0 if self.no_embed_class else self.num_prefix_tokens
-            absolute = part(self.embed_dim, grid, prefix_rows, **part.own(options))
+            absolute = part(self.embed_dim, grid, prefix_rows, **self._options_of(part))
         join, norm = joins.JOINS[self.join_type], cast("Block", self.blocks[0]).norm1
         self.join = join(absolute, self.num_prefix_tokens, depth, norm=lambda: copy.deepcopy(norm))
         for block in cast("Iterable[Block]", self.blocks):
@@ -177,13 +185,13 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
                 self.pos_embed = nn.Parameter(self.pos_embed.new_empty(shape))
                 timm.layers.trunc_normal_(self.pos_embed, std=0.02)
 
-    def _add_attention_encodings(self, encoding: encodings.Resolved, options: dict[str, Any]) -> None:
+    def _add_attention_encodings(self, encoding: encodings.Resolved) -> None:
         part = encoding.attention
         if part is None:
             return
-        grid, own = self.patch_embed.grid_size, part.own(options)
+        grid, options = self.patch_embed.grid_size, self._options_of(part)
         for attn in (cast("Attention", block.attn) for block in self.blocks):
-            module = part(attn.head_dim, attn.num_heads, grid, self.num_prefix_tokens, **own)
+            module = part(attn.head_dim, attn.num_heads, grid, self.num_prefix_tokens, **options)
             self.join.prepare(module)
             attn.set_encoding(module.to(attn.qkv.weight.dtype))
 

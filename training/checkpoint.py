@@ -65,12 +65,11 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint file {path}")
+    stream = file.open("rb")  # out here, for its errors say what is wrong; those of a damaged file may not
     try:
         # the original code bases keep their options in the checkpoint, as a Namespace
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        with stream, torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(stream, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise ValueError(f"{path} is refused: it holds more than plain data, or is no checkpoint at all") from error
     except Exception as error:  # what is no checkpoint can fail in any way

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import yaml
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-RUN_ONLY = ("output_dir", "resume", "eval", "recipe")
+RUN_ONLY = ("output_dir", "resume", "eval", "finetune", "recipe")
 """Options of one call: no recipe may set them, and a saved configuration leaves them out."""
 WIDTH = 110
 """Columns of the help and of the list of options."""
@@ -113,6 +113,16 @@ def number(low: float = 0.0, high: float = math.inf, above: bool = False) -> Cal
     return read
 
 
+def image_size(text: str) -> int | list[int]:
+    """The side of a square image, or its height and width."""
+    sides = [whole(1)(part) for part in text.strip("[]").split(",")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(
+            f"expected a side such as 224, or a height and width such as 160,224, got {text!r}"
+        )
+    return sides[0] if len(set(sides)) == 1 else sides
+
+
 def optional(read: Callable[[str], Any]) -> Callable[[str], Any]:
     """What `read` takes, or `none`."""
     return lambda text: None if text.lower() == "none" else read(text)
@@ -124,8 +134,12 @@ AMOUNT, FRACTION = number(), number(high=1.0)
 # ---- the options
 
 
-def build_parser() -> OptionParser:
-    """All options of `main.py`, in sections."""
+def build_parser(encoding_options: Mapping[str, tuple[type, Sequence[str]]]) -> OptionParser:
+    """All options of `main.py`, in sections.
+
+    Args:
+        encoding_options: of the positional encodings: each one's type, and the encodings that take it.
+    """
     parser = OptionParser()
     for title, add_options in (
         ("run", _run_options),
@@ -135,6 +149,11 @@ def build_parser() -> OptionParser:
         ("optimisation", _optimisation_options),
     ):
         add_options(parser.section(title))
+    add = parser.section("encoding")
+    for name, (kind, encodings) in encoding_options.items():
+        read = whole() if kind is int else number()
+        whose = f"of --pe {', '.join(encodings)} and their sums"
+        add(flag_of(name), type=read, metavar="N" if kind is int else "X", help=f"{whose}; default: the encoding's own")
     return parser
 
 
@@ -145,7 +164,11 @@ def _run_options(add: Callable[..., None]) -> None:
     add("--resume", metavar="FILE",
         help="go on with the training of this checkpoint, in its folder and with its options unless others are given;"
              " with --eval: the checkpoint to evaluate; default: start afresh")
-    add("--eval", action="store_true", default=False, help="evaluate the checkpoint of --resume and end")
+    add("--eval", action="store_true", default=False,
+        help="evaluate the checkpoint of --resume and end; at another --input-size if one is given")
+    add("--finetune", metavar="FILE",
+        help="start from the weights of this checkpoint, of any size, encoding or join; model, encoding, join and size "
+             "are the checkpoint's unless others are given; default: start from random weights")
     add("--recipe", metavar="NAME",
         help="options from recipes/NAME.yaml, or from the .yaml file of this path; default: the data set's recipe")
     add("--seed", type=whole(), default=0, metavar="N", help="of weights, order and augmentation")
@@ -160,7 +183,7 @@ def _model_options(add: Callable[..., None]) -> None:
     add("--model", default="deit_base_patch16_224", metavar="NAME", help="a model of models_lape")
     add("--pe", "--pos-embed", metavar="NAME", help=f"positional encoding; {own}")
     add("--join-type", metavar="NAME", help=f"how an absolute encoding reaches the layers; {own}")
-    add("--input-size", type=whole(1), metavar="S", help=f"side of the images, pixels; {own}")
+    add("--input-size", type=image_size, metavar="S", help=f"side of the images, or HEIGHT,WIDTH, pixels; {own}")
     add("--drop", type=optional(FRACTION), metavar="P", help=f"probability of dropout before the classifier; {own}")
     add("--drop-path", type=optional(FRACTION), metavar="P",
         help=f"probability to skip the last block, the others less; {own}")

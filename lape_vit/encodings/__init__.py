@@ -1,6 +1,6 @@
 """The registry of encodings. A new encoding is a file beside this one and a line in ``ENCODINGS``."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lape_vit.encodings.base import AbsoluteEncoding, AttentionEncoding, Encoding, Grid, NoEncoding
 from lape_vit.encodings.learnable import Learnable
@@ -17,6 +17,7 @@ __all__ = [
     "Encoding",
     "Grid",
     "Resolved",
+    "all_options",
     "canonical_name",
     "names",
     "resolve",
@@ -48,9 +49,10 @@ class Resolved(NamedTuple):
     absolute: type[AbsoluteEncoding] | None
     attention: type[AttentionEncoding] | None
 
-    def options(self) -> set[str]:
-        """Names of the options that the parts take."""
-        return {option for part in (self.absolute, self.attention) if part for option in part.options()}
+    def options(self) -> dict[str, Any]:
+        """The options that the parts take, with their defaults."""
+        absolute, attention = (part.options() if part else {} for part in (self.absolute, self.attention))
+        return {**absolute, **attention}
 
 
 def names() -> list[str]:
@@ -60,9 +62,13 @@ def names() -> list[str]:
     return [*ENCODINGS, *(f"{first}+{second}" for first in absolute for second in attention)]
 
 
-def all_options() -> set[str]:
-    """Names of the options of every encoding."""
-    return {option for encoding in ENCODINGS.values() for option in encoding.options()}
+def all_options() -> dict[str, tuple[type, list[str]]]:
+    """The options of all encodings: each one's type, and the names of the encodings that take it."""
+    found: dict[str, tuple[type, list[str]]] = {}
+    for name, encoding in ENCODINGS.items():
+        for option, default in encoding.options().items():
+            found.setdefault(option, (type(default), []))[1].append(name)
+    return found
 
 
 def resolve(pe: str) -> Resolved:

@@ -31,15 +31,12 @@ class Encoding(nn.Module):
         self.register_buffer("anchor", torch.empty(0), persistent=False)
 
     @classmethod
-    def options(cls) -> set[str]:
-        """Names of the options that this encoding takes."""
+    def options(cls) -> dict[str, Any]:
+        """The options that this encoding takes, with their defaults."""
         parameters = inspect.signature(cls.__init__).parameters.values()
-        return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-
-    @classmethod
-    def own(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Those of ``options`` that this encoding takes."""
-        return {name: value for name, value in options.items() if name in cls.options()}
+        return {
+            parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY
+        }
 
     def set_grid(self, grid: Grid) -> None:
         """Rebuild for another grid. The model calls it after its trained tables were resampled."""

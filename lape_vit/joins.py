@@ -70,7 +70,10 @@ class Join(nn.Module):
 
     def to_tokens(self, rows: Tensor) -> Tensor:
         """(1, R, D) to (1, N, D): a prefix token without a row receives zeros."""
-        return F.pad(rows, (0, 0, self.rows_without, 0)) if self.rows_without else rows
+        if self.rows_without == 0:
+            return rows
+        # As a matrix, so that the gradient is contiguous, which distributed training wants.
+        return F.pad(rows[0], (0, 0, self.rows_without, 0))[None]
 
 
 def no_terms(depth: int) -> list[Tensor | None]:

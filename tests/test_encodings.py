@@ -159,7 +159,7 @@ def test_an_encoding_is_registered_under_its_own_name_and_describes_itself(name:
 
 
 def test_no_option_takes_the_name_of_one_of_timms_arguments() -> None:
-    assert not encodings.all_options() & inspect.signature(VisionTransformer.__init__).parameters.keys()
+    assert not encodings.all_options().keys() & inspect.signature(VisionTransformer.__init__).parameters.keys()
 
 
 def refusal(pe: str, width: int, heads: int) -> str:

@@ -67,7 +67,7 @@ def build(name: str) -> Any:
             "mlp_ratio": entry["forward_mul"],
             "num_classes": entry["n_classes"],
         }
-    options = {option: entry[option] for option in encodings.resolve(entry["pe"]).options() & entry.keys()}
+    options = {option: entry[option] for option in encodings.resolve(entry["pe"]).options().keys() & entry.keys()}
     norm_layer = partial(nn.LayerNorm, eps=entry["norm_eps"])
     return timm.create_model(model_name, pe=entry["pe"], norm_layer=norm_layer, **arguments, **options).double().eval()
 

@@ -19,6 +19,7 @@ from PIL import Image
 from tiny_run import as_original, call, contents, load, log_of, set_up, train
 
 import main
+from lape_vit.encodings import all_options
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -287,8 +288,11 @@ CONTRADICTIONS = {
 }
 
 
-@pytest.mark.parametrize("mode", ["--eval", "--no-pin-mem"])  # evaluate, or go on with the training
-@pytest.mark.parametrize("option", CONTRADICTIONS)
+@pytest.mark.parametrize(
+    ("option", "mode"),
+    [(option, mode) for option in CONTRADICTIONS for mode in ("--eval", "--no-pin-mem")  # evaluate, or train on
+     if (option, mode) != ("input_size", "--eval")],
+)  # fmt: skip
 def test_a_flag_that_contradicts_the_checkpoint_is_refused_with_both_values(
     option: str, mode: str, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,6 +304,78 @@ def test_a_flag_that_contradicts_the_checkpoint_is_refused_with_both_values(
     assert f"{flag} {given}" in line
     assert saved in line
     assert contents(trained) == before
+
+
+@pytest.fixture(scope="session")
+def rotary(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
+    """The folder of a finished run whose encoding has options; to be left as it is."""
+    folder = tmp_path_factory.mktemp("runs") / "rotary"
+    flags = ("--pe", "learnable+rope_mixed", "--join-type", "LaPE", "--rope-theta", "20")
+    assert call("--recipe", recipe, "--output_dir", folder, *flags) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", all_options())
+def test_every_option_of_an_encoding_reaches_it_and_comes_back_from_the_checkpoint(
+    name: str, tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flag, pe = f"--{name}", all_options()[name][1][0]
+    assert call("--recipe", recipe, "--epochs", "1", "--pe", pe, flag, "3", "--output_dir", tmp_path) == 0
+    checkpoint = tmp_path / "checkpoint.pth"
+    assert set_up("--eval", "--resume", checkpoint).model.pe_options[name] == 3
+    assert call("--eval", "--resume", checkpoint, flag, "5") == 2
+    assert re.search(r" 5(\.0)? contradicts .* which has 3", refused(capsys))
+    assert call("--recipe", recipe, "--pe", "none", flag, "3") == 2
+    assert re.search(rf"{flag.replace('_', '-')}: pe='none' takes no option", refused(capsys))
+
+
+@pytest.mark.parametrize("size", ["32", "24,16"])
+def test_a_checkpoint_is_evaluated_at_another_size(size: str, rotary: Path, tmp_path: Path) -> None:
+    checkpoint = rotary / "checkpoint.pth"
+    run = set_up("--eval", "--resume", checkpoint, "--input-size", size)
+    height, width = (int(side) for side in (size if "," in size else f"{size},{size}").split(","))
+    images, _ = next(iter(run.test_loader))
+    assert images.shape[2:] == (height, width)
+    original = set_up("--eval", "--resume", checkpoint).model
+    original.set_input_size(img_size=(height, width))
+    assert torch.equal(run.model.eval()(images), original.eval()(images))
+    assert call("--eval", "--resume", checkpoint, "--input-size", size, "--output_dir", tmp_path) == 0
+    assert json.loads((tmp_path / "eval.json").read_text())["count"] == tiny_run.NUM_VAL
+
+
+class TestFinetune:
+    def test_without_other_flags_it_starts_from_the_checkpoints_model_and_weights(
+        self, rotary: Path, recipe: Path
+    ) -> None:
+        run = set_up("--recipe", recipe, "--finetune", rotary / "checkpoint.pth")
+        assert (run.args.pe, run.args.join_type, run.args.rope_theta) == ("learnable+rope_mixed", "LaPE", 20)
+        saved = load(rotary / "checkpoint.pth")["model"]
+        assert all(torch.equal(value, saved[name]) for name, value in run.model.state_dict().items())
+        assert run.training is not None
+        assert run.training.state.epoch == 0
+
+    def test_another_encoding_join_and_size_load_what_fits_and_say_the_rest(
+        self, rotary: Path, recipe: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        flags = ("--pe", "rope", "--join-type", "basic", "--input-size", "24,32")
+        with caplog.at_level(logging.INFO):
+            run = set_up("--recipe", recipe, "--finetune", rotary / "checkpoint.pth", *flags)
+        saved = load(rotary / "checkpoint.pth")["model"]
+        assert all(torch.equal(value, saved[name]) for name, value in run.model.state_dict().items())
+        (left_out,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+        assert all(name in left_out for name in ("pos_embed", "join.norms.*.weight (6)", "encoding.frequencies (6)"))
+        assert run.model.patch_embed.img_size == (24, 32)
+
+    def test_together_with_resume_it_is_refused(self, rotary: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert call("--resume", rotary / "checkpoint.pth", "--finetune", rotary / "checkpoint.pth") == 2
+        assert "--finetune" in refused(capsys)
+
+    def test_a_checkpoint_of_another_architecture_is_refused_by_name(
+        self, tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "other.pth")
+        assert call("--recipe", recipe, "--finetune", tmp_path / "other.pth") == 2
+        assert "other.pth: no tensor" in refused(capsys)
 
 
 def test_flags_that_agree_with_the_checkpoint_are_accepted_under_any_name(trained: Path) -> None:

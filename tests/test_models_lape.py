@@ -1,6 +1,5 @@
 """The plugin: its models beside timm's own of the same name, their sizes, their start, and the arguments they take."""
 
-import inspect
 import json
 import subprocess
 import sys
@@ -394,7 +393,7 @@ class TestOptions:
     """Keyword arguments of an encoding, given to ``timm.create_model``."""
 
     def test_of_another_encoding_are_type_errors_that_name_them(self, pe: str) -> None:
-        for option in encodings.all_options() - encodings.resolve(pe).options():
+        for option in encodings.all_options().keys() - encodings.resolve(pe).options().keys():
             given: dict[str, Any] = {option: 2}
             with pytest.raises(TypeError, match=f"'{option}'") as error:
                 create(pe, **given)
@@ -404,12 +403,15 @@ class TestOptions:
         with pytest.raises(TypeError, match="'tempreature'"):
             create(pe, tempreature=10)
 
-    def test_of_its_own_are_taken(self, pe: str) -> None:
-        for part in filter(None, encodings.resolve(pe)[1:]):
-            for option in part.options():
-                default = inspect.signature(part).parameters[option].default
-                assert_equal(tiny(pe, **{option: default})(images(1)), tiny(pe)(images(1)))
-                assert not tiny(pe, **{option: 3 * default})(images(1)).equal(tiny(pe)(images(1)))
+    def test_of_its_own_are_taken_and_kept_on_the_model(self, pe: str) -> None:
+        defaults = encodings.resolve(pe).options()
+        plain = tiny(pe)
+        assert plain.pe_options == defaults
+        for option, default in defaults.items():
+            same, other = tiny(pe, **{option: default}), tiny(pe, **{option: 3 * default})
+            assert_equal(same(images(1)), plain(images(1)))
+            assert not other(images(1)).equal(plain(images(1)))
+            assert other.pe_options == {**defaults, option: 3 * default}
 
 
 class Slope(AbsoluteEncoding):

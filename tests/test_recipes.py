@@ -9,16 +9,17 @@ import pytest
 
 import main
 from datasets import DATA_SETS
+from lape_vit.encodings import all_options
 from training.options import RECIPES, build_parser, read_recipe
 
 FILES = sorted(RECIPES.glob("*.yaml"))
-PARSER = build_parser()
+PARSER = build_parser(all_options())
 
 
 def resolve(command: str) -> dict[str, Any]:
     """The options of a command line."""
     given = PARSER.read(shlex.split(command.split("main.py", 1)[1]))
-    return vars(main.resolve_options(PARSER, given, {}, {}))
+    return vars(main.resolve_options(PARSER, given, {}, {}, {}))
 
 
 def header(path: Path) -> str:
@@ -135,4 +136,19 @@ def test_the_command_of_the_compact_vit_trains_as_it_does(name: str, data_set: s
         "drop_path": 0,
         "recipe": "vit2d_cifar",
     }
+    assert {name: options[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--pos_embed none", {"pe": "none"}),
+        ("--pos_embed learn", {"pe": "learnable"}),
+        ("--pos_embed rope", {"pe": "rope"}),
+        ("--pos_embed relative --max_relative_distance 2", {"pe": "relative", "max_relative_distance": 2}),
+    ],
+)
+def test_each_encoding_of_the_compact_vit_has_its_command(flags: str, expected: dict[str, object]) -> None:
+    options = resolve(f"main.py --dataset cifar10 {flags}")
+    expected = {"model": "vit_compact_patch4_32", "recipe": "vit2d_cifar", **expected}
     assert {name: options[name] for name in expected} == expected

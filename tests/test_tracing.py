@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lape_vit import encodings
 from lape_vit.joins import legal_pairs
-from tests.models import DEIT, DISTILLED, create, disturb
+from tests.models import MODELS, create, disturb
 
 over_single_encodings = pytest.mark.parametrize("pe", list(encodings.ENCODINGS))
 # A sum's parts are traced alone too: one absolute part stands for all, and the ordinary join for the others.
@@ -25,11 +25,14 @@ def model_and_images(pe: str | None = None, join_type: str | None = None, **kwar
     return disturb(create(pe, join_type, **kwargs)).eval(), images
 
 
-@pytest.mark.parametrize("name", [DEIT, DISTILLED])
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("ignore:.torch.jit")
-def test_the_default_pair_scripts(name: str) -> None:
+def test_every_model_scripts_and_traces_in_its_default_pair(name: str) -> None:
     model, images = model_and_images(name=name)
     torch.testing.assert_close(torch.jit.script(model)(images), model(images))
+    extracted = create_feature_extractor(model, return_nodes={"blocks.1": "last"})(images)
+    last = model.forward_intermediates(images, [1], output_fmt="NLC", return_prefix_tokens=True)[1][0]
+    torch.testing.assert_close(extracted["last"], torch.cat(last[::-1], dim=1))
 
 
 @over_pairs

@@ -20,6 +20,7 @@ from torch import nn
 
 import main
 from engine import evaluate
+from lape_vit.encodings import all_options
 from training import logs
 from training.checkpoint import atomic_write, load_checkpoint, load_weights, save_checkpoint
 from training.curves import draw_curves
@@ -31,7 +32,7 @@ from training.options import build_parser, config_text, describe, find_recipe, f
 from training.seeding import seed_everything
 
 ROOT = Path(__file__).resolve().parents[1]
-PARSER = build_parser()
+PARSER = build_parser(all_options())
 
 
 def options(**changed: Any) -> argparse.Namespace:

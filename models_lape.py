@@ -36,8 +36,10 @@ class CompactVisionTransformer(VisionTransformer):
     def init_weights(self, *args: Any, **kwargs: Any) -> None:
         super().init_weights(*args, **kwargs)
         trunc_normal_(self.patch_embed.proj.weight, std=0.02)
-        nn.init.zeros_(self.patch_embed.proj.bias)
-        trunc_normal_(self.cls_token, std=0.02)
+        if self.patch_embed.proj.bias is not None:
+            nn.init.zeros_(self.patch_embed.proj.bias)
+        if self.cls_token is not None:
+            trunc_normal_(self.cls_token, std=0.02)
 
 
 DEIT3 = {"no_embed_class": True, "init_values": 1e-6}

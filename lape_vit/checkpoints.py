@@ -12,6 +12,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
+from timm.models import adapt_input_conv
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
@@ -139,6 +140,9 @@ def warm_start(state_dict: StateDict, model: Any, grid: Grid | None = None) -> W
         model.set_input_size(img_size=(source[0] * height, source[1] * width))
     converted = checkpoint_filter_fn(converted, model, adapt_layer_scale=True)
     own = model.state_dict()
+    kernel, in_chans = converted.get("patch_embed.proj.weight"), own["patch_embed.proj.weight"].shape[1]
+    if kernel is not None and kernel.shape[1] == 3:  # from colours to as many channels as the model reads
+        converted["patch_embed.proj.weight"] = adapt_input_conv(in_chans, kernel)
     fits = {name: value for name, value in converted.items() if name in own and own[name].shape == value.shape}
     if not fits:
         raise ValueError("no tensor of the checkpoint fits the model: it is one of another architecture or width")

@@ -212,7 +212,7 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
             if token is not None:
                 tokens.append(token.expand(x.shape[0], -1, -1))
         tokens.append(x.reshape(x.shape[0], -1, x.shape[-1]))
-        x = torch.cat(tokens, dim=1)
+        x = torch.cat(tokens, dim=1) if len(tokens) > 1 else tokens[0]
         input_term, block_terms = self.join(grid, self.pos_embed)
         if input_term is not None:
             x = x + input_term
@@ -326,7 +326,11 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
     ) -> list[int]:
         """Drop the blocks after the last one asked for, with what the join holds for them."""
         taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        self.join.keep_layers(len(self.blocks))
+        depth = len(self.blocks)
+        self.join.keep_layers(depth)
+        if self.pos_embed is not None:
+            tables = self.pos_embed[: self.join.num_tables(depth)]
+            self.pos_embed = nn.Parameter(tables.detach().clone(), requires_grad=self.pos_embed.requires_grad)
         return taken
 
 
@@ -342,7 +346,7 @@ def block_indices(indices: int | Sequence[int] | None, depth: int) -> list[int]:
     """
     if indices is None:
         return list(range(depth))
-    wanted = range(depth - indices, depth) if isinstance(indices, int) else indices
+    wanted = range(-indices, 0) if isinstance(indices, int) else indices
     numbers = [index + depth if index < 0 else index for index in wanted]
     if not numbers or not all(0 <= number < depth for number in numbers):
         raise ValueError(f"indices={indices}: the model has blocks 0 to {depth - 1}")

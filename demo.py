@@ -26,7 +26,7 @@ def run(*command: str | Path) -> None:
 def main() -> None:
     """Train, evaluate, draw and compare; what an earlier demonstration left in its folder is removed first."""
     shutil.rmtree(ROOT / RUNS, ignore_errors=True)
-    table = Table(title="vit_compact_patch4_32 on DIGITS: 16 patches of 4 x 4 pixels")
+    table = Table()
     for column in ("join", "parameters", "accuracy (%)", "seconds"):
         table.add_column(column, justify="left" if column == "join" else "right")
     for join in JOINS:
@@ -41,19 +41,12 @@ def main() -> None:
     figures = RUNS / "LaPE" / "similarity"
     run("similarity_visualize.py", "--ckpt_path", RUNS / "LaPE" / "best_checkpoint.pth", "--save_dir", figures)
 
-    console = Console()
-    console.print()
+    console = Console(highlight=False, soft_wrap=True)
+    console.print("\nvit_compact_patch4_32 on DIGITS, 16 patches of 4 x 4 pixels, the best epoch of each")
     console.print(table)
-    console.print(
-        "training curves     ", *(str(RUNS / join / "curves.png") for join in JOINS), highlight=False, soft_wrap=True
-    )
-    console.print(
-        "checkpoints         ",
-        *(str(RUNS / join / "best_checkpoint.pth") for join in JOINS),
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print("position similarity ", str(figures / "overview.png"), highlight=False, soft_wrap=True)
+    console.print("training curves:    ", *(RUNS / join / "curves.png" for join in JOINS))
+    console.print("checkpoints:        ", *(RUNS / join / "best_checkpoint.pth" for join in JOINS))
+    console.print("position similarity:", figures / "overview.png")
 
 
 if __name__ == "__main__":

@@ -79,8 +79,8 @@ def _is_fixed(table: Tensor, state_dict: StateDict) -> bool:
     if table.shape[0] != 1:
         return False
     prefix = sum(token in state_dict for token in ("cls_token", "dist_token"))
-    side = round((table.shape[1] - prefix) ** 0.5)
-    if side * side != table.shape[1] - prefix or table.shape[2] % 4:
+    side = square_root(table.shape[1] - prefix)
+    if side is None or table.shape[2] % 4:
         return False
     return any(
         torch.allclose(encoding(table.shape[2], (side, side), prefix)((side, side)).to(table), table, atol=1e-5)
@@ -138,7 +138,10 @@ def warm_start(state_dict: StateDict, model: Any, grid: Grid | None = None) -> W
         size, (height, width) = model.patch_embed.img_size, model.patch_embed.patch_size
         model = copy.deepcopy(model)
         model.set_input_size(img_size=(source[0] * height, source[1] * width))
+    table = converted.pop("pos_embed", None)  # which timm would resample by rules of its own
     converted = checkpoint_filter_fn(converted, model, adapt_layer_scale=True)
+    if table is not None:
+        converted["pos_embed"] = table
     own = model.state_dict()
     kernel, in_chans = converted.get("patch_embed.proj.weight"), own["patch_embed.proj.weight"].shape[1]
     if kernel is not None and kernel.shape[1] == 3:  # from colours to as many channels as the model reads
@@ -162,23 +165,26 @@ def square_grid(state_dict: StateDict, model: Any) -> Grid | None:
     Raises:
         ValueError: the tables stand for no square.
     """
-    own = model.state_dict()
-    for name, value in state_dict.items():
-        if name not in own:
-            continue
+    tokens = (state_dict[name] for name in ("cls_token", "dist_token", "reg_token") if name in state_dict)
+    prefix = 0 if model.no_embed_class else sum(token.shape[1] for token in tokens)
+    for name in state_dict.keys() & model.state_dict().keys():
         if name == "pos_embed":
-            prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-            rows, side = value.shape[1] - prefix, math.isqrt(value.shape[1] - prefix)
+            rows = state_dict[name].shape[1] - prefix
         elif name.endswith(".attn.encoding.table"):
-            rows, side = len(value), math.isqrt(len(value))
+            rows = len(state_dict[name])
         else:
             continue
-        if side * side != rows:
-            raise ValueError(
-                f"{name} of the checkpoint has {rows} rows for patches, which is no square: give the grid (H, W)"
-            )
+        side = square_root(rows)
+        if side is None:
+            raise ValueError(f"{name} of the checkpoint has {rows} rows for patches, no square grid: give its (H, W)")
         return (side, side) if name == "pos_embed" else ((side + 1) // 2, (side + 1) // 2)
     return None
+
+
+def square_root(number: int) -> int | None:
+    """The whole square root, if there is one."""
+    root = math.isqrt(number)
+    return root if root * root == number else None
 
 
 def summarise(names: list[str]) -> str:

@@ -114,8 +114,7 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
             ``pos_embed`` is taken for it, if given.
         join_type: a join of :mod:`lape_vit.joins`; default ``basic``.
         kwargs: options of the encoding, and all arguments of timm's class. With neither ``pe`` nor ``join_type`` the
-        model is
-            timm's, bit for bit.
+            model is timm's, bit for bit.
 
     Attributes:
         pe, join_type: canonical names.

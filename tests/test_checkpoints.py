@@ -10,7 +10,7 @@ import timm.models.deit
 import torch
 
 from lape_vit import warm_start
-from tests.models import COMPACT, DEIT, SIZES, assert_equal, assert_near, images, over_sampled_pairs, tiny
+from tests.models import COMPACT, DEIT, DISTILLED, SIZES, assert_equal, assert_near, images, over_sampled_pairs, tiny
 
 
 @over_sampled_pairs
@@ -39,11 +39,18 @@ def test_a_checkpoint_of_another_size_becomes_what_set_input_size_makes_of_it(
 
 def test_a_grid_that_is_no_square_must_be_told() -> None:
     source, target = tiny(img_size=(24, 40)), tiny(img_size=48)
-    with pytest.raises(ValueError, match=r"pos_embed .* 15 rows .* no square"):
+    with pytest.raises(ValueError, match=r"pos_embed .* 15 rows for patches, no square grid"):
         warm_start(source.state_dict(), target)
     target.load_state_dict(warm_start(source.state_dict(), target, grid=(3, 5)).state_dict)
     source.set_input_size(img_size=48)
     assert_equal(target(images(1, 48, 48)), source(images(1, 48, 48)))
+
+
+@pytest.mark.parametrize(("source", "target"), [(DISTILLED, DEIT), (DEIT, DISTILLED)])
+def test_distilled_and_other_models_start_from_each_other(source: str, target: str) -> None:
+    start = warm_start(tiny(name=source).state_dict(), tiny(name=target))
+    new_or_left_out = {"pos_embed", "dist_token", "head_dist.weight", "head_dist.bias"}
+    assert {*start.new, *start.left_out} == new_or_left_out
 
 
 def test_what_is_new_and_what_is_left_out_is_said_in_a_line_each() -> None:

@@ -129,12 +129,16 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
     given = parser.read(argv)
     if given.get("eval") and "resume" not in given:
         raise ValueError("--eval needs --resume FILE, the checkpoint to evaluate")
+    if "data_set" in given:
+        given["data_set"] = canonical_data_set(given["data_set"])
     if "finetune" in given and "resume" in given:
         raise ValueError("--finetune starts a run and --resume goes on with one: give one of them")
     checkpoint = load_checkpoint(given["resume"]) if "resume" in given else {}
     description = description_of(checkpoint)
-    start = load_checkpoint(given["finetune"]) if "finetune" in given else {}
-    args = resolve_options(parser, given, checkpoint, description, description_of(start))
+    recipe = pick_recipe(parser, given, checkpoint)
+    finetune = None if checkpoint else {**recipe, **given}.get("finetune")
+    start = load_checkpoint(finetune) if finetune else {}
+    args = resolve_options(parser, given, recipe, description, description_of(start))
     device = distributed.pick_device(args.device, world)
     resolve_device_options(args, device)
     distributed.start(world, device)
@@ -175,13 +179,14 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
 def resolve_options(
     parser: OptionParser,
     given: dict[str, Any],
-    checkpoint: dict[str, Any],
+    recipe: dict[str, Any],
     description: dict[str, Any],
     start: dict[str, Any],
 ) -> argparse.Namespace:
     """All options: what was given, else what the checkpoint is of, else the recipe, else the default; canonical names.
 
     Args:
+        description: of the checkpoint to evaluate or to go on with, which nothing may contradict.
         start: the description of the checkpoint to fine-tune, which goes before the recipe; it binds to nothing.
 
     Raises:
@@ -190,19 +195,16 @@ def resolve_options(
     for options in (given, description, start):
         if options.get("pe") is not None:
             options["pe"] = canonical_name(options["pe"])
-    if "data_set" in given:
-        given["data_set"] = canonical_data_set(given["data_set"])
     fixed = {name: description[name] for name in FIXED if name in description}
     may_change = {"input_size"} if given.get("eval") else set()
     for name in (fixed.keys() & given.keys()) - may_change:
         if given[name] != fixed[name]:
             raise ValueError(f"{flag_of(name)} {given[name]} contradicts {given['resume']}, which has {fixed[name]}")
 
-    recipe_name, recipe = pick_recipe(parser, given, checkpoint)
     model = {name: start[name] for name in FIXED if name in start}
     if given.get("pe", model.get("pe")) != model.get("pe"):
         model = {name: value for name, value in model.items() if name not in all_options()}
-    args = argparse.Namespace(**{**parser.defaults, **recipe, **model, **fixed, **given, "recipe": recipe_name})
+    args = argparse.Namespace(**{**parser.defaults, **recipe, **model, **fixed, **given})
     if args.resume and not args.eval and args.output_dir is None:
         args.output_dir = str(Path(args.resume).parent)
     if args.model not in (known := timm.list_models(module="models_lape")):
@@ -218,17 +220,18 @@ def resolve_options(
     return args
 
 
-def pick_recipe(parser: OptionParser, given: dict[str, Any], checkpoint: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A name and options: of the recipe asked for, else of the checkpoint, else of the data set's recipe."""
+def pick_recipe(parser: OptionParser, given: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Options, with their source as `recipe`: of the recipe asked for, else of the checkpoint, else of the data set."""
     if "recipe" in given:
-        return given["recipe"], read_recipe(parser, find_recipe(given["recipe"]))
+        return {**read_recipe(parser, find_recipe(given["recipe"])), "recipe": given["recipe"]}
     if "config" in checkpoint:
         saved = dict(checkpoint["config"])
         if given.get("data_set", saved["data_set"]) != saved["data_set"]:
             saved["data_path"] = None  # is of the other data set
-        return given["resume"], {name: saved[name] for name in FOR_EVALUATION} if given.get("eval") else saved
+        options = {name: saved[name] for name in FOR_EVALUATION} if given.get("eval") else saved
+        return {**options, "recipe": given["resume"]}
     name = DATA_SETS[given.get("data_set", parser.defaults["data_set"])].recipe
-    return name, read_recipe(parser, find_recipe(name))
+    return {**read_recipe(parser, find_recipe(name)), "recipe": name}
 
 
 def resolve_device_options(args: argparse.Namespace, device: torch.device) -> None:

@@ -366,6 +366,12 @@ class TestFinetune:
         assert all(name in left_out for name in ("pos_embed", "join.norms.*.weight (6)", "encoding.frequencies (6)"))
         assert run.model.patch_embed.img_size == (24, 32)
 
+    def test_the_saved_configuration_starts_from_it_too(self, rotary: Path, recipe: Path, tmp_path: Path) -> None:
+        flags = ("--recipe", recipe, "--finetune", rotary / "checkpoint.pth", "--epochs", "1", "--output_dir", tmp_path)
+        assert call(*flags) == 0
+        (saved,) = (set_up("--recipe", tmp_path / "config.yaml").model.state_dict()[name] for name in ("pos_embed",))
+        assert torch.equal(saved, load(rotary / "checkpoint.pth")["model"]["pos_embed"])
+
     def test_together_with_resume_it_is_refused(self, rotary: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert call("--resume", rotary / "checkpoint.pth", "--finetune", rotary / "checkpoint.pth") == 2
         assert "--finetune" in refused(capsys)

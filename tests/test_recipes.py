@@ -19,7 +19,9 @@ PARSER = build_parser(all_options())
 def resolve(command: str) -> dict[str, Any]:
     """The options of a command line."""
     given = PARSER.read(shlex.split(command.split("main.py", 1)[1]))
-    return vars(main.resolve_options(PARSER, given, {}, {}, {}))
+    if "data_set" in given:
+        given["data_set"] = main.canonical_data_set(given["data_set"])
+    return vars(main.resolve_options(PARSER, given, main.pick_recipe(PARSER, given, {}), {}, {}))
 
 
 def header(path: Path) -> str:

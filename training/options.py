@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import yaml
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-RUN_ONLY = ("output_dir", "resume", "eval", "finetune", "recipe")
+RUN_ONLY = ("output_dir", "resume", "eval", "recipe")
 """Options of one call: no recipe may set them, and a saved configuration leaves them out."""
 WIDTH = 110
 """Columns of the help and of the list of options."""

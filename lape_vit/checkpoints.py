@@ -144,7 +144,7 @@ def warm_start(state_dict: StateDict, model: Any, grid: Grid | None = None) -> W
         converted["pos_embed"] = table
     own = model.state_dict()
     kernel, in_chans = converted.get("patch_embed.proj.weight"), own["patch_embed.proj.weight"].shape[1]
-    if kernel is not None and kernel.shape[1] == 3:  # from colours to as many channels as the model reads
+    if kernel is not None and kernel.shape[1] == 3 != in_chans:  # from colours to as many channels as the model reads
         converted["patch_embed.proj.weight"] = adapt_input_conv(in_chans, kernel)
     fits = {name: value for name, value in converted.items() if name in own and own[name].shape == value.shape}
     if not fits:

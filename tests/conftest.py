@@ -1,7 +1,14 @@
 """What every test shares."""
 
+import signal
+
 import pytest
 import torch
+
+
+def pytest_configure() -> None:
+    """Take Ctrl-C, which some tests send, also where the shell has started this process in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -109,6 +109,15 @@ def test_rope_mixed_starts_with_the_magnitudes_and_right_angles_of_timms() -> No
     assert len(set(directions.tolist())) == 5  # each head is turned by an angle of its own
 
 
+def test_tables_start_as_in_their_sources() -> None:
+    torch.manual_seed(0)
+    relative = ENCODINGS["relative"](64, 3, (14, 14), 1, max_relative_distance=40)  # type: ignore[call-arg]
+    for table in relative.parameters():
+        assert table.mean().abs() < 0.1
+        assert (table.std() - 1).abs() < 0.1
+    assert not ENCODINGS["2D_RPE"](64, 3, (14, 14), 1).table.any()  # type: ignore[call-arg]
+
+
 @over_grids
 def test_rope_turns_by_the_tables_of_its_source(grid: Grid) -> None:
     q = noise(B, HEADS, 1 + grid[0] * grid[1], D)

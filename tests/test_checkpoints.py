@@ -37,6 +37,21 @@ def test_a_checkpoint_of_another_size_becomes_what_set_input_size_makes_of_it(
     assert_equal(target(pixels), source(pixels))
 
 
+@over_sampled_pairs
+@pytest.mark.parametrize("size", [(384, 384), (160, 224), (32, 32)])
+def test_models_for_224_pixels_work_at_the_sizes_of_the_field(pe: str, join_type: str, size: tuple[int, int]) -> None:
+    sizes: dict[str, Any] = {"patch_size": 16, "embed_dim": 24, "depth": 1}
+    source = tiny(pe, join_type, img_size=224, **sizes)
+    created = tiny(pe, join_type, img_size=size, **sizes)
+    dynamic = tiny(pe, join_type, img_size=224, dynamic_img_size=True, **sizes)
+    created.load_state_dict(warm_start(source.state_dict(), created).state_dict)
+    pixels = images(1, *size)
+    expected = dynamic(pixels)
+    source.set_input_size(img_size=size)
+    assert_equal(created(pixels), source(pixels))
+    assert_near(source(pixels), expected)
+
+
 def test_a_grid_that_is_no_square_must_be_told() -> None:
     source, target = tiny(img_size=(24, 40)), tiny(img_size=48)
     with pytest.raises(ValueError, match=r"pos_embed .* 15 rows for patches, no square grid"):

@@ -8,14 +8,15 @@ Images reach the model as float32 (3, H, W) of `--input-size`, scaled to 0..1 an
 import argparse
 import os
 import re
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
+from itertools import islice
 from logging import getLogger
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -26,8 +27,9 @@ from timm.data.transforms import ResizeKeepRatio
 from timm.data.transforms_factory import create_transform
 from timm.layers import to_2tuple
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets.folder import default_loader
 from torchvision.transforms import (
     CenterCrop,
     Compose,
@@ -40,6 +42,9 @@ from torchvision.transforms import (
     Resize,
     ToTensor,
 )
+
+from training.interrupt import leave_signals_to_parent
+from training.seeding import AUGMENTATION, seed_everything
 
 _logger = getLogger(__name__)
 
@@ -100,11 +105,22 @@ def _open_folders(is_train: bool, data_path: str | None, transform: Transform) -
     classes = {split: _class_folders(path) for split, path in splits.items() if path.is_dir()}
     _check_same_classes(data_path, classes.get("train"), classes.get("val"))
 
-    images = ImageFolder(folder, transform, allow_empty=True)
+    images = ImageFolder(folder, transform, loader=_read_image, allow_empty=True)
     if empty := set(range(len(images.classes))).difference(images.targets):
         names = _first_few([images.classes[label] for label in sorted(empty)])
         raise FileNotFoundError(f"no image in class folder {names} of {folder}: add images or remove the folder")
     return images, images.classes
+
+
+class UnreadableImageError(ValueError):
+    """A file that cannot be read as an image; the message names it."""
+
+
+def _read_image(path: str) -> Image.Image:
+    try:
+        return default_loader(path)
+    except Exception as error:  # what is no image can fail in any way
+        raise UnreadableImageError(f"{path} cannot be read as an image: {_one_line(error)}") from error
 
 
 def _class_folders(folder: Path) -> set[str]:
@@ -348,39 +364,120 @@ class SeededRepeatAugSampler(RepeatAugSampler):
         super().set_epoch(self.seed + epoch)
 
 
-def build_loader(dataset: Dataset, is_train: bool, args: argparse.Namespace, rank: int, world_size: int) -> DataLoader:
+class TrainSampler(Sampler[tuple[int, int, int]]):
+    """One process's share of an epoch, from any place on: (index of the image, epoch, place in the order of all).
+
+    The place is counted over all processes, so the same global batch has the same images and augmentations however
+    many processes share it.
+
+    Args:
+        order: of the indices in this process.
+        images_per_update: of this process; the rest that does not fill an update is left out.
+    """
+
+    def __init__(self, order: DistributedSampler | SeededRepeatAugSampler, images_per_update: int) -> None:
+        self.order = order
+        self.num_images = len(order) // images_per_update * images_per_update
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Yield the order of `epoch` without this process's `first` images, none of which is read."""
+        self.order.set_epoch(epoch)
+        self.epoch = epoch
+        self.first = first
+
+    def __len__(self) -> int:
+        return self.num_images  # of the whole epoch
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        for number, index in islice(enumerate(self.order), self.first, self.num_images):
+            yield index, self.epoch, number * self.order.num_replicas + self.order.rank
+
+
+class _Samples(Dataset):
+    """The items of a data set, each augmented by its own seed, with a complaint if it stands in for an unreadable one.
+
+    An index is what `TrainSampler` yields.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return _size(self.dataset)
+
+    def __getitem__(self, place: tuple[int, int, int]) -> tuple[Any, str]:
+        index, epoch, number = place
+        seed_everything(self.seed, AUGMENTATION, epoch, number)
+        complaint = ""
+        for other in range(len(self)):
+            try:
+                return self.dataset[(index + other) % len(self)], complaint
+            except UnreadableImageError as error:
+                complaint = complaint or str(error)
+        raise UnreadableImageError(complaint)
+
+
+class ImageLoader(DataLoader):
+    """Batches of images and labels.
+
+    Attributes:
+        skips_unreadable: whether the next readable image stands in for an unreadable one; else it is an error.
+        num_skipped: unreadable images so far, in the batches that were taken.
+    """
+
+    def __init__(self, samples: _Samples, skips_unreadable: bool, **options: Any) -> None:
+        super().__init__(samples, **options)
+        self.skips_unreadable = skips_unreadable
+        self.num_skipped = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator is all that a loop needs
+        for batch, complaints in super().__iter__():
+            for complaint in filter(None, complaints):
+                # raised here, as an exception from a worker comes with that worker's traceback in its message
+                if not self.skips_unreadable:
+                    raise UnreadableImageError(complaint)
+                _logger.warning("%s; skipped", complaint)
+                self.num_skipped += 1
+            yield batch
+
+
+def build_loader(dataset: Dataset, is_train: bool, args: argparse.Namespace, rank: int, world_size: int) -> ImageLoader:
     """The batches of process `rank` of `world_size`: images (B, 3, H, W) and labels (B,), B = `args.batch_size`.
 
-    Training: full batches only, in an order that `args.seed` and `loader.sampler.set_epoch(epoch)` decide. Evaluation:
-    batches of up to 1.5 B; the processes share out the data set, each image once.
+    Training: full batches only, as many as fill whole updates of `args.accum_steps`, in an order and with augmentations
+    that `args.seed` and `loader.sampler.set_epoch(epoch)` decide; `--skip-bad-images` is for training alone.
+    Evaluation: batches of up to 1.5 B; the processes share out the data set, each image once.
 
-    The augmentations follow the global random states of `random`, `numpy` and `torch` in this process: seed them.
+    While it loads, the random states of `random`, `numpy` and `torch` change in a way that `args.num_workers` decides.
 
     Raises:
-        ValueError: `--batch-size` below 1, or a training set smaller than one batch of all processes.
+        ValueError: `--batch-size` below 1, or a training set smaller than one update of all processes.
     """
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size} is too small: give at least 1")
-    # Workers are not persistent: new ones, seeded from this process's random state, start with every epoch. So an
-    # epoch's augmentations depend on that state alone, and a resumed run sees those of a run that was never stopped.
     load = partial(
-        DataLoader,
+        ImageLoader,
+        _Samples(dataset, args.seed),
         num_workers=args.num_workers,
         pin_memory=args.pin_mem,
-        worker_init_fn=ignore_interrupt,
-        persistent_workers=False,
+        worker_init_fn=leave_signals_to_parent,
     )
     if not is_train:
-        shard = Subset(dataset, range(rank, _size(dataset), world_size))
-        return load(shard, batch_size=int(1.5 * args.batch_size), shuffle=False)
-    sampler = _train_sampler(dataset, args, rank, world_size)
-    return load(dataset, batch_size=args.batch_size, sampler=sampler, drop_last=True)
+        share = [(index, 0, index) for index in range(rank, _size(dataset), world_size)]
+        return load(skips_unreadable=False, sampler=share, batch_size=int(1.5 * args.batch_size))
+    sampler = TrainSampler(_train_order(dataset, args, rank, world_size), args.batch_size * args.accum_steps)
+    return load(skips_unreadable=args.skip_bad_images, sampler=sampler, batch_size=args.batch_size, drop_last=True)
 
 
-def _train_sampler(dataset: Dataset, args: argparse.Namespace, rank: int, world_size: int) -> Sampler:
-    if _size(dataset) < args.batch_size * world_size:
+def _train_order(
+    dataset: Dataset, args: argparse.Namespace, rank: int, world_size: int
+) -> DistributedSampler | SeededRepeatAugSampler:
+    if _size(dataset) < args.batch_size * args.accum_steps * world_size:
+        times = f" x --accum-steps {args.accum_steps}" if args.accum_steps > 1 else ""
         raise ValueError(
-            f"{_size(dataset)} training images do not fill a batch of {args.batch_size} on each of {world_size} "
+            f"{_size(dataset)} training images do not fill a batch of {args.batch_size}{times} on each of {world_size} "
             "process(es): lower --batch-size or the number of processes"
         )
     if args.repeated_aug:
@@ -390,8 +487,3 @@ def _train_sampler(dataset: Dataset, args: argparse.Namespace, rank: int, world_
 
 def _size(dataset: Dataset) -> int:
     return len(dataset)  # type: ignore[arg-type]  # torch's Dataset declares no __len__; all of ours have one
-
-
-def ignore_interrupt(worker_id: int) -> None:
-    """Start a worker that leaves Ctrl-C, which a terminal sends to every process, to the main process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

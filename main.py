@@ -19,10 +19,17 @@ import timm
 import torch
 from timm.layers import to_2tuple
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler
 
 import models_lape  # noqa: F401  (registers the models)
-from datasets import DATA_SETS, build_dataset, build_loader, canonical_data_set
+from datasets import (
+    DATA_SETS,
+    ImageLoader,
+    TrainSampler,
+    UnreadableImageError,
+    build_dataset,
+    build_loader,
+    canonical_data_set,
+)
 from engine import evaluate, train_one_epoch
 from lape_vit import convert_checkpoint, warm_start
 from lape_vit.encodings import all_options, canonical_name
@@ -30,9 +37,9 @@ from training import distributed
 from training.checkpoint import atomic_write, description_of, load_checkpoint, load_weights, save_checkpoint
 from training.curves import draw_curves
 from training.distributed import World
-from training.interrupt import defer_interrupts
+from training.interrupt import Interrupted, defer_interrupts
 from training.logs import LoopDisplay, clock, start_logging
-from training.optimisation import learning_rate
+from training.optimisation import images_per_update, learning_rate
 from training.options import (
     OptionParser,
     build_parser,
@@ -44,7 +51,7 @@ from training.options import (
     saved_options,
 )
 from training.seeding import seed_everything
-from training.state import TrainingState, build_state, restore_state
+from training.state import Progress, TrainingState, build_state, restore_progress, restore_state
 
 _logger = getLogger(__name__)
 
@@ -52,7 +59,8 @@ FIXED = ("model", "pe", "join_type", "input_size", *all_options())
 """Options that a checkpoint decides."""
 FOR_EVALUATION = ("data_set", "data_path", "batch_size", "num_workers", "amp_dtype", "interpolation", "eval_crop_ratio")
 """Options that evaluation takes over from the training, to repeat what the training measured."""
-RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "config.yaml", "log.txt")
+CHECKPOINTS = ("checkpoint.pth", "best_checkpoint.pth")
+RUN_FILES = (*CHECKPOINTS, "config.yaml", "log.txt")
 SECONDS_BETWEEN_DRAWINGS = 30
 SECONDS_FOR_MAIN_PROCESS = 15
 
@@ -61,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: that of the process).
 
     Returns:
-        The exit code: 0; 1 if the training diverged; 2 for bad input; 130 if interrupted. All but 0 come with one line.
+        The exit code: 0; 1 if the training diverged, or a file could not be written; 2 for bad input; if a signal ended
+        the run, 130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1. All but 0 come with one line.
     """
     argv = sys.argv[1:] if argv is None else argv
     world = distributed.world_from_environment()
@@ -74,8 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _end(f"error: {error}", 2, world)
         with defer_interrupts():
             return evaluate_checkpoint(run) if run.training is None else train(run, run.training)
-    except FloatingPointError as error:
+    except UnreadableImageError as error:
+        return _end(f"error: {error}; --skip-bad-images trains without such files", 2, world)
+    except (FloatingPointError, OSError) as error:
         return _end(f"error: {error}", 1, world)
+    except Interrupted as interrupt:
+        return _end(str(interrupt), interrupt.exit_code, world) if world.is_main else interrupt.exit_code
     except KeyboardInterrupt as interrupt:
         return _end(f"interrupted{interrupt}", 130, world) if world.is_main else 130
     finally:
@@ -99,8 +112,10 @@ class Training:
     """What training needs besides what evaluation needs."""
 
     state: TrainingState
-    loader: DataLoader
+    loader: ImageLoader
+    updates: int  # per epoch
     config: dict[str, Any]  # the options to save
+    unsaved: str = ""  # why the last checkpoint could not be saved
 
 
 @dataclass
@@ -113,7 +128,7 @@ class Run:
     display: LoopDisplay
     model: nn.Module
     description: dict[str, Any]
-    test_loader: DataLoader
+    test_loader: ImageLoader
     num_test_images: int
     training: Training | None = None
     output_dir: Path | None = None  # in the main process, which alone writes
@@ -133,7 +148,10 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
         given["data_set"] = canonical_data_set(given["data_set"])
     if "finetune" in given and "resume" in given:
         raise ValueError("--finetune starts a run and --resume goes on with one: give one of them")
-    checkpoint = load_checkpoint(given["resume"]) if "resume" in given else {}
+    if given.get("auto_resume"):
+        checkpoint = find_checkpoint(given)
+    else:
+        checkpoint = load_checkpoint(given["resume"]) if "resume" in given else {}
     description = description_of(checkpoint)
     recipe = pick_recipe(parser, given, checkpoint)
     finetune = None if checkpoint else {**recipe, **given}.get("finetune")
@@ -147,7 +165,7 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
     expected = description.get("num_classes", len(classes))
     if expected != len(classes):
         raise ValueError(f"{args.data_set} has {len(classes)} classes, but the model of {args.resume} has {expected}")
-    seed_everything(args.seed, epoch=0, rank=0)  # every process makes the same model
+    seed_everything(args.seed)  # every process makes the same model
     model = build_model(args, len(classes), description.get("input_size", args.input_size))
     if checkpoint:
         name = f"{args.model} with {args.pe} and {args.join_type}"
@@ -174,6 +192,32 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
             text = config_text(run.training.config, shlex.join(["main.py", *argv]))
             write_text(run.output_dir / "config.yaml", text)
     return run
+
+
+def find_checkpoint(given: dict[str, Any]) -> dict[str, Any]:
+    """The newest readable checkpoint of `--output_dir`, which becomes the one to resume; empty if there is none.
+
+    Raises:
+        ValueError: options that do not go with `--auto-resume`.
+    """
+    if "output_dir" not in given:
+        raise ValueError("--auto-resume needs --output_dir DIR, where to look for a checkpoint")
+    for flag in {"resume", "eval"} & given.keys():
+        raise ValueError(f"--auto-resume goes on with the newest checkpoint of --output_dir: leave out --{flag}")
+    files = [path for path in (Path(given["output_dir"]) / name for name in CHECKPOINTS) if path.is_file()]
+    for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            checkpoint = load_checkpoint(str(path))
+        except ValueError as error:
+            _logger.warning("--auto-resume skips a checkpoint: %s", error)
+            continue
+        epoch, step = checkpoint["epoch"], checkpoint["progress"]["counts"]["step"]
+        _logger.info("--auto-resume goes on with %s, after epoch %d and %d updates", path, epoch, step)
+        given["resume"] = str(path)
+        given.pop("finetune", None)  # it started the run
+        return checkpoint
+    _logger.info("--auto-resume finds no checkpoint in %s: the run starts afresh", given["output_dir"])
+    return {}
 
 
 def resolve_options(
@@ -309,12 +353,14 @@ def set_up_training(run: Run, parser: OptionParser, checkpoint: dict[str, Any]) 
     args, world = run.args, run.world
     train_set, classes = build_dataset(True, args)
     loader = build_loader(train_set, True, args, world.rank, world.size)
-    state = build_state(args, run.model, len(classes), len(loader), world.size)
+    updates = len(loader) // args.accum_steps
+    state = build_state(args, run.model, len(classes), updates, world.size)
     if checkpoint:
         restore_state(state, checkpoint, args)
+        loader.num_skipped = restore_progress(state, checkpoint["progress"], updates, world)
         if world.is_main:
             state.rows = read_log(Path(args.output_dir) / "log.txt", state.epoch)
-    return Training(state, loader, saved_options(args, parser))
+    return Training(state, loader, updates, saved_options(args, parser))
 
 
 def open_output_dir(args: argparse.Namespace) -> Path | None:
@@ -328,7 +374,7 @@ def open_output_dir(args: argparse.Namespace) -> Path | None:
     folder = Path(args.output_dir)
     held = [name for name in RUN_FILES if (folder / name).exists()]
     is_resumed = args.resume is not None and Path(args.resume).resolve().parent == folder.resolve()
-    if held and not args.eval and not is_resumed:
+    if held and not (args.eval or is_resumed or args.auto_resume):
         raise FileExistsError(
             f"--output_dir {folder} holds a run already ({', '.join(held)}): go on with it by "
             f"--resume {folder / RUN_FILES[0]}, or name another folder"
@@ -365,8 +411,8 @@ def introduce(run: Run, parser: OptionParser, given: dict[str, Any]) -> None:
         processes,
         args.device,
         args.amp_dtype,
-        args.batch_size * world.size,
-        len(run.training.loader),
+        images_per_update(args, world.size),
+        run.training.updates,
         learning_rate(args, world.size),
     )
     _logger.info("output: %s", run.output_dir or "none, as --output_dir is not given")
@@ -398,19 +444,26 @@ def train(run: Run, training: Training) -> int:
             is_best = row["test_acc1"] > state.best_acc1
             state.best_acc1 = max(state.best_acc1, row["test_acc1"])
             state.epoch = row["epoch"]
+            state.progress = Progress(bad_in_a_row=state.progress.bad_in_a_row)
+            training.loader.num_skipped = 0
             state.rows.append(row)
             left = (time.monotonic() - start) / (state.epoch - epochs_before) * (args.epochs - state.epoch)
             _logger.info("%s  best %.2f %%  %s left", summarise(row, args.epochs), state.best_acc1, clock(left))
-            if run.output_dir is not None:
-                save(run.output_dir, run, training, is_best)
-                if state.epoch == args.epochs or time.monotonic() - drawn > SECONDS_BETWEEN_DRAWINGS:
-                    with atomic_write(run.output_dir / "curves.png") as file:
-                        draw_curves(state.rows, file, f"{args.model}, {args.pe}, {args.join_type} on {args.data_set}")
-                    drawn = time.monotonic()
+            draws = state.epoch == args.epochs or time.monotonic() - drawn > SECONDS_BETWEEN_DRAWINGS
+            save(run, training, is_best, draws)
+            if draws:
+                drawn = time.monotonic()
     except FloatingPointError as error:
-        raise FloatingPointError(f"{error}; {last_checkpoint(run)}") from error
+        raise FloatingPointError(f"epoch {state.epoch + 1}: {error}; {last_checkpoint(run)}") from error
+    except Interrupted as interrupt:
+        save(run, training)
+        distributed.wait_for_all()  # torchrun ends all processes soon after the first of them has ended
+        place = f" in epoch {state.epoch + 1}, after update {state.progress.step} of {training.updates}"
+        raise Interrupted(interrupt.signal_number, f"{place}; {last_checkpoint(run)}") from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f" in epoch {state.epoch + 1}; {last_checkpoint(run)}") from None
+    if training.unsaved:
+        raise OSError(f"{training.unsaved}; {last_checkpoint(run)}")
     return 0
 
 
@@ -420,8 +473,14 @@ def run_epoch(run: Run, training: Training, model: nn.Module) -> dict[str, Any]:
     start = time.monotonic()
     epoch = state.epoch + 1
     accuracy = f"  acc@1 {state.rows[-1]['test_acc1']:.2f} %" if state.rows else ""
-    seed_everything(args.seed, epoch, run.world.rank)
-    cast("DistributedSampler", loader.sampler).set_epoch(state.epoch)
+    done = state.progress.step * args.accum_steps * args.batch_size
+    cast("TrainSampler", loader.sampler).set_epoch(state.epoch, done)
+
+    def after_update() -> None:
+        every = args.checkpoint_steps
+        if every and state.progress.step % every == 0 and state.progress.step < training.updates:
+            save(run, training)
+
     trained = train_one_epoch(
         model,
         loader,
@@ -429,16 +488,24 @@ def run_epoch(run: Run, training: Training, model: nn.Module) -> dict[str, Any]:
         state.optimizer,
         state.scheduler,
         state.scaler,
+        progress=state.progress,
         epoch=state.epoch,
         title=f"epoch {epoch}/{args.epochs}{accuracy}",
+        world=run.world,
         device=run.device,
         amp_dtype=getattr(torch, args.amp_dtype),
+        seed=args.seed,
+        accum_steps=args.accum_steps,
         clip_grad=args.clip_grad,
+        max_bad_steps=args.max_bad_steps,
         mixup=state.mixup,
         ema=state.ema,
         display=run.display,
+        after_update=after_update,
     )
+    num_bad_images = distributed.sum_over_ranks(torch.tensor(loader.num_skipped, device=run.device)).item()
     row = {"epoch": epoch, "train_loss": trained["loss"], "train_lr": trained["lr"]}
+    row |= {"skipped_steps": state.progress.skipped, "skipped_images": num_bad_images}
     tested = {"test": evaluate_model(run, run.model, f"epoch {epoch}/{args.epochs}  test")}
     if state.ema is not None:
         tested["test_ema"] = evaluate_model(run, state.ema.module, f"epoch {epoch}/{args.epochs}  test of the average")
@@ -479,18 +546,46 @@ def count_parameters(model: nn.Module) -> int:
 # ---- files
 
 
-def save(folder: Path, run: Run, training: Training, is_best: bool) -> None:
-    """Write the log, then the checkpoint: a row beyond the checkpoint is dropped when the run is resumed."""
-    write_text(folder / "log.txt", "".join(f"{json.dumps(row)}\n" for row in training.state.rows))
+def save(run: Run, training: Training, is_best: bool = False, draws: bool = False) -> None:
+    """Write the log, then the checkpoint: a row beyond the checkpoint is dropped when the run is resumed.
+
+    All processes have to call this; the main one writes. Where it cannot, the files stay as they were, and the run goes
+    on: there may be space again when it saves next.
+    """
+    state, folder = training.state, run.output_dir
+    sums = [state.progress.loss_sum.item(), training.loader.num_skipped]
+    progress = {
+        "counts": state.progress.counts(),
+        "updates": training.updates,
+        "sums_by_rank": distributed.gather_over_ranks(sums, run.world, run.device),
+    }
+    if folder is None:
+        return
+    model = run.model.state_dict()
+    if not all(weight.isfinite().all() for weight in model.values()):
+        training.unsaved = "the checkpoint is not saved, as the weights are not finite"
+        _logger.error("%s", training.unsaved)
+        return
     checkpoint = {
-        "model": run.model.state_dict(),
-        **training.state.state_dict(),
+        "model": model,
+        **state.state_dict(),
+        "progress": progress,
         "config": training.config,
         "description": run.description,
     }
-    save_checkpoint(folder / "checkpoint.pth", checkpoint)
-    if is_best:
-        save_checkpoint(folder / "best_checkpoint.pth", checkpoint)
+    try:
+        write_text(folder / "log.txt", "".join(f"{json.dumps(row)}\n" for row in state.rows))
+        save_checkpoint(folder / "checkpoint.pth", checkpoint)
+        if is_best:
+            save_checkpoint(folder / "best_checkpoint.pth", checkpoint)
+        if draws:
+            with atomic_write(folder / "curves.png") as file:
+                draw_curves(state.rows, file, "{model}, {pe}, {join_type} on {data_set}".format(**run.description))
+    except OSError as error:
+        training.unsaved = f"the checkpoint of {folder} could not be saved, and the one before stays: {error}"
+        _logger.error("%s", training.unsaved)
+    else:
+        training.unsaved = ""
 
 
 def last_checkpoint(run: Run) -> str:

@@ -32,12 +32,13 @@ from torchvision.transforms import ColorJitter, Compose, RandomChoice
 from datasets import (
     DATA_SETS,
     TRAIN_CROPS,
+    UnreadableImageError,
     build_dataset,
     build_loader,
     build_transform,
     canonical_data_set,
-    ignore_interrupt,
 )
+from training.interrupt import leave_signals_to_parent
 
 CIFARS = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
 
@@ -64,6 +65,8 @@ def make_args(**changes) -> Namespace:
         pin_mem=False,
         seed=0,
         repeated_aug=False,
+        accum_steps=1,
+        skip_bad_images=False,
     )
     assert changes.keys() <= vars(args).keys()
     return Namespace(**{**vars(args), **changes})
@@ -749,18 +752,78 @@ def test_a_batch_of_nothing_is_refused(is_train):
 AUGMENTED = {"train_crop": "random-resized", "hflip": 0.5, "aa": "rand-m9-mstd0.5-inc1", "reprob": 0.5}
 
 
+def images_of(args: Namespace, epoch: int = 0, first: int = 0, rank: int = 0, world_size: int = 1) -> torch.Tensor:
+    loader = build_loader(build_dataset(True, args)[0], True, args, rank, world_size)
+    loader.sampler.set_epoch(epoch, first)
+    return torch.cat([images for images, _ in loader])
+
+
+@pytest.mark.parametrize("repeated_aug", [False, True])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_random_state_of_the_process_decides_the_augmentations(num_workers):
-    args = make_args(**AUGMENTED, num_workers=num_workers, batch_size=64)
-    loader = build_loader(build_dataset(True, args)[0], True, args, 0, 1)
+def test_an_image_is_augmented_by_its_place_alone_so_that_an_epoch_starts_anywhere(num_workers, repeated_aug):
+    options = {**AUGMENTED, "aa": "rand-m5-inc1", "repeated_aug": repeated_aug}
+    whole = images_of(make_args(**options, batch_size=256))
+    seed_all(99)  # the process's own random state plays no part
+    part = images_of(make_args(**options, batch_size=64, num_workers=num_workers), first=640)
+    assert torch.equal(part[:640], whole[640:])
+    assert not torch.equal(images_of(make_args(**options, batch_size=256), epoch=1), whole)
+    assert not torch.equal(images_of(make_args(**options, batch_size=256, seed=1)), whole)
 
-    def first_batch(seed: int) -> torch.Tensor:
-        seed_all(seed)
-        return next(iter(loader))[0]
 
-    first = first_batch(0)
-    assert torch.equal(first_batch(0), first)  # the same loader in a later epoch: workers are seeded anew
-    assert not torch.equal(first_batch(1), first)
+def test_two_processes_see_the_batches_of_one_with_the_same_augmentations():
+    options = {**AUGMENTED, "aa": "rand-m5-inc1"}
+    whole = images_of(make_args(**options, batch_size=128))
+    halves = [images_of(make_args(**options, batch_size=64), rank=rank, world_size=2) for rank in range(2)]
+    assert torch.equal(torch.stack(halves, dim=1).flatten(0, 1), whole)
+
+
+class Counting(Dataset):
+    """Counts which of its items are read."""
+
+    def __init__(self) -> None:
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return 37
+
+    def __getitem__(self, index: int) -> int:
+        self.read.append(index)
+        return index
+
+
+def test_images_before_the_start_and_beyond_the_last_update_are_not_read():
+    dataset = Counting()
+    loader = build_loader(dataset, True, make_args(batch_size=4, accum_steps=2), 0, 1)
+    assert len(loader) == 8  # of 4, which are 4 updates
+    loader.sampler.set_epoch(0, 24)
+    assert len(list(loader)) == 2
+    assert len(dataset.read) == 8
+
+
+def damage(folder: Path, split: str) -> list[Path]:
+    """Damage a few images; returns which."""
+    text, half, *_ = damaged = sorted((folder / split).rglob("*.png"))[1:4]
+    text.write_text("no image")
+    half.write_bytes(half.read_bytes()[:100])
+    damaged[2].write_bytes(b"")
+    return damaged
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_unreadable_image_is_an_error_that_names_it_and_is_skipped_in_training_on_demand(tmp_path, num_workers):
+    folder = make_folders(tmp_path, per_class=4)
+    bad = {split: damage(folder, split) for split in ("train", "val")}
+    args = folder_args(folder, batch_size=1, num_workers=num_workers, skip_bad_images=True)
+    train, test = (build_loader(build_dataset(is_train, args)[0], is_train, args, 0, 1) for is_train in (True, False))
+    assert len(list(train)) == len(train)
+    assert train.num_skipped == len(bad["train"])
+    with pytest.raises(UnreadableImageError) as error:
+        list(test)
+    assert_one_line(error, str(bad["val"][0]))
+    args.skip_bad_images = False
+    train = build_loader(build_dataset(True, args)[0], True, args, 0, 1)
+    with pytest.raises(UnreadableImageError, match=r"\.png cannot be read as an image"):
+        list(train)
 
 
 class InterruptProbe(Dataset):
@@ -797,7 +860,7 @@ def test_data_sets_can_be_sent_to_a_spawned_worker(tmp_path, is_train, train_cro
         dataset, _ = build_dataset(is_train, args)
         loader = build_loader(dataset, is_train, args, 0, 1)
         received, init = pickle.loads(pickle.dumps((dataset, loader.worker_init_fn)))
-        assert init is ignore_interrupt
+        assert init is leave_signals_to_parent
         results = []
         for images in (dataset, received):
             seed_all(0)

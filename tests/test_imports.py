@@ -35,7 +35,7 @@ BENEATH: dict[str, tuple[str, ...]] = {
     "models_lape": ("lape_vit",),
     "training": (),
     "engine": ("training",),
-    "datasets": (),
+    "datasets": ("training",),
     "commands": ("models_lape", "engine", "datasets"),
 }
 """Layer: the layers directly beneath it. A module may import its own layer and all that lies beneath."""
@@ -247,7 +247,7 @@ def test_a_tree_that_keeps_the_rules_has_no_faults(tmp_path: Path) -> None:
         ("engine.py", "import datasets"),
         ("engine.py", "import models_lape"),
         ("engine.py", "from lape_vit import joins"),
-        ("datasets.py", "import training.setup"),
+        ("datasets.py", "import engine"),
         ("datasets.py", "import lape_vit"),
     ],
 )

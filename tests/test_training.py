@@ -21,11 +21,11 @@ from torch import nn
 import main
 from engine import evaluate
 from lape_vit.encodings import all_options
-from training import logs
+from training import interrupt, logs
 from training.checkpoint import atomic_write, load_checkpoint, load_weights, save_checkpoint
 from training.curves import draw_curves
 from training.distributed import World, pick_device, world_from_environment
-from training.interrupt import defer_interrupts, raise_if_interrupted
+from training.interrupt import defer_interrupts, noted_signal
 from training.logs import LoopDisplay, clock
 from training.optimisation import build_criterion, build_mixup, build_optimizer, build_scheduler, learning_rate
 from training.options import RUN_ONLY, build_parser, config_text, describe, find_recipe, flag_of, read_recipe
@@ -82,6 +82,7 @@ def test_each_flag_is_read_with_dashes_and_with_underscores(name: str) -> None:
     underscores = "--" + dashes[2:].replace("-", "_")
     values: dict[str, list[str]] = {"cutmix_minmax": ["0", "1"], "amp_dtype": ["float32"], "mixup_mode": ["pair"]}
     values |= {name: [] for name in ("eval", "pin_mem", "model_ema", "repeated_aug", "unscale_lr", "sched_on_updates")}
+    values |= {name: [] for name in ("auto_resume", "skip_bad_images")}
     value = values.get(name, ["tanh" if name == "sched" else "1"])
     assert PARSER.read([dashes, *value]) == PARSER.read([underscores, *value])
     assert PARSER.read([dashes, *value]).keys() == {name}
@@ -302,6 +303,7 @@ def test_an_option_that_the_optimizer_does_not_have_is_told(caplog: pytest.LogCa
 
 def test_the_learning_rate_is_scaled_by_the_images_per_update() -> None:
     assert learning_rate(options(lr=0.5, batch_size=64), 4) == 0.25
+    assert learning_rate(options(lr=0.5, batch_size=64, accum_steps=2), 4) == 0.5
     assert learning_rate(options(lr=0.5, batch_size=64, unscale_lr=True), 4) == 0.5
 
 
@@ -491,21 +493,37 @@ def test_curves_are_drawn_from_the_first_epoch_on() -> None:
         assert not any(np.array_equal(picture, other) for other in pictures[:index])
 
 
-# ---- Ctrl-C
+# ---- signals
 
 
-def test_ctrl_c_waits_for_a_safe_place_and_a_second_one_does_not() -> None:
-    usual = signal.getsignal(signal.SIGINT)
-    with defer_interrupts():
-        raise_if_interrupted()
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            raise_if_interrupted()
-        with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_noted_and_a_repeated_one_is_ignored(number: signal.Signals) -> None:
+    usual = signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+    try:
+        with defer_interrupts():
+            assert noted_signal() == 0
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+            assert noted_signal() == number
+        assert signal.getsignal(number) is not None
+        assert interrupt.Interrupted(number).exit_code == 128 + number
+        with defer_interrupts():
+            assert noted_signal() == 0  # the next run starts afresh
+    finally:
+        signal.signal(number, usual)
+
+
+def test_a_second_ctrl_c_a_while_later_acts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupt, "SECONDS_UNTIL_IMPATIENT", -1)
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with defer_interrupts():
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is usual
-    with defer_interrupts():
-        raise_if_interrupted()  # the next run starts afresh
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def test_an_ignored_ctrl_c_stays_ignored() -> None:
@@ -513,7 +531,7 @@ def test_an_ignored_ctrl_c_stays_ignored() -> None:
     try:
         with defer_interrupts():
             signal.raise_signal(signal.SIGINT)
-            raise_if_interrupted()
+            assert noted_signal() == 0
     finally:
         signal.signal(signal.SIGINT, usual)
 

@@ -9,13 +9,15 @@ Ours are a dictionary of plain data (tensors, numbers, strings, lists, dictionar
     optimizer       state dict
     scaler          state dict of the gradient scaler
     epoch           epochs finished
+    progress        of the epoch under way: `counts` of updates, `updates` per epoch, and per process `sums_by_rank`
+                    of the loss and of the unreadable images
     best_acc1       best test accuracy so far, per cent
     config          the options of the run, by name (`batch_size`)
     description     model, pe, join_type, num_classes, classes, input_size, data_set, mean, std, interpolation,
                     eval_crop_ratio
 
-The learning rate is a function of the options and the epoch, and each epoch seeds its random states from its number: so
-there is no more to keep.
+The learning rate is a function of the options, the epoch and the update, and so are order, augmentations and all other
+random draws of each process (see `training.seeding`): so there is no more to keep.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """One process, or several that torchrun started: who is who, on which device, and sums over all of them."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -78,8 +79,41 @@ def wrap(model: nn.Module, world: World, device: torch.device) -> nn.Module:
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum of each process's `tensor`, in place and on every process."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def largest_over_ranks(tensor: Tensor) -> Callable[[], list[int]]:
+    """Start to find the largest of all processes' whole numbers (N,), in place; what is returned waits for them.
+
+    So a GPU gets more work before the process waits, and only for what was queued before this call.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    on_host = tensor.to("cpu", non_blocking=True)
+    if tensor.device.type != "cuda":
+        return on_host.tolist
+    event = torch.cuda.Event()
+    event.record()
+
+    def wait() -> list[int]:
+        event.synchronize()
+        return on_host.tolist()
+
+    return wait
+
+
+def gather_over_ranks(numbers: list[float], world: World, device: torch.device) -> list[list[float]]:
+    """Every process's `numbers`, by rank, on every process."""
+    table = torch.zeros(world.size, len(numbers), dtype=torch.float64, device=device)
+    table[world.rank] = torch.tensor(numbers, dtype=torch.float64)
+    return sum_over_ranks(table).tolist()

@@ -1,41 +1,80 @@
-"""Ctrl-C, acted on between two batches.
+"""SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (SLURM's warning), acted on between two updates.
 
 An exception that a signal raises wherever the program happens to be can leave work half done, and can be lost: Python
-ignores those of callbacks, such as the ones that run when a loader's worker is forked.
+ignores those of callbacks, such as the ones that run when a loader's worker is forked. So a signal is only noted here,
+and a loop asks for it where all processes can stop together.
 """
 
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Event
+from threading import Thread
 from types import FrameType
 
-_is_noted = Event()
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SECONDS_UNTIL_IMPATIENT = 1.0  # torchrun and a terminal may both pass on the same Ctrl-C
+
+_noted = 0
+_noted_at = 0.0
+
+
+class Interrupted(Exception):  # noqa: N818  (no error)
+    """A signal asked the run to stop."""
+
+    def __init__(self, signal_number: int, where: str = "") -> None:
+        super().__init__(f"interrupted by {signal.Signals(signal_number).name}{where}")
+        self.signal_number = signal_number
+
+    @property
+    def exit_code(self) -> int:
+        """130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1 (on Linux), as shells count."""
+        return 128 + self.signal_number
 
 
 @contextmanager
 def defer_interrupts() -> Iterator[None]:
-    """Within this context the first Ctrl-C is noted, for `raise_if_interrupted`; a second one acts at once."""
-    usual = signal.getsignal(signal.SIGINT)
-    _is_noted.clear()
-    if usual is signal.default_int_handler:  # else it is ignored on purpose, as by nohup
-        signal.signal(signal.SIGINT, _note)
+    """Within this context signals are noted, for `noted_signal`; a second Ctrl-C, a second later, acts at once."""
+    global _noted
+    _noted = 0
+    usual = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in usual.items():
+        if handler in (signal.SIG_DFL, signal.default_int_handler):  # else it is ignored on purpose, as by nohup
+            signal.signal(number, _note)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, usual)
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
-def _note(signal_number: int, frame: FrameType | None) -> None:
-    _is_noted.set()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def raise_if_interrupted() -> None:
-    """Where it is safe to stop.
-
-    Raises:
-        KeyboardInterrupt: Ctrl-C was pressed.
-    """
-    if _is_noted.is_set():
+def _note(number: int, frame: FrameType | None) -> None:
+    global _noted, _noted_at
+    if _noted and number == signal.SIGINT and time.monotonic() - _noted_at > SECONDS_UNTIL_IMPATIENT:
         raise KeyboardInterrupt
+    if not _noted:
+        _noted, _noted_at = number, time.monotonic()
+
+
+def noted_signal() -> int:
+    """The number of the first signal since `defer_interrupts`; 0 for none."""
+    return _noted
+
+
+def leave_signals_to_parent(worker_id: int) -> None:
+    """In a loader's worker: ignore the signals, which often reach every process of a job, unless the parent sends them.
+
+    Else the parent could not load the batches that it needs to stop where all processes do.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        Thread(target=_end_when_parent_says, daemon=True).start()
+
+
+def _end_when_parent_says() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -46,21 +46,21 @@ class Loop:
     """The progress of one loop over batches; made by `LoopDisplay.show`.
 
     Attributes:
-        step: batches so far.
-        images: images of these batches, in this process.
+        step: steps so far, those before this loop included.
+        images: images of this loop, in this process.
     """
 
-    def __init__(self, steps: int, num_ranks: int, draw: Callable[[int, str], None], is_live: bool) -> None:
+    def __init__(self, steps: int, num_ranks: int, draw: Callable[[int, str], None], is_live: bool, first: int) -> None:
         self.steps = steps
         self.num_ranks = num_ranks
         self.draw = draw
         self.is_live = is_live
-        self.step = 0
+        self.step = self.first = first
         self.images = 0
         self.start = self.drawn = time.perf_counter()
 
     def advance(self, images: int, status: Callable[[], str]) -> None:
-        """Count a batch of this process. `status`, which may wait for the device, is called only to be drawn."""
+        """Count a step of this process. `status`, which may wait for the device, is called only to be drawn."""
         self.step += 1
         self.images += images
         now = time.perf_counter()
@@ -70,7 +70,7 @@ class Loop:
             is_tenth = self.step % max(1, self.steps // LINES_PER_LOOP) == 0
             is_due = is_tenth and now - self.drawn >= SECONDS_BETWEEN_LINES
         if is_due:
-            left = (now - self.start) / self.step * (self.steps - self.step)
+            left = (now - self.start) / (self.step - self.first) * (self.steps - self.step)
             self.draw(self.step, f"{status()}  {self.images_per_second():.0f} images/s  {clock(left)} left")
             self.drawn = time.perf_counter()
 
@@ -92,16 +92,16 @@ class LoopDisplay:
         self.num_ranks = num_ranks
 
     @contextmanager
-    def show(self, title: str, steps: int) -> Iterator[Loop]:
-        """Within this context, `advance` the loop of so many steps."""
+    def show(self, title: str, steps: int, first: int = 0) -> Iterator[Loop]:
+        """Within this context, `advance` the loop of so many steps, the `first` of which are done."""
         if self.console is None:
-            yield Loop(steps, self.num_ranks, lambda step, text: None, is_live=False)
+            yield Loop(steps, self.num_ranks, lambda step, text: None, False, first)
         elif self.console.is_terminal:
             with _bar(self.console) as bar:
                 task = bar.add_task(title, total=steps, text="")
-                yield Loop(steps, self.num_ranks, partial(_move, bar, task), is_live=True)
+                yield Loop(steps, self.num_ranks, partial(_move, bar, task), True, first)
         else:
-            yield Loop(steps, self.num_ranks, partial(_log, title, steps), is_live=False)
+            yield Loop(steps, self.num_ranks, partial(_log, title, steps), False, first)
 
 
 def _bar(console: Console) -> Progress:

@@ -46,9 +46,14 @@ def build_criterion(args: argparse.Namespace, mixup: Mixup | None) -> nn.Module:
     return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
 
 
+def images_per_update(args: argparse.Namespace, world_size: int) -> int:
+    """The effective batch, of all processes."""
+    return args.batch_size * args.accum_steps * world_size
+
+
 def learning_rate(args: argparse.Namespace, world_size: int) -> float:
     """The peak learning rate: DeiT's linear scaling, unless `--unscale-lr`."""
-    return args.lr if args.unscale_lr else args.lr * args.batch_size * world_size / 512
+    return args.lr if args.unscale_lr else args.lr * images_per_update(args, world_size) / 512
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> Optimizer:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import yaml
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-RUN_ONLY = ("output_dir", "resume", "eval", "recipe")
+RUN_ONLY = ("output_dir", "resume", "auto_resume", "eval", "recipe")
 """Options of one call: no recipe may set them, and a saved configuration leaves them out."""
 WIDTH = 110
 """Columns of the help and of the list of options."""
@@ -166,6 +166,12 @@ def _run_options(add: Callable[..., None]) -> None:
              " with --eval: the checkpoint to evaluate; default: start afresh")
     add("--eval", action="store_true", default=False,
         help="evaluate the checkpoint of --resume and end; at another --input-size if one is given")
+    add("--auto-resume", action="store_true", default=False,
+        help="--resume the newest readable checkpoint of --output-dir; start afresh where there is none")
+    add("--checkpoint-steps", type=optional(whole(1)), metavar="N",
+        help="save checkpoint.pth every N updates, too; default: after each epoch only")
+    add("--max-bad-steps", type=whole(1), default=10, metavar="N",
+        help="end after N updates in a row whose loss or gradient is not finite; each is skipped")
     add("--finetune", metavar="FILE",
         help="start from the weights of this checkpoint, of any size, encoding or join; model, encoding, join and size "
              "are the checkpoint's unless others are given; default: start from random weights")
@@ -198,10 +204,12 @@ def _data_options(add: Callable[..., None]) -> None:
     add("--data-path", metavar="DIR",
         help="IMNET, FOLDER: holds train/ and val/, with a folder of images per class; CIFAR: where it is, or is "
              "downloaded to; default: ./data for CIFAR")
-    add("--batch-size", type=whole(1), default=64, metavar="N", help="images per update and process")
+    add("--batch-size", type=whole(1), default=64, metavar="N", help="images per step and process")
     add("--num-workers", type=whole(), default=min(10, os.cpu_count() or 1), metavar="N",
         help="processes that load data, for each training process; default: one per core, at most 10")
     add("--pin-mem", action=argparse.BooleanOptionalAction, help="load into page-locked memory; default: on with a GPU")
+    add("--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,
+        help="train with another image in place of one that cannot be read, and count it; evaluation never does")
     add("--interpolation", default="bicubic", metavar="NAME",
         help="how evaluation resizes: bicubic, bilinear, nearest, ...")
     add("--eval-crop-ratio", type=FRACTION, default=0.875, metavar="R",
@@ -237,6 +245,7 @@ def _augmentation_options(add: Callable[..., None]) -> None:
 
 def _optimisation_options(add: Callable[..., None]) -> None:
     add("--epochs", type=whole(1), default=300, metavar="N", help="passes over the training data")
+    add("--accum-steps", type=whole(1), default=1, metavar="K", help="batches per update, for a larger effective batch")
     add("--opt", default="adamw", metavar="NAME", help="one of timm's optimizers")
     add("--opt-eps", type=optional(AMOUNT), metavar="X", help="the optimizer's epsilon; default: its own")
     add("--opt-betas", type=FRACTION, nargs="+", metavar="B", help="the optimizer's betas; default: its own")

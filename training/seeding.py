@@ -1,17 +1,22 @@
-"""Random states, each a function of where the run is."""
+"""Random states, each a function of where the run is.
+
+Nothing random is carried over from one batch to the next: an image's augmentation is seeded by its place in the epoch's
+order over all processes, and what is random in a step (mixup, dropout, stochastic depth) by the step and the process.
+So a run that goes on from any step draws what it would have drawn, with any number of loader workers, and there is no
+random state to save.
+"""
 
 import random
 
 import numpy as np
 import torch
 
+AUGMENTATION, STEP = 1, 2  # the first number of a place says what is seeded; without a place: the weights
 
-def seed_everything(seed: int, epoch: int, rank: int) -> None:
-    """Seed `random`, `numpy` and `torch` on all devices, so that what follows depends on these three numbers alone.
 
-    So the epochs are the same whether or not the run was stopped and resumed between them.
-    """
-    state = int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1)[0])
+def seed_everything(seed: int, *place: int) -> None:
+    """Seed `random`, `numpy` and `torch` on all devices, so that what follows depends on these numbers alone."""
+    state = int(np.random.SeedSequence((seed, *place)).generate_state(1)[0])
     random.seed(state)
     np.random.seed(state)
     torch.manual_seed(state)

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import dataclass, field
+from functools import partial
 from logging import getLogger
 from typing import Any
 
@@ -9,15 +10,36 @@ import torch
 from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from training.checkpoint import is_ours
+from training.distributed import World
 from training.optimisation import build_criterion, build_mixup, build_optimizer, build_scheduler, learning_rate
 from training.options import flag_of
 
 _logger = getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """How far the epoch under way is; the same in every process, but for the sum."""
+
+    step: int = 0  # updates done or skipped
+    done: int = 0
+    skipped: int = 0
+    bad_in_a_row: int = 0  # skipped ones at the end, those of the epoch before included
+    loss_sum: Tensor = field(default_factory=partial(torch.zeros, (), dtype=torch.float64))  # of those done, here
+
+    def skip(self) -> None:
+        """Count the last update as skipped."""
+        self.skipped += 1
+        self.bad_in_a_row += 1
+
+    def counts(self) -> dict[str, int]:
+        """Plain data, for a checkpoint, which keeps the sums of all processes beside it."""
+        return {name: getattr(self, name) for name in ("step", "done", "skipped", "bad_in_a_row")}
 
 
 @dataclass
@@ -31,6 +53,7 @@ class TrainingState:
     scaler: GradScaler
     ema: ModelEmaV3 | None
     epoch: int = 0  # epochs finished
+    progress: Progress = field(default_factory=Progress)  # of the next one
     best_acc1: float = -1.0  # so that the first epoch is better
     rows: list[dict[str, Any]] = field(default_factory=list)  # of log.txt, one per finished epoch
 
@@ -94,3 +117,28 @@ def restore_state(state: TrainingState, checkpoint: dict[str, Any], args: argpar
         state.ema.module.load_state_dict(checkpoint["model_ema"])
     state.epoch = checkpoint["epoch"]
     state.best_acc1 = checkpoint["best_acc1"]
+
+
+def restore_progress(state: TrainingState, saved: dict[str, Any], updates: int, world: World) -> int:
+    """Take over the place in the epoch under way; where an epoch has another number of updates now, the nearest one.
+
+    Returns:
+        The unreadable images that this process has skipped in this epoch.
+    """
+    state.progress = Progress(**saved["counts"])
+    if saved["updates"] != updates:
+        state.progress.step = saved["counts"]["step"] * updates // saved["updates"]
+        _logger.info(
+            "epoch %d goes on after update %d of %d; it was after update %d of %d",
+            state.epoch + 1,
+            state.progress.step,
+            updates,
+            saved["counts"]["step"],
+            saved["updates"],
+        )
+    sums = saved["sums_by_rank"]
+    if len(sums) != world.size:  # the sum over all processes is what counts
+        sums = [[sum(column) for column in zip(*sums, strict=True)], *([[0.0, 0.0]] * (world.size - 1))]
+    loss_sum, num_bad_images = sums[world.rank]
+    state.progress.loss_sum += loss_sum
+    return int(num_bad_images)

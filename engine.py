@@ -30,6 +30,7 @@ def train_one_epoch(
     device: torch.device,
     amp_dtype: torch.dtype,
     clip_grad: float | None,
+    train_mode: bool = True,
     mixup: Mixup | None,
     ema: ModelEmaV3 | None,
     display: LoopDisplay,
@@ -41,6 +42,7 @@ def train_one_epoch(
         epoch: epochs finished before this one; the schedule depends on it.
         title: what to show before the progress.
         clip_grad: largest norm of the gradient; None for any.
+        train_mode: whether the model is in training mode, with its dropout.
         ema: of the unwrapped model.
 
     Returns:
@@ -51,7 +53,7 @@ def train_one_epoch(
         FloatingPointError: the loss is not finite.
         KeyboardInterrupt: Ctrl-C was pressed.
     """
-    model.train()
+    model.train(train_mode)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 

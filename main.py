@@ -50,7 +50,16 @@ _logger = getLogger(__name__)
 
 FIXED = ("model", "pe", "join_type", "input_size", *all_options())
 """Options that a checkpoint decides."""
-FOR_EVALUATION = ("data_set", "data_path", "batch_size", "num_workers", "amp_dtype", "interpolation", "eval_crop_ratio")
+FOR_EVALUATION = (
+    "data_set",
+    "data_path",
+    "inat_category",
+    "batch_size",
+    "num_workers",
+    "amp_dtype",
+    "interpolation",
+    "eval_crop_ratio",
+)
 """Options that evaluation takes over from the training, to repeat what the training measured."""
 RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "config.yaml", "log.txt")
 SECONDS_BETWEEN_DRAWINGS = 30
@@ -133,6 +142,8 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
         given["data_set"] = canonical_data_set(given["data_set"])
     if "finetune" in given and "resume" in given:
         raise ValueError("--finetune starts a run and --resume goes on with one: give one of them")
+    if "start_epoch" in given and "resume" in given:
+        raise ValueError("--start-epoch is for a run that starts; --resume goes on where its checkpoint was")
     checkpoint = load_checkpoint(given["resume"]) if "resume" in given else {}
     description = description_of(checkpoint)
     recipe = pick_recipe(parser, given, checkpoint)
@@ -141,7 +152,8 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
     args = resolve_options(parser, given, recipe, description, description_of(start))
     device = distributed.pick_device(args.device, world)
     resolve_device_options(args, device)
-    distributed.start(world, device)
+    distributed.check_size(args.world_size, world)
+    distributed.start(world, device, args.dist_url, args.init_timeout)
 
     test_set, classes = build_dataset(False, args)
     expected = description.get("num_classes", len(classes))
@@ -307,6 +319,12 @@ def describe_model(args: argparse.Namespace, classes: Sequence[str]) -> dict[str
 def set_up_training(run: Run, parser: OptionParser, checkpoint: dict[str, Any]) -> Training:
     """The training data and the state of the training, restored from the checkpoint if there is one."""
     args, world = run.args, run.world
+    if args.start_epoch >= args.epochs:
+        raise ValueError(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}")
+    if not args.train_mode and (args.drop or args.drop_path):
+        _logger.warning("--drop and --drop-path are without effect under --no-train-mode")
+    if args.attn_only:
+        freeze_all_but_attention(run.model)
     train_set, classes = build_dataset(True, args)
     loader = build_loader(train_set, True, args, world.rank, world.size)
     state = build_state(args, run.model, len(classes), len(loader), world.size)
@@ -315,6 +333,15 @@ def set_up_training(run: Run, parser: OptionParser, checkpoint: dict[str, Any]) 
         if world.is_main:
             state.rows = read_log(Path(args.output_dir) / "log.txt", state.epoch)
     return Training(state, loader, saved_options(args, parser))
+
+
+def freeze_all_but_attention(model: Any) -> None:
+    """Leave to training what DeiT III fine-tunes by `--attn-only`: attention, positions and classifier."""
+    classifier = model.get_classifier()
+    heads = classifier if isinstance(classifier, tuple) else (classifier,)
+    trained = {id(parameter) for part in (model.join, *heads) for parameter in part.parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".attn." in name or name == "pos_embed" or id(parameter) in trained)
 
 
 def open_output_dir(args: argparse.Namespace) -> Path | None:
@@ -398,6 +425,8 @@ def train(run: Run, training: Training) -> int:
             is_best = row["test_acc1"] > state.best_acc1
             state.best_acc1 = max(state.best_acc1, row["test_acc1"])
             state.epoch = row["epoch"]
+            state.accuracies.append(row["test_acc1"])
+            state.scheduler.step(state.epoch, row["test_acc1"])
             state.rows.append(row)
             left = (time.monotonic() - start) / (state.epoch - epochs_before) * (args.epochs - state.epoch)
             _logger.info("%s  best %.2f %%  %s left", summarise(row, args.epochs), state.best_acc1, clock(left))
@@ -434,6 +463,7 @@ def run_epoch(run: Run, training: Training, model: nn.Module) -> dict[str, Any]:
         device=run.device,
         amp_dtype=getattr(torch, args.amp_dtype),
         clip_grad=args.clip_grad,
+        train_mode=args.train_mode,
         mixup=state.mixup,
         ema=state.ema,
         display=run.display,
@@ -441,7 +471,9 @@ def run_epoch(run: Run, training: Training, model: nn.Module) -> dict[str, Any]:
     row = {"epoch": epoch, "train_loss": trained["loss"], "train_lr": trained["lr"]}
     tested = {"test": evaluate_model(run, run.model, f"epoch {epoch}/{args.epochs}  test")}
     if state.ema is not None:
-        tested["test_ema"] = evaluate_model(run, state.ema.module, f"epoch {epoch}/{args.epochs}  test of the average")
+        average = state.ema.module.to(run.device)
+        tested["test_ema"] = evaluate_model(run, average, f"epoch {epoch}/{args.epochs}  test of the average")
+        average.to(state.ema.device or run.device)
     for name, result in tested.items():
         row |= {f"{name}_{key}": result[key] for key in ("loss", "acc1", "acc5")}
     row |= {"n_parameters": count_parameters(run.model), "seconds": time.monotonic() - start}
@@ -450,15 +482,17 @@ def run_epoch(run: Run, training: Training, model: nn.Module) -> dict[str, Any]:
 
 def evaluate_model(run: Run, model: nn.Module, title: str) -> dict[str, float]:
     """Evaluate `model` on the test images."""
-    return evaluate(
+    times = 1 if run.args.dist_eval else run.world.size
+    result = evaluate(
         model,
         run.test_loader,
-        num_images=run.num_test_images,
+        num_images=times * run.num_test_images,
         title=title,
         device=run.device,
         amp_dtype=getattr(torch, run.args.amp_dtype),
         display=run.display,
     )
+    return {**result, "count": run.num_test_images}
 
 
 def summarise(row: dict[str, Any], epochs: int) -> str:

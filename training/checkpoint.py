@@ -10,12 +10,13 @@ Ours are a dictionary of plain data (tensors, numbers, strings, lists, dictionar
     scaler          state dict of the gradient scaler
     epoch           epochs finished
     best_acc1       best test accuracy so far, per cent
+    accuracies      test accuracy after each epoch, per cent
     config          the options of the run, by name (`batch_size`)
     description     model, pe, join_type, num_classes, classes, input_size, data_set, mean, std, interpolation,
                     eval_crop_ratio
 
-The learning rate is a function of the options and the epoch, and each epoch seeds its random states from its number: so
-there is no more to keep.
+The learning rate is a function of the options, the epoch and the accuracies, and each epoch seeds its random states
+from its number: so there is no more to keep.
 """
 
 import argparse

@@ -30,8 +30,9 @@ class TrainingState:
     scheduler: Scheduler
     scaler: GradScaler
     ema: ModelEmaV3 | None
-    epoch: int = 0  # epochs finished
+    epoch: int = 0  # epochs finished, or left out at the start
     best_acc1: float = -1.0  # so that the first epoch is better
+    accuracies: list[float] = field(default_factory=list)  # on the test images, one per finished epoch
     rows: list[dict[str, Any]] = field(default_factory=list)  # of log.txt, one per finished epoch
 
     def state_dict(self) -> dict[str, Any]:
@@ -42,6 +43,7 @@ class TrainingState:
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "best_acc1": self.best_acc1,
+            "accuracies": self.accuracies,
         }
 
 
@@ -63,8 +65,18 @@ def build_state(
         optimizer=optimizer,
         scheduler=build_scheduler(args, optimizer, updates_per_epoch),
         scaler=GradScaler(torch.device(args.device).type, enabled=args.amp_dtype == "float16"),
-        ema=ModelEmaV3(model, args.model_ema_decay) if args.model_ema else None,
+        ema=build_ema(args, model),
+        epoch=args.start_epoch,
     )
+
+
+def build_ema(args: argparse.Namespace, model: nn.Module) -> ModelEmaV3 | None:
+    """The average of the model's weights, where the model is or in the CPU's memory; None if it is off."""
+    if not args.model_ema:
+        if args.model_ema_force_cpu:
+            _logger.warning("--model-ema-force-cpu is without effect without --model-ema")
+        return None
+    return ModelEmaV3(model, args.model_ema_decay, device=torch.device("cpu") if args.model_ema_force_cpu else None)
 
 
 def restore_state(state: TrainingState, checkpoint: dict[str, Any], args: argparse.Namespace) -> None:
@@ -76,8 +88,9 @@ def restore_state(state: TrainingState, checkpoint: dict[str, Any], args: argpar
     if not is_ours(checkpoint):
         raise ValueError(f"{args.resume} holds weights, but no training to go on with: pass --eval to evaluate it")
     saved = checkpoint["config"]
-    if args.opt != saved["opt"]:
-        raise ValueError(f"--opt {args.opt} contradicts {args.resume}, which has {saved['opt']}")
+    for name, value in (("opt", args.opt), ("attn_only", args.attn_only)):
+        if value != saved[name]:
+            raise ValueError(f"{flag_of(name)} {value} contradicts {args.resume}, which has {saved[name]}")
     for name, value in saved.items():
         if getattr(args, name) != value:
             _logger.info("%s is now %s; it was %s", flag_of(name), getattr(args, name), value)
@@ -94,3 +107,6 @@ def restore_state(state: TrainingState, checkpoint: dict[str, Any], args: argpar
         state.ema.module.load_state_dict(checkpoint["model_ema"])
     state.epoch = checkpoint["epoch"]
     state.best_acc1 = checkpoint["best_acc1"]
+    state.accuracies = checkpoint["accuracies"]
+    for epoch, accuracy in enumerate(state.accuracies, start=state.epoch - len(state.accuracies) + 1):
+        state.scheduler.step(epoch, accuracy)  # a schedule may depend on them

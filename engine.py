@@ -39,6 +39,7 @@ def train_one_epoch(
 
     Args:
         model: maps images (B, 3, S, S) to logits (B, C); it may be wrapped for several processes.
+        criterion: maps the model, images and targets to the mean loss, as those of `training.losses`.
         epoch: epochs finished before this one; the schedule depends on it.
         title: what to show before the progress.
         clip_grad: largest norm of the gradient; None for any.
@@ -73,8 +74,7 @@ def train_one_epoch(
                 images, targets = mixup(images, targets)
 
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-                logits = model(images)
-            loss = criterion(logits.float(), targets)
+                loss = criterion(model, images, targets)
 
             optimizer.zero_grad()
             scaler.scale(loss).backward()

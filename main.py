@@ -239,7 +239,7 @@ def pick_recipe(parser: OptionParser, given: dict[str, Any], checkpoint: dict[st
     if "config" in checkpoint:
         saved = dict(checkpoint["config"])
         if given.get("data_set", saved["data_set"]) != saved["data_set"]:
-            saved["data_path"] = None  # is of the other data set
+            saved |= {"data_path": None, "inat_category": None}  # are of the other data set
         options = {name: saved[name] for name in FOR_EVALUATION} if given.get("eval") else saved
         return {**options, "recipe": given["resume"]}
     name = DATA_SETS[given.get("data_set", parser.defaults["data_set"])].recipe

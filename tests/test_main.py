@@ -259,6 +259,7 @@ EFFECTS: dict[str, tuple[tuple[object, ...], tuple[object, ...]]] = {
     "lr_noise_pct": (("--lr-noise", 0.1), ("--lr-noise-pct", 0.02)),
     "lr_noise_std": (("--lr-noise", 0.1), ("--lr-noise-std", 0.1)),
     "bce_loss": ((), ("--bce-loss",)),
+    "cosub": (("--drop-path", 0.5, "--bce-loss"), ("--drop-path", 0.5, "--bce-loss", "--cosub")),
     "src": ((), ("--src",)),
     "three_augment": ((), ("--three-augment",)),
     "train_mode": (("--drop", 0.9), ("--drop", 0.9, "--no-train-mode")),
@@ -814,6 +815,33 @@ def test_ctrl_c_ends_in_one_line_with_whole_files(tmp_path: Path, recipe: Path) 
     assert re.fullmatch(r"main.py: interrupted in epoch \d+; last checkpoint: (\S+); go on with --resume \1", line)
     assert not list(folder.glob("*.tmp")) + list(folder.glob(".*.tmp"))
     assert load(folder / "checkpoint.pth")["epoch"] >= 1
+
+
+DISTILLED = ("--model", "deit_tiny_distilled_patch16_224", "--epochs", 1, "--teacher-model", "vit_compact_patch4_32")
+
+
+def test_a_distilled_run_changes_with_its_teacher_and_is_resumed(
+    tmp_path: Path, recipe: Path, few_images: Path, trained: Path
+) -> None:
+    def train_loss(folder: str, *flags: object) -> float:
+        run = ("--recipe", recipe, "--data-path", few_images, *DISTILLED, "--teacher-path", trained / "checkpoint.pth")
+        assert call(*run, *flags, "--output_dir", tmp_path / folder) == 0
+        return log_of(tmp_path / folder)[0]["train_loss"]
+
+    kinds = (("none",), ("hard",), ("soft",), ("hard", "--distillation-alpha", 0.1), ("soft", "--distillation-tau", 3))
+    losses = [train_loss(str(index), "--distillation-type", *flags) for index, flags in enumerate(kinds)]
+    assert len(set(losses)) == len(kinds)
+    assert call("--resume", tmp_path / "1" / "checkpoint.pth", "--epochs", 2) == 0
+
+
+def test_a_teacher_that_would_run_code_is_refused(
+    tmp_path: Path, recipe: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_bad_checkpoint("malicious", tmp_path / "bad.pth", trained / "checkpoint.pth")
+    flags = ("--distillation-type", "hard", "--teacher-path", tmp_path / "bad.pth")
+    assert call("--recipe", recipe, "--input-size", 32, *DISTILLED, *flags) == 2
+    assert "more than plain data" in refused(capsys)
+    assert not (tmp_path / "touched").exists()
 
 
 def test_two_processes_train_together_and_evaluate_exactly(tmp_path: Path, recipe: Path) -> None:

@@ -76,7 +76,7 @@ def test_help_ends_with_code_0(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--join-type" in capsys.readouterr().out
 
 
-SWITCHES = ("bce_loss", "model_ema_force_cpu", "train_mode", "attn_only", "dist_eval", "src", "three_augment")
+SWITCHES = ("bce_loss", "model_ema_force_cpu", "train_mode", "attn_only", "dist_eval", "src", "three_augment", "cosub")
 
 
 @pytest.mark.parametrize("name", PARSER.defaults)
@@ -86,7 +86,7 @@ def test_each_flag_is_read_with_dashes_and_with_underscores(name: str) -> None:
     values: dict[str, list[str]] = {"cutmix_minmax": ["0", "1"], "amp_dtype": ["float32"], "mixup_mode": ["pair"]}
     values |= {name: [] for name in ("eval", "pin_mem", "model_ema", "repeated_aug", "unscale_lr", "sched_on_updates")}
     values |= {name: [] for name in SWITCHES}
-    value = values.get(name, ["tanh" if name == "sched" else "1"])
+    value = values.get(name, [{"sched": "tanh", "distillation_type": "soft"}.get(name, "1")])
     assert PARSER.read([dashes, *value]) == PARSER.read([underscores, *value])
     assert PARSER.read([dashes, *value]).keys() == {name}
 

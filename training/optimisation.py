@@ -52,6 +52,8 @@ def build_criterion(args: argparse.Namespace, mixup: Mixup | None) -> nn.Module:
         if args.smoothing:
             raise ValueError(f"--smoothing {args.smoothing:g} does not go with --bce-loss: set it to 0")
         return BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0)
+    if args.cosub:
+        return BinaryCrossEntropy(args.smoothing)
     if mixup is not None:
         return SoftTargetCrossEntropy()  # mixup has smoothed the labels
     return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()

@@ -147,6 +147,7 @@ def build_parser(encoding_options: Mapping[str, tuple[type, Sequence[str]]]) -> 
         ("data", _data_options),
         ("augmentation", _augmentation_options),
         ("optimisation", _optimisation_options),
+        ("distillation", _distillation_options),
     ):
         add_options(parser.section(title))
     add = parser.section("encoding")
@@ -298,6 +299,17 @@ def _optimisation_options(add: Callable[..., None]) -> None:
     add("--bce-loss", action=argparse.BooleanOptionalAction, default=False,
         help="binary cross entropy of each class, all classes of a mixed image being right, as in DeiT III")
     add("--smoothing", type=FRACTION, default=0.0, metavar="X", help="label smoothing")
+    add("--cosub", action=argparse.BooleanOptionalAction, default=False,
+        help="co-train two submodels, which --drop-path makes, by binary cross entropy")
+
+
+def _distillation_options(add: Callable[..., None]) -> None:
+    add("--distillation-type", choices=("none", "soft", "hard"), default="none",
+        help="what a distilled model learns from a teacher: its probabilities, or its best guess")
+    add("--teacher-model", metavar="NAME", help="the teacher, any model of timm; default: no teacher")
+    add("--teacher-path", metavar="FILE", help="checkpoint with the teacher's weights; default: no teacher")
+    add("--distillation-alpha", type=FRACTION, metavar="X", help="the teacher's weight in the loss; default: 0.5")
+    add("--distillation-tau", type=number(above=True), metavar="X", help="temperature of soft; default: 1")
 # fmt: on
 
 

@@ -14,6 +14,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from training.checkpoint import is_ours
+from training.losses import build_loss
 from training.optimisation import build_criterion, build_mixup, build_optimizer, build_scheduler, learning_rate
 from training.options import flag_of
 
@@ -61,7 +62,7 @@ def build_state(
         _logger.warning("the warm-up (%d epochs) does not end in %d epochs", args.warmup_epochs, args.epochs)
     return TrainingState(
         mixup=mixup,
-        criterion=build_criterion(args, mixup),
+        criterion=build_loss(args, model, num_classes, build_criterion(args, mixup)),
         optimizer=optimizer,
         scheduler=build_scheduler(args, optimizer, updates_per_epoch),
         scaler=GradScaler(torch.device(args.device).type, enabled=args.amp_dtype == "float16"),

@@ -298,6 +298,38 @@ def load_what_fits(model: Any, checkpoint: dict[str, Any], path: str) -> None:
     model.load_state_dict(start.state_dict)
 
 
+def build_teacher(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    """The model to learn from: any of timm or of this project, with the weights of `--teacher-path`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unknown model, other weights, other classes, or another image size.
+    """
+    name, path = args.teacher_model, args.teacher_path
+    if name is None or path is None:
+        raise ValueError(
+            f"--distillation-type {args.distillation_type} needs --teacher-model NAME and --teacher-path FILE"
+        )
+    if name not in timm.list_models():
+        raise ValueError(f"unknown --teacher-model {name!r}: timm.list_models() lists them")
+    checkpoint = load_checkpoint(path)
+    weights, options = checkpoint["model"], {}
+    if name in timm.list_models(module="models_lape"):
+        weights, description = convert_checkpoint(weights), description_of(checkpoint)
+        options = {key: description[key] for key in ("pe", "join_type", *all_options()) if key in description}
+        if "input_size" in description:
+            options["img_size"] = to_2tuple(description["input_size"])
+    teacher = timm.create_model(name, num_classes=num_classes, **options)
+    load_weights(teacher, weights, f"--teacher-path {path}", f"{name} of {num_classes} classes")
+    size = to_2tuple(args.input_size)
+    try:
+        with torch.no_grad():
+            teacher.eval()(torch.zeros(1, 3, *size))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--teacher-model {name} cannot take images of --input-size {size}: {error}") from error
+    return teacher
+
+
 def describe_model(args: argparse.Namespace, classes: Sequence[str]) -> dict[str, Any]:
     """What it takes to build the model and to prepare its images, as plain data."""
     return {
@@ -327,7 +359,8 @@ def set_up_training(run: Run, parser: OptionParser, checkpoint: dict[str, Any]) 
         freeze_all_but_attention(run.model)
     train_set, classes = build_dataset(True, args)
     loader = build_loader(train_set, True, args, world.rank, world.size)
-    state = build_state(args, run.model, len(classes), len(loader), world.size)
+    teacher = None if args.distillation_type == "none" else build_teacher(args, len(classes)).to(run.device)
+    state = build_state(args, run.model, len(classes), len(loader), world.size, teacher)
     if checkpoint:
         restore_state(state, checkpoint, args)
         if world.is_main:

@@ -7,15 +7,9 @@ import argparse
 from logging import getLogger
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import to_2tuple
 from torch import Tensor, nn
-
-from lape_vit import convert_checkpoint
-from lape_vit.encodings import all_options
-from training.checkpoint import description_of, load_checkpoint, load_weights
 
 _logger = getLogger(__name__)
 
@@ -87,28 +81,26 @@ class CosubLoss(nn.Module):
         return (supervised + mutual) / 4
 
 
-def build_loss(args: argparse.Namespace, model: Any, num_classes: int, criterion: nn.Module) -> nn.Module:
-    """The loss of the options; a model that is to be distilled is told so.
+def build_loss(args: argparse.Namespace, model: Any, criterion: nn.Module, teacher: nn.Module | None) -> nn.Module:
+    """The loss of the options; a model that is to be distilled, as it is with a teacher, is told so.
 
     Raises:
-        FileNotFoundError: no file `--teacher-path`.
-        ValueError: options that do not go together, or a teacher that does not fit.
+        ValueError: options that do not go together.
     """
-    is_distilled = args.distillation_type != "none"
-    tell_unused_options(args, is_distilled)
-    if is_distilled:
-        return build_distillation(args, model, num_classes, criterion)
+    tell_unused_options(args)
+    if teacher is not None:
+        return build_distillation(args, model, criterion, teacher)
     return CosubLoss(criterion) if args.cosub else SupervisedLoss(criterion)
 
 
-def tell_unused_options(args: argparse.Namespace, is_distilled: bool) -> None:
+def tell_unused_options(args: argparse.Namespace) -> None:
     """Warn of each option that was given and that the loss does not look at."""
     for flag, value in (
         ("--teacher-model", args.teacher_model),
         ("--teacher-path", args.teacher_path),
         ("--distillation-alpha", args.distillation_alpha),
     ):
-        if value is not None and not is_distilled:
+        if value is not None and args.distillation_type == "none":
             _logger.warning("%s %s is without effect under --distillation-type none", flag, value)
     if args.distillation_tau is not None and args.distillation_type != "soft":
         name = args.distillation_type
@@ -119,8 +111,10 @@ def tell_unused_options(args: argparse.Namespace, is_distilled: bool) -> None:
         _logger.warning("--cosub without --drop-path in training mode: both passes go through the same blocks")
 
 
-def build_distillation(args: argparse.Namespace, model: Any, num_classes: int, criterion: nn.Module) -> nn.Module:
-    """Distillation of `model` by the teacher of the options; raises as `build_loss`."""
+def build_distillation(
+    args: argparse.Namespace, model: Any, criterion: nn.Module, teacher: nn.Module
+) -> DistillationLoss:
+    """Distillation of `model` by the teacher; raises as `build_loss`."""
     what = f"--distillation-type {args.distillation_type}"
     if args.cosub:
         raise ValueError(f"{what} does not go with --cosub: give one of them")
@@ -128,9 +122,6 @@ def build_distillation(args: argparse.Namespace, model: Any, num_classes: int, c
         raise ValueError(f"{what} does not go with --no-train-mode, in which the two heads are one")
     if not hasattr(model, "set_distilled_training"):
         raise ValueError(f"{what} needs a model with two heads, such as deit_tiny_distilled_patch16_224")
-    if args.teacher_model is None or args.teacher_path is None:
-        raise ValueError(f"{what} needs --teacher-model NAME and --teacher-path FILE")
-    teacher = build_teacher(args, num_classes).to(next(model.parameters()).device)
     model.set_distilled_training(True)
     return DistillationLoss(
         criterion,
@@ -139,26 +130,3 @@ def build_distillation(args: argparse.Namespace, model: Any, num_classes: int, c
         alpha=0.5 if args.distillation_alpha is None else args.distillation_alpha,
         tau=1.0 if args.distillation_tau is None else args.distillation_tau,
     )
-
-
-def build_teacher(args: argparse.Namespace, num_classes: int) -> nn.Module:
-    """Any model of timm, or of this project, with the weights of `--teacher-path`; raises as `build_loss`."""
-    name, path = args.teacher_model, args.teacher_path
-    if name not in timm.list_models():
-        raise ValueError(f"unknown --teacher-model {name!r}: timm.list_models() lists them")
-    checkpoint = load_checkpoint(path)
-    weights, options = checkpoint["model"], {}
-    if name in timm.list_models(module="models_lape"):
-        weights, description = convert_checkpoint(weights), description_of(checkpoint)
-        options = {key: description[key] for key in ("pe", "join_type", *all_options()) if key in description}
-        if "input_size" in description:
-            options["img_size"] = to_2tuple(description["input_size"])
-    teacher = timm.create_model(name, num_classes=num_classes, **options)
-    load_weights(teacher, weights, f"--teacher-path {path}", f"{name} of {num_classes} classes")
-    size = to_2tuple(args.input_size)
-    try:
-        with torch.no_grad():
-            teacher.eval()(torch.zeros(1, 3, *size))
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"--teacher-model {name} cannot take images of --input-size {size}: {error}") from error
-    return teacher

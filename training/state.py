@@ -49,9 +49,14 @@ class TrainingState:
 
 
 def build_state(
-    args: argparse.Namespace, model: nn.Module, num_classes: int, updates_per_epoch: int, world_size: int
+    args: argparse.Namespace,
+    model: nn.Module,
+    num_classes: int,
+    updates_per_epoch: int,
+    world_size: int,
+    teacher: nn.Module | None,
 ) -> TrainingState:
-    """The state before the first epoch of `model`, which is on its device and not wrapped.
+    """The state before the first epoch of `model`, which is on its device, as the teacher is, and not wrapped.
 
     Raises:
         ValueError: illegal options; names them.
@@ -62,7 +67,7 @@ def build_state(
         _logger.warning("the warm-up (%d epochs) does not end in %d epochs", args.warmup_epochs, args.epochs)
     return TrainingState(
         mixup=mixup,
-        criterion=build_loss(args, model, num_classes, build_criterion(args, mixup)),
+        criterion=build_loss(args, model, build_criterion(args, mixup), teacher),
         optimizer=optimizer,
         scheduler=build_scheduler(args, optimizer, updates_per_epoch),
         scaler=GradScaler(torch.device(args.device).type, enabled=args.amp_dtype == "float16"),

@@ -6,6 +6,7 @@ Images reach the model as float32 (3, H, W) of `--input-size`, scaled to 0..1 an
 """
 
 import argparse
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -59,12 +60,13 @@ LabelledImages = tuple[Dataset, list[str]]  # the images, and the class names in
 class DataSet:
     """What differs from one data set to the next."""
 
-    open: Callable[[bool, str | None, Transform], LabelledImages]  # (is_train, data path, transform)
+    open: Callable[..., LabelledImages]  # (is_train, data path, transform)
     mean: tuple[float, float, float]  # of the training images scaled to 0..1
     std: tuple[float, float, float]
     recipe: str  # the recipe used when none is named
     default_data_path: str | None = None
     small: bool = False  # images so small that evaluation takes them whole
+    has_categories: bool = False  # classes are of one of several taxonomic ranks, `open`'s argument `category`
 
 
 def canonical_data_set(name: str) -> str:
@@ -92,7 +94,13 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> LabelledImages:
             option of the transform is illegal.
     """
     data_set = DATA_SETS[args.data_set]
-    return data_set.open(is_train, args.data_path or data_set.default_data_path, build_transform(is_train, args))
+    options = {}
+    if data_set.has_categories:
+        options["category"] = args.inat_category or "name"
+    elif args.inat_category is not None:
+        raise ValueError(f"--inat-category {args.inat_category} means nothing to {args.data_set}: leave it out")
+    data_path = args.data_path or data_set.default_data_path
+    return data_set.open(is_train, data_path, build_transform(is_train, args), **options)
 
 
 def _open_folders(is_train: bool, data_path: str | None, transform: Transform) -> LabelledImages:
@@ -214,6 +222,71 @@ class Digits(Dataset):
         return self.transform(Image.fromarray(self.images[index]).convert("RGB")), self.targets[index]
 
 
+class INaturalist(Dataset):
+    """A split of iNaturalist 2018 or 2019, which its annotation files tell, with classes of any taxonomic rank.
+
+    torchvision's class of this name knows no splits. Labels number the classes in the order in which the training
+    annotations first name them, as DeiT's do. An item is (transform of a PIL RGB image, label).
+
+    Args:
+        folder: holds `train{year}.json`, `val{year}.json`, `categories.json` and the images they name.
+        category: a key of `categories.json`: name (the species), genus, family, order, class, phylum, kingdom or
+            supercategory.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: a damaged file, or an unknown category.
+    """
+
+    def __init__(self, folder: Path, year: int, is_train: bool, category: str, transform: Transform) -> None:
+        self.transform = transform
+        groups = {entry["id"]: entry for entry in _read_json(folder / "categories.json")}
+        if unknown := [entry for entry in groups.values() if category not in entry]:
+            known = ", ".join(key for key in unknown[0] if key != "id")
+            raise ValueError(f"unknown --inat-category {category!r}: choose from {known}")
+        train = _read_json(folder / f"train{year}.json")
+        names = [groups[annotation["category_id"]][category] for annotation in train["annotations"]]
+        labels = {name: label for label, name in enumerate(dict.fromkeys(names))}
+        self.classes = list(labels)
+
+        split = train if is_train else _read_json(folder / f"val{year}.json")
+        files = {image["id"]: folder / image["file_name"] for image in split["images"]}
+        self.samples = [
+            (files[annotation["image_id"]], labels[groups[annotation["category_id"]][category]])
+            for annotation in split["annotations"]
+        ]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.samples[index]
+        return self.transform(default_loader(path)), label
+
+
+def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}: --data-path must hold iNaturalist's annotation files and images")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {_one_line(error)}") from error
+
+
+def _open_inaturalist(
+    year: int, is_train: bool, data_path: str | None, transform: Transform, category: str
+) -> LabelledImages:
+    if data_path is None:
+        raise ValueError(f"--data-path is missing: name the folder that holds train{year}.json and the images")
+    try:
+        images = INaturalist(Path(data_path).expanduser(), year, is_train, category, transform)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the annotation files in --data-path {data_path} do not fit together: {error!r}") from error
+    if missing := next((path for path, _ in images.samples if not path.is_file()), None):
+        raise FileNotFoundError(f"no image {missing}, which the annotations name: unpack iNaturalist {year} there")
+    return images, images.classes
+
+
 def _open_digits(is_train: bool, data_path: str | None, transform: Transform) -> LabelledImages:
     if data_path is not None:
         raise ValueError(
@@ -227,6 +300,16 @@ def _open_digits(is_train: bool, data_path: str | None, transform: Transform) ->
 DATA_SETS: dict[str, DataSet] = {
     "IMNET": DataSet(_open_folders, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, recipe="deit"),
     "FOLDER": DataSet(_open_folders, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, recipe="deit"),
+    **{
+        name: DataSet(
+            partial(_open_inaturalist, year),
+            IMAGENET_DEFAULT_MEAN,
+            IMAGENET_DEFAULT_STD,
+            recipe="deit",
+            has_categories=True,
+        )
+        for name, year in (("INAT", 2018), ("INAT19", 2019))
+    },
     "CIFAR10": DataSet(
         partial(_open_cifar, CIFAR10),
         mean=(0.4914, 0.4822, 0.4465),
@@ -250,6 +333,7 @@ DATA_SETS: dict[str, DataSet] = {
 # ---- transforms
 
 TRAIN_CROPS = ("random-resized", "pad", "none")
+SIMPLE_CROP_PADDING = 4
 TRAIN_INTERPOLATIONS = ("bicubic", "bilinear", "random")
 ERASING_MODES = ("const", "rand", "pixel")
 
@@ -267,8 +351,12 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> Transform:
     """The transform of one split: PIL RGB image -> normalised float32 tensor (3, H, W) of `args.input_size`.
 
     Training: crop (`args.train_crop`), flip, `args.aa`, colour jitter, normalisation, random erasing, as in DeiT; `pad`
-    crops the whole image padded by an eighth of its side, `none` takes the whole image. Evaluation: the whole image for
-    a small data set or a small input (up to 32 x 32), else DeiT's centre crop of `args.eval_crop_ratio` of each side.
+    crops the whole image padded by an eighth of its side, `none` takes the whole image. `args.src` and
+    `args.three_augment` put DeiT III's simple random crop and its three augmentations in the place of `args.train_crop`
+    and `args.aa`.
+
+    Evaluation: the whole image for a small data set or a small input (up to 32 x 32), else DeiT's centre crop of
+    `args.eval_crop_ratio` of each side.
 
     Raises:
         ValueError: an illegal option; names its flag.
@@ -295,21 +383,30 @@ def _train_transform(args: argparse.Namespace) -> Transform:
         re_count=args.recount,
         separate=True,
     )
-    if args.train_crop != "random-resized":
-        crop = [RandomCrop(size, padding=(width // 8, height // 8))] if args.train_crop == "pad" else []
-        crop_and_flip = Compose([_resize_whole(args), *crop, RandomHorizontalFlip(args.hflip)])
-    if args.aa == "torchvision":
+    if args.src:
+        if args.train_crop != "random-resized":
+            _logger.warning("--src takes the place of --train-crop %s", args.train_crop)
+        crop = RandomCrop(size, padding=SIMPLE_CROP_PADDING, padding_mode="reflect")
+        crop_and_flip = Compose([_resize(args, max(size)), crop, RandomHorizontalFlip(args.hflip)])
+    elif args.train_crop != "random-resized":
+        crops = [RandomCrop(size, padding=(width // 8, height // 8))] if args.train_crop == "pad" else []
+        crop_and_flip = Compose([_resize(args, size), *crops, RandomHorizontalFlip(args.hflip)])
+    if args.aa == "torchvision" and not args.three_augment:
         augment = Compose([RandAugment(), augment])
     return Compose([crop_and_flip, augment, finish])
 
 
-def _resize_whole(args: argparse.Namespace) -> Callable[[Image.Image], Image.Image]:
+def _resize(args: argparse.Namespace, size: int | tuple[int, int]) -> Callable[[Image.Image], Image.Image]:
     random = args.train_interpolation == "random"
     modes = ("bilinear", "bicubic") if random else (args.train_interpolation,)
-    return RandomChoice([Resize(to_2tuple(args.input_size), InterpolationMode(mode)) for mode in modes])
+    return RandomChoice([Resize(size, InterpolationMode(mode)) for mode in modes])
 
 
 def _timm_policy(args: argparse.Namespace) -> str | None:
+    if args.three_augment:
+        if args.aa not in (None, "none", "3a"):
+            _logger.warning("--three-augment takes the place of --aa %s", args.aa)
+        return "3a"
     if args.aa in (None, "none", "torchvision"):
         return None
     if not TIMM_POLICY.fullmatch(args.aa):
@@ -448,7 +545,8 @@ def build_loader(dataset: Dataset, is_train: bool, args: argparse.Namespace, ran
 
     Training: full batches only, as many as fill whole updates of `args.accum_steps`, in an order and with augmentations
     that `args.seed` and `loader.sampler.set_epoch(epoch)` decide; `--skip-bad-images` is for training alone.
-    Evaluation: batches of up to 1.5 B; the processes share out the data set, each image once.
+    Evaluation: batches of up to 1.5 B; the processes share out the data set, each image once, or without
+    `args.dist_eval` each process has them all.
 
     While it loads, the random states of `random`, `numpy` and `torch` change in a way that `args.num_workers` decides.
 
@@ -465,7 +563,8 @@ def build_loader(dataset: Dataset, is_train: bool, args: argparse.Namespace, ran
         worker_init_fn=leave_signals_to_parent,
     )
     if not is_train:
-        share = [(index, 0, index) for index in range(rank, _size(dataset), world_size)]
+        first, step = (rank, world_size) if args.dist_eval else (0, 1)
+        share = [(index, 0, index) for index in range(first, _size(dataset), step)]
         return load(skips_unreadable=False, sampler=share, batch_size=int(1.5 * args.batch_size))
     sampler = TrainSampler(_train_order(dataset, args, rank, world_size), args.batch_size * args.accum_steps)
     return load(skips_unreadable=args.skip_bad_images, sampler=sampler, batch_size=args.batch_size, drop_last=True)

@@ -43,6 +43,7 @@ def train_one_epoch(
     accum_steps: int,
     clip_grad: float | None,
     max_bad_steps: int,
+    train_mode: bool = True,
     mixup: Mixup | None,
     ema: ModelEmaV3 | None,
     display: LoopDisplay,
@@ -54,6 +55,7 @@ def train_one_epoch(
 
     Args:
         model: maps images (B, 3, S, S) to logits (B, C); it may be wrapped for several processes.
+        criterion: maps the model, images and targets to the mean loss, as those of `training.losses`.
         progress: is kept up to date.
         epoch: epochs finished before this one; the schedule depends on it.
         title: what to show before the progress.
@@ -61,6 +63,7 @@ def train_one_epoch(
         accum_steps: batches per update.
         clip_grad: largest norm of the gradient; None for any.
         max_bad_steps: skipped updates in a row that end the training.
+        train_mode: whether the model is in training mode, with its dropout.
         ema: of the unwrapped model.
         after_update: is called after each update, in all processes.
 
@@ -72,7 +75,7 @@ def train_one_epoch(
         FloatingPointError: `max_bad_steps` updates in a row were skipped.
         Interrupted: a signal asked one of the processes to stop; all of them do, after the same update.
     """
-    model.train()
+    model.train(train_mode)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     updates = len(loader) // accum_steps
     progress.loss_sum = progress.loss_sum.to(device)
@@ -99,8 +102,7 @@ def train_one_epoch(
                 is_last = part == accum_steps - 1
                 with nullcontext() if is_last else _without_reduction(model):
                     with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-                        logits = model(images)
-                    part_loss = criterion(logits.float(), targets) / accum_steps
+                        part_loss = criterion(model, images, targets) / accum_steps
                     loss += part_loss.detach()
                     if is_last:  # asked here and answered below, so that a GPU never waits: it has the backward to do
                         answer = largest_over_ranks(_report(loss))

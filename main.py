@@ -57,7 +57,16 @@ _logger = getLogger(__name__)
 
 FIXED = ("model", "pe", "join_type", "input_size", *all_options())
 """Options that a checkpoint decides."""
-FOR_EVALUATION = ("data_set", "data_path", "batch_size", "num_workers", "amp_dtype", "interpolation", "eval_crop_ratio")
+FOR_EVALUATION = (
+    "data_set",
+    "data_path",
+    "inat_category",
+    "batch_size",
+    "num_workers",
+    "amp_dtype",
+    "interpolation",
+    "eval_crop_ratio",
+)
 """Options that evaluation takes over from the training, to repeat what the training measured."""
 CHECKPOINTS = ("checkpoint.pth", "best_checkpoint.pth")
 RUN_FILES = (*CHECKPOINTS, "config.yaml", "log.txt")
@@ -148,6 +157,8 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
         given["data_set"] = canonical_data_set(given["data_set"])
     if "finetune" in given and "resume" in given:
         raise ValueError("--finetune starts a run and --resume goes on with one: give one of them")
+    if "start_epoch" in given and ("resume" in given or given.get("auto_resume")):
+        raise ValueError("--start-epoch is for a run that starts; --resume goes on where its checkpoint was")
     if given.get("auto_resume"):
         checkpoint = find_checkpoint(given)
     else:
@@ -159,7 +170,8 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
     args = resolve_options(parser, given, recipe, description, description_of(start))
     device = distributed.pick_device(args.device, world)
     resolve_device_options(args, device)
-    distributed.start(world, device)
+    distributed.check_size(args.world_size, world)
+    distributed.start(world, device, args.dist_url, args.init_timeout)
 
     test_set, classes = build_dataset(False, args)
     expected = description.get("num_classes", len(classes))
@@ -271,7 +283,7 @@ def pick_recipe(parser: OptionParser, given: dict[str, Any], checkpoint: dict[st
     if "config" in checkpoint:
         saved = dict(checkpoint["config"])
         if given.get("data_set", saved["data_set"]) != saved["data_set"]:
-            saved["data_path"] = None  # is of the other data set
+            saved |= {"data_path": None, "inat_category": None}  # are of the other data set
         options = {name: saved[name] for name in FOR_EVALUATION} if given.get("eval") else saved
         return {**options, "recipe": given["resume"]}
     name = DATA_SETS[given.get("data_set", parser.defaults["data_set"])].recipe
@@ -330,6 +342,38 @@ def load_what_fits(model: Any, checkpoint: dict[str, Any], path: str) -> None:
     model.load_state_dict(start.state_dict)
 
 
+def build_teacher(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    """The model to learn from: any of timm or of this project, with the weights of `--teacher-path`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unknown model, other weights, other classes, or another image size.
+    """
+    name, path = args.teacher_model, args.teacher_path
+    if name is None or path is None:
+        raise ValueError(
+            f"--distillation-type {args.distillation_type} needs --teacher-model NAME and --teacher-path FILE"
+        )
+    if name not in timm.list_models():
+        raise ValueError(f"unknown --teacher-model {name!r}: timm.list_models() lists them")
+    checkpoint = load_checkpoint(path)
+    weights, options = checkpoint["model"], {}
+    if name in timm.list_models(module="models_lape"):
+        weights, description = convert_checkpoint(weights), description_of(checkpoint)
+        options = {key: description[key] for key in ("pe", "join_type", *all_options()) if key in description}
+        if "input_size" in description:
+            options["img_size"] = to_2tuple(description["input_size"])
+    teacher = timm.create_model(name, num_classes=num_classes, **options)
+    load_weights(teacher, weights, f"--teacher-path {path}", f"{name} of {num_classes} classes")
+    size = to_2tuple(args.input_size)
+    try:
+        with torch.no_grad():
+            teacher.eval()(torch.zeros(1, 3, *size))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--teacher-model {name} cannot take images of --input-size {size}: {error}") from error
+    return teacher
+
+
 def describe_model(args: argparse.Namespace, classes: Sequence[str]) -> dict[str, Any]:
     """What it takes to build the model and to prepare its images, as plain data."""
     return {
@@ -351,16 +395,32 @@ def describe_model(args: argparse.Namespace, classes: Sequence[str]) -> dict[str
 def set_up_training(run: Run, parser: OptionParser, checkpoint: dict[str, Any]) -> Training:
     """The training data and the state of the training, restored from the checkpoint if there is one."""
     args, world = run.args, run.world
+    if args.start_epoch >= args.epochs:
+        raise ValueError(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}")
+    if not args.train_mode and (args.drop or args.drop_path):
+        _logger.warning("--drop and --drop-path are without effect under --no-train-mode")
+    if args.attn_only:
+        freeze_all_but_attention(run.model)
     train_set, classes = build_dataset(True, args)
     loader = build_loader(train_set, True, args, world.rank, world.size)
     updates = len(loader) // args.accum_steps
-    state = build_state(args, run.model, len(classes), updates, world.size)
+    teacher = None if args.distillation_type == "none" else build_teacher(args, len(classes)).to(run.device)
+    state = build_state(args, run.model, len(classes), updates, world.size, teacher)
     if checkpoint:
         restore_state(state, checkpoint, args)
         loader.num_skipped = restore_progress(state, checkpoint["progress"], updates, world)
         if world.is_main:
             state.rows = read_log(Path(args.output_dir) / "log.txt", state.epoch)
     return Training(state, loader, updates, saved_options(args, parser))
+
+
+def freeze_all_but_attention(model: Any) -> None:
+    """Leave to training what DeiT III fine-tunes by `--attn-only`: attention, positions and classifier."""
+    classifier = model.get_classifier()
+    heads = classifier if isinstance(classifier, tuple) else (classifier,)
+    trained = {id(parameter) for part in (model.join, *heads) for parameter in part.parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".attn." in name or name == "pos_embed" or id(parameter) in trained)
 
 
 def open_output_dir(args: argparse.Namespace) -> Path | None:
@@ -446,6 +506,8 @@ def train(run: Run, training: Training) -> int:
             state.epoch = row["epoch"]
             state.progress = Progress(bad_in_a_row=state.progress.bad_in_a_row)
             training.loader.num_skipped = 0
+            state.accuracies.append(row["test_acc1"])
+            state.scheduler.step(state.epoch, row["test_acc1"])
             state.rows.append(row)
             left = (time.monotonic() - start) / (state.epoch - epochs_before) * (args.epochs - state.epoch)
             _logger.info("%s  best %.2f %%  %s left", summarise(row, args.epochs), state.best_acc1, clock(left))
@@ -498,6 +560,7 @@ def run_epoch(run: Run, training: Training, model: nn.Module) -> dict[str, Any]:
         accum_steps=args.accum_steps,
         clip_grad=args.clip_grad,
         max_bad_steps=args.max_bad_steps,
+        train_mode=args.train_mode,
         mixup=state.mixup,
         ema=state.ema,
         display=run.display,
@@ -508,7 +571,9 @@ def run_epoch(run: Run, training: Training, model: nn.Module) -> dict[str, Any]:
     row |= {"skipped_steps": state.progress.skipped, "skipped_images": num_bad_images}
     tested = {"test": evaluate_model(run, run.model, f"epoch {epoch}/{args.epochs}  test")}
     if state.ema is not None:
-        tested["test_ema"] = evaluate_model(run, state.ema.module, f"epoch {epoch}/{args.epochs}  test of the average")
+        average = state.ema.module.to(run.device)
+        tested["test_ema"] = evaluate_model(run, average, f"epoch {epoch}/{args.epochs}  test of the average")
+        average.to(state.ema.device or run.device)
     for name, result in tested.items():
         row |= {f"{name}_{key}": result[key] for key in ("loss", "acc1", "acc5")}
     row |= {"n_parameters": count_parameters(run.model), "seconds": time.monotonic() - start}
@@ -517,15 +582,17 @@ def run_epoch(run: Run, training: Training, model: nn.Module) -> dict[str, Any]:
 
 def evaluate_model(run: Run, model: nn.Module, title: str) -> dict[str, float]:
     """Evaluate `model` on the test images."""
-    return evaluate(
+    times = 1 if run.args.dist_eval else run.world.size
+    result = evaluate(
         model,
         run.test_loader,
-        num_images=run.num_test_images,
+        num_images=times * run.num_test_images,
         title=title,
         device=run.device,
         amp_dtype=getattr(torch, run.args.amp_dtype),
         display=run.display,
     )
+    return {**result, "count": run.num_test_images}
 
 
 def summarise(row: dict[str, Any], epochs: int) -> str:

@@ -47,6 +47,7 @@ def make_args(**changes) -> Namespace:
     args = Namespace(
         data_set="DIGITS",
         data_path=None,
+        inat_category=None,
         input_size=16,
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
@@ -55,6 +56,8 @@ def make_args(**changes) -> Namespace:
         train_crop="none",
         hflip=0.0,
         aa=None,
+        src=False,
+        three_augment=False,
         color_jitter=0.0,
         train_interpolation="bicubic",
         reprob=0.0,
@@ -67,6 +70,7 @@ def make_args(**changes) -> Namespace:
         repeated_aug=False,
         accum_steps=1,
         skip_bad_images=False,
+        dist_eval=True,
     )
     assert changes.keys() <= vars(args).keys()
     return Namespace(**{**vars(args), **changes})
@@ -866,3 +870,133 @@ def test_data_sets_can_be_sent_to_a_spawned_worker(tmp_path, is_train, train_cro
             seed_all(0)
             results.append(images[0][0])
         assert torch.equal(*results)
+
+
+# ---- DeiT III
+
+
+def test_the_simple_random_crop_is_a_crop_of_the_resized_image_with_reflected_borders():
+    image = noise_image(24, 48)
+    seed_all(0)
+    transform = build_transform(True, make_args(src=True, train_crop="random-resized", train_interpolation="bilinear"))
+    whole = np.asarray(image.resize((16, 32), Image.Resampling.BILINEAR), dtype=np.float32)
+    padded = np.pad(whole, ((4, 4), (4, 4), (0, 0)), mode="reflect") / 255
+    places = set()
+    for _ in range(30):
+        pixels = (transform(image) * 0.5 + 0.5).permute(1, 2, 0).numpy()
+        fits = [
+            (top, left)
+            for top in range(40 - 16 + 1)
+            for left in range(24 - 16 + 1)
+            if np.allclose(padded[top : top + 16, left : left + 16], pixels, atol=1.5 / 255)
+        ]
+        assert len(fits) == 1
+        places |= set(fits)
+    assert len(places) > 10
+
+
+def test_three_augment_makes_each_image_grey_solarised_or_blurred(caplog):
+    image = noise_image(16, 16)
+    seed_all(0)
+    transform = build_transform(True, make_args(three_augment=True, aa="rand-m9"))
+    assert "--three-augment takes the place of --aa rand-m9" in caplog.text
+    original = np.asarray(image, dtype=np.float32)
+    solarised = np.where(original < 128, original, 255 - original)
+    kinds = Counter()
+    for _ in range(60):
+        pixels = ((transform(image) * 0.5 + 0.5) * 255).permute(1, 2, 0).numpy()
+        is_grey = np.allclose(pixels[..., 0], pixels[..., 2], atol=1)
+        is_solarised = np.allclose(pixels, solarised, atol=1)
+        kinds["grey" if is_grey else "solarised" if is_solarised else "blurred"] += 1
+        assert is_grey or is_solarised or pixels.std() < original.std()
+    assert min(kinds[kind] for kind in ("grey", "solarised", "blurred")) > 8
+
+
+def test_without_shared_evaluation_every_process_evaluates_all():
+    for rank in range(2):
+        assert seen(build_loader(indices(7), False, make_args(dist_eval=False), rank, 2)) == list(range(7))
+
+
+# ---- iNaturalist
+
+
+def make_inaturalist(root: Path, year: int) -> Path:
+    """Three species of two families, named by the annotations as the real files do; image i is of grey level i."""
+    species = [("Parus major", "Paridae"), ("Quercus robur", "Fagaceae"), ("Fagus sylvatica", "Fagaceae")]
+    categories = [{"id": index, "name": name, "family": family} for index, (name, family) in enumerate(species)]
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "categories.json").write_text(json.dumps(categories))
+    for split, labels, first in (("train", [2, 0, 1, 2], 0), ("val", [1, 2], 100)):
+        images = [
+            {"id": first + index, "file_name": f"train_val{year}/Some/{label}/{first + index}.png"}
+            for index, label in enumerate(labels)
+        ]
+        annotations = [
+            {"id": 7 + index, "image_id": first + index, "category_id": label} for index, label in enumerate(labels)
+        ]
+        for image in images:
+            path = root / image["file_name"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (image["id"],) * 3).save(path)
+        (root / f"{split}{year}.json").write_text(json.dumps({"images": images[::-1], "annotations": annotations}))
+    return root
+
+
+@pytest.mark.parametrize(("data_set", "year"), [("INAT", 2018), ("INAT19", 2019)])
+@pytest.mark.parametrize(
+    ("category", "classes", "train", "val"),
+    [
+        (None, ["Fagus sylvatica", "Parus major", "Quercus robur"], [0, 1, 2, 0], [2, 0]),
+        ("family", ["Fagaceae", "Paridae"], [0, 1, 0, 0], [0, 0]),
+    ],
+)
+def test_inaturalist_takes_its_splits_and_classes_from_the_annotations(
+    data_set, year, category, classes, train, val, tmp_path
+):
+    root = make_inaturalist(tmp_path, year)
+    args = make_args(data_set=data_set, data_path=str(root), inat_category=category)
+    for is_train, labels, first in ((True, train, 0), (False, val, 100)):
+        images, names = build_dataset(is_train, args)
+        assert names == classes
+        assert [label for _, label in images] == labels
+        levels = [round((image.mean().item() * 0.5 + 0.5) * 255) for image, _ in images]
+        assert levels == list(range(first, first + len(labels)))
+
+
+def damage_inaturalist(kind: str, root: Path) -> None:
+    match kind:
+        case "no annotations":
+            (root / "val2018.json").unlink()
+        case "no image":
+            (root / "train_val2018/Some/1/100.png").unlink()
+        case "damaged":
+            (root / "categories.json").write_text("[")
+        case "other categories":
+            (root / "categories.json").write_text(json.dumps([{"id": 5, "name": "x"}]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("no annotations", "val2018.json"),
+        ("no image", "100.png"),
+        ("damaged", "categories.json is damaged"),
+        ("other categories", "do not fit together"),
+    ],
+)
+def test_damaged_inaturalist_folders_are_refused_in_one_line(kind, words, tmp_path):
+    root = make_inaturalist(tmp_path, 2018)
+    damage_inaturalist(kind, root)
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as error:
+        build_dataset(False, make_args(data_set="INAT", data_path=str(root)))
+    assert_one_line(error)
+
+
+def test_a_category_is_one_of_inaturalist_only(tmp_path):
+    root = make_inaturalist(tmp_path, 2018)
+    with pytest.raises(ValueError, match="unknown --inat-category 'colour': choose from name, family"):
+        build_dataset(False, make_args(data_set="INAT", data_path=str(root), inat_category="colour"))
+    with pytest.raises(ValueError, match="--inat-category name means nothing to DIGITS"):
+        build_dataset(False, make_args(inat_category="name"))
+    with pytest.raises(ValueError, match="--data-path is missing"):
+        build_dataset(False, make_args(data_set="INAT"))

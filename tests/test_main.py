@@ -18,8 +18,10 @@ import yaml
 from PIL import Image
 from tiny_run import as_original, call, contents, load, log_of, set_up, train
 
+import engine
 import main
 from lape_vit.encodings import all_options
+from training.distributed import World
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -167,6 +169,49 @@ def test_without_an_average_there_is_none_and_with_one_it_is_evaluated(
     assert not torch.equal(average["head.weight"], weights["head.weight"].cpu())
 
 
+def test_the_average_may_stay_in_the_cpus_memory(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = train("--recipe", recipe, "--epochs", 1, "--model-ema", "--model-ema-force-cpu")
+    assert run.training is not None
+    ema = run.training.state.ema
+    assert ema is not None
+    assert ema.device == torch.device("cpu")
+    assert {value.device.type for value in ema.module.state_dict().values()} == {"cpu"}
+    assert "without effect" not in caplog.text
+    set_up("--recipe", recipe, "--model-ema-force-cpu")
+    assert "--model-ema-force-cpu is without effect without --model-ema" in caplog.text
+
+
+def test_evaluating_all_on_every_process_gives_the_same_result(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = set_up("--recipe", recipe, "--no-dist-eval")
+    alone = main.evaluate_model(run, run.model, "alone")
+    run.world = World(0, 2, 0)
+    monkeypatch.setattr(engine, "sum_over_ranks", lambda tensor: 2 * tensor)  # of two processes with all images each
+    assert main.evaluate_model(run, run.model, "one of two") == alone
+    assert alone["count"] == tiny_run.NUM_VAL
+
+
+def test_attention_alone_is_trained_with_positions_and_classifier(recipe: Path) -> None:
+    flags = ("--recipe", recipe, "--join-type", "LaPE", "--attn-only")
+    before = {name: value.clone() for name, value in set_up(*flags).model.state_dict().items()}
+    after = train(*flags).model.state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(value.cpu(), before[name].cpu())}
+    kinds = (".attn.", "pos_embed", "join.", "head.")
+    assert changed == {name for name in after if any(kind in name for kind in kinds)}
+
+
+def test_a_run_may_start_later_in_its_schedule(
+    tmp_path: Path, recipe: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("--recipe", recipe, "--start-epoch", 1, "--output_dir", tmp_path) == 0
+    (row,) = log_of(tmp_path)
+    assert (row["epoch"], row["train_lr"]) == (2, log_of(trained)[1]["train_lr"])
+    assert call("--resume", tmp_path / "checkpoint.pth", "--epochs", 3) == 0
+    assert [row["epoch"] for row in log_of(tmp_path)] == [2, 3]
+    capsys.readouterr()
+    assert call("--resume", trained / "checkpoint.pth", "--start-epoch", 1) == 2
+    assert "--start-epoch" in refused(capsys)
+
+
 # What to compare with beside the bare recipe, and a change of the option that the weights after two epochs must show.
 EFFECTS: dict[str, tuple[tuple[object, ...], tuple[object, ...]]] = {
     "seed": ((), ("--seed", 1)),
@@ -208,6 +253,19 @@ EFFECTS: dict[str, tuple[tuple[object, ...], tuple[object, ...]]] = {
     "warmup_epochs": ((), ("--warmup-epochs", 0)),
     "warmup_lr": ((), ("--warmup-lr", 5e-4)),
     "min_lr": ((), ("--min-lr", 9e-4)),
+    "cooldown_epochs": ((), ("--cooldown-epochs", 1)),
+    "decay_epochs": (("--sched", "step"), ("--decay-epochs", 1)),
+    "decay_rate": (("--sched", "poly"), ("--decay-rate", 2)),
+    "lr_noise": ((), ("--lr-noise", 0.1)),
+    "lr_noise_pct": (("--lr-noise", 0.1), ("--lr-noise-pct", 0.02)),
+    "lr_noise_std": (("--lr-noise", 0.1), ("--lr-noise-std", 0.1)),
+    "bce_loss": ((), ("--bce-loss",)),
+    "cosub": (("--drop-path", 0.5, "--bce-loss"), ("--drop-path", 0.5, "--bce-loss", "--cosub")),
+    "src": ((), ("--src",)),
+    "three_augment": ((), ("--three-augment",)),
+    "train_mode": (("--drop", 0.9), ("--drop", 0.9, "--no-train-mode")),
+    "attn_only": ((), ("--attn-only",)),
+    "start_epoch": ((), ("--start-epoch", 1)),
 }
 
 
@@ -486,6 +544,27 @@ def test_four_epochs_equal_two_and_two_bit_for_bit(
     )
 
 
+def test_a_schedule_that_looks_at_the_accuracies_goes_on_where_it_was(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(folder: Path, *flags: object) -> list[float]:
+        monkeypatch.setattr(main, "evaluate", lambda *args, **kwargs: {"acc1": next(accuracies), **result})
+        call(*flags, "--output_dir", folder)
+        return [row["train_lr"] for row in log_of(folder)]
+
+    result = {"acc5": 100.0, "loss": 1.0, "count": 13}
+    flags = ("--recipe", recipe, "--sched", "plateau", "--patience-epochs", 1, "--warmup-epochs", 1, "--epochs", 7)
+    series = [50.0, 60.0, 70.0, 65.0, 64.0, 63.0, 62.0]
+    accuracies = iter(series)
+    whole = run(tmp_path / "whole", *flags, "--lr-noise", 0.5)
+    assert whole[5] < 0.5 * whole[2]  # it has decayed
+    accuracies = iter(series)
+    with monkeypatch.context() as patch:
+        interrupt_after(4, patch)
+        run(tmp_path / "parts", *flags, "--lr-noise", 0.5)
+    assert run(tmp_path / "parts", "--resume", tmp_path / "parts" / "checkpoint.pth") == whole
+
+
 def differences(a: object, b: object, at: str = "") -> list[str]:
     """Where two checkpoints differ by a bit."""
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
@@ -520,6 +599,11 @@ def test_resuming_a_finished_run_does_nothing_and_says_so(trained: Path, capsys:
     after = contents(trained)
     before["config.yaml"] = after["config.yaml"] = b""  # says the last command
     assert after == before
+
+
+def test_other_trained_weights_are_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--resume", trained / "checkpoint.pth", "--epochs", 3, "--attn-only") == 2
+    assert "--attn-only True contradicts" in refused(capsys)
 
 
 def test_another_optimizer_is_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -590,6 +674,8 @@ BAD_OPTIONS = [
     (("--recipe", "deot"), ["deot", "deit, digits, vit2d_cifar"]),
     (("--resume", "nowhere.pth"), ["nowhere.pth"]),
     (("--eval",), ["--resume"]),
+    (("--start-epoch", "2"), ["--start-epoch 2", "--epochs 2"]),
+    (("--world-size", "3"), ["--world-size 3", "torchrun"]),
 ]
 
 
@@ -731,6 +817,33 @@ def test_ctrl_c_ends_in_one_line_with_whole_files(tmp_path: Path, recipe: Path) 
     assert re.fullmatch(rf"main.py: {where}; last checkpoint: (\S+); go on with --resume \1", line)
     assert not list(folder.glob("*.tmp")) + list(folder.glob(".*.tmp"))
     assert load(folder / "checkpoint.pth")["epoch"] >= 1
+
+
+DISTILLED = ("--model", "deit_tiny_distilled_patch16_224", "--epochs", 1, "--teacher-model", "vit_compact_patch4_32")
+
+
+def test_a_distilled_run_changes_with_its_teacher_and_is_resumed(
+    tmp_path: Path, recipe: Path, few_images: Path, trained: Path
+) -> None:
+    def train_loss(folder: str, *flags: object) -> float:
+        run = ("--recipe", recipe, "--data-path", few_images, *DISTILLED, "--teacher-path", trained / "checkpoint.pth")
+        assert call(*run, *flags, "--output_dir", tmp_path / folder) == 0
+        return log_of(tmp_path / folder)[0]["train_loss"]
+
+    kinds = (("none",), ("hard",), ("soft",), ("hard", "--distillation-alpha", 0.1), ("soft", "--distillation-tau", 3))
+    losses = [train_loss(str(index), "--distillation-type", *flags) for index, flags in enumerate(kinds)]
+    assert len(set(losses)) == len(kinds)
+    assert call("--resume", tmp_path / "1" / "checkpoint.pth", "--epochs", 2) == 0
+
+
+def test_a_teacher_that_would_run_code_is_refused(
+    tmp_path: Path, recipe: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_bad_checkpoint("malicious", tmp_path / "bad.pth", trained / "checkpoint.pth")
+    flags = ("--distillation-type", "hard", "--teacher-path", tmp_path / "bad.pth")
+    assert call("--recipe", recipe, "--input-size", 32, *DISTILLED, *flags) == 2
+    assert "more than plain data" in refused(capsys)
+    assert not (tmp_path / "touched").exists()
 
 
 def test_two_processes_train_together_and_evaluate_exactly(tmp_path: Path, recipe: Path) -> None:

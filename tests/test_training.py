@@ -21,10 +21,10 @@ from torch import nn
 import main
 from engine import evaluate
 from lape_vit.encodings import all_options
-from training import interrupt, logs
+from training import distributed, interrupt, logs
 from training.checkpoint import atomic_write, load_checkpoint, load_weights, save_checkpoint
 from training.curves import draw_curves
-from training.distributed import World, pick_device, world_from_environment
+from training.distributed import World, check_size, pick_device, world_from_environment
 from training.interrupt import defer_interrupts, noted_signal
 from training.logs import LoopDisplay, clock
 from training.optimisation import build_criterion, build_mixup, build_optimizer, build_scheduler, learning_rate
@@ -76,14 +76,17 @@ def test_help_ends_with_code_0(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--join-type" in capsys.readouterr().out
 
 
+SWITCHES = ("bce_loss", "model_ema_force_cpu", "train_mode", "attn_only", "dist_eval", "src", "three_augment", "cosub")
+
+
 @pytest.mark.parametrize("name", PARSER.defaults)
 def test_each_flag_is_read_with_dashes_and_with_underscores(name: str) -> None:
     dashes = next(flag for flag, option in PARSER.flags.items() if option == name)
     underscores = "--" + dashes[2:].replace("-", "_")
     values: dict[str, list[str]] = {"cutmix_minmax": ["0", "1"], "amp_dtype": ["float32"], "mixup_mode": ["pair"]}
     values |= {name: [] for name in ("eval", "pin_mem", "model_ema", "repeated_aug", "unscale_lr", "sched_on_updates")}
-    values |= {name: [] for name in ("auto_resume", "skip_bad_images")}
-    value = values.get(name, ["tanh" if name == "sched" else "1"])
+    values |= {name: [] for name in ("auto_resume", "skip_bad_images", *SWITCHES)}
+    value = values.get(name, [{"sched": "tanh", "distillation_type": "soft"}.get(name, "1")])
     assert PARSER.read([dashes, *value]) == PARSER.read([underscores, *value])
     assert PARSER.read([dashes, *value]).keys() == {name}
 
@@ -200,6 +203,32 @@ def test_a_device_that_is_not_there_is_refused_by_name(name: str) -> None:
         pick_device(name, World())
 
 
+def test_another_number_of_processes_than_asked_for_is_refused() -> None:
+    check_size(None, World(0, 2, 0))
+    check_size(2, World(1, 2, 0))
+    with pytest.raises(ValueError, match=r"--world-size 2, but there are 1 process.*torchrun"):
+        check_size(2, World())
+
+
+def test_processes_meet_at_the_address_given(tmp_path: Path) -> None:
+    url = f"file://{tmp_path / 'meeting'}"
+    torch.multiprocessing.spawn(meet, (url,), nprocs=2)
+
+
+def meet(rank: int, url: str) -> None:
+    distributed.start(World(rank, 2, rank), torch.device("cpu"), url, 60.0)
+    assert distributed.sum_over_ranks(torch.tensor([rank + 1])).item() == 3
+    distributed.stop()
+
+
+def test_a_process_that_waits_in_vain_says_so_in_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url = f"file://{tmp_path / 'meeting'}"
+    with pytest.raises(ConnectionError, match=r"process 0 of 2 .*--dist-url file:.* --init-timeout 1 s"):
+        distributed.start(World(0, 2, 0), torch.device("cpu"), url, 1.0)
+    distributed.start(World(), torch.device("cpu"), url)
+    assert "without effect" in caplog.text
+
+
 def test_several_processes_may_not_share_one_gpu() -> None:
     with pytest.raises(ValueError, match="one GPU for 2 processes"):
         pick_device("cuda:0", World(0, 2, 0))
@@ -307,6 +336,85 @@ def test_the_learning_rate_is_scaled_by_the_images_per_update() -> None:
     assert learning_rate(options(lr=0.5, batch_size=64, unscale_lr=True), 4) == 0.5
 
 
+SHAPES = [
+    ({"sched": "step", "decay_epochs": 2, "decay_rate": 0.5}, [1, 1, 0.5, 0.5, 0.25, 0.25]),
+    ({"sched": "poly", "decay_rate": 1.0}, [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+    ({"sched": "poly", "decay_rate": 1.0, "cooldown_epochs": 3}, [1, 2 / 3, 1 / 3, 0, 0, 0]),
+    ({"sched": "cosine", "cooldown_epochs": 4}, [1, 0.5, 0, 0, 0, 0]),
+    # the accuracy grows up to the third epoch
+    ({"sched": "plateau", "patience_epochs": 0, "decay_rate": 0.5}, [1, 1, 1, 1, 0.5, 0.25]),
+    ({"sched": "plateau", "patience_epochs": 1, "decay_rate": 0.5}, [1, 1, 1, 1, 1, 0.5]),
+    ({"sched": "plateau", "patience_epochs": 0, "decay_rate": 0.5, "min_lr": 0.4}, [1, 1, 1, 1, 0.5, 0.4]),
+]
+
+
+def rates_of(args: argparse.Namespace) -> list[float]:
+    """The learning rate of each epoch."""
+    optimizer = build_optimizer(args, Exempting(), 1.0)
+    scheduler = build_scheduler(args, optimizer, 10)
+    rates = []
+    for epoch in range(args.epochs):
+        scheduler.step(epoch)
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(epoch + 1, min(epoch, 2))
+    return rates
+
+
+@pytest.mark.parametrize(("changes", "expected"), SHAPES)
+def test_a_schedule_follows_its_options(
+    changes: dict[str, Any], expected: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    rates = rates_of(options(epochs=6, warmup_epochs=0, **{"min_lr": 0.0, **changes}))
+    assert rates == pytest.approx(expected, abs=1e-3)
+    assert caplog.messages == []
+
+
+def test_noise_is_where_it_should_be_as_large_as_it_may_be_and_repeats() -> None:
+    def noise(**changes: Any) -> list[float]:
+        common = {"sched": "constant", "epochs": 10, "warmup_epochs": 0, "lr_noise": [0.2, 0.8]}
+        return [rate - 1 for rate in rates_of(options(**{**common, **changes}))]
+
+    first = noise()
+    assert [value == 0 for value in first] == [True] * 2 + [False] * 6 + [True] * 2
+    assert [value == 0 for value in noise(lr_noise=[0.2])] == [True] * 2 + [False] * 8
+    assert noise() == first
+    assert noise(seed=1) != first
+    assert 0 < max(map(abs, noise(lr_noise_std=0.001))) < 0.01
+    assert 0.01 < max(map(abs, noise(lr_noise_pct=0.02))) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"decay_epochs": 3}, "--decay-epochs 3 is without effect under --sched cosine"),
+        ({"decay_rate": 0.5}, "--decay-rate 0.5 is without effect under --sched cosine"),
+        ({"patience_epochs": 3, "sched": "step"}, "--patience-epochs 3 is without effect under --sched step"),
+        ({"cooldown_epochs": 3, "sched": "plateau"}, "--cooldown-epochs 3 is without effect under --sched plateau"),
+        ({"lr_noise_std": 1.0}, "--lr-noise-std 1 is without effect without --lr-noise"),
+        ({"lr_noise_pct": 0.5}, "--lr-noise-pct 0.5 is without effect without --lr-noise"),
+    ],
+)
+def test_an_option_that_the_schedule_does_not_look_at_is_told(
+    changes: dict[str, Any], line: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rates_of(options(epochs=6, **changes))
+    assert caplog.messages == [line]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sched": "plateau", "sched_on_updates": True}, "--sched-on-updates"),
+        ({"cooldown_epochs": 6}, "--cooldown-epochs 6"),
+        ({"lr_noise": [0.8, 0.2]}, "--lr-noise"),
+        ({"lr_noise": [0.2, 0.4, 0.8]}, "--lr-noise"),
+    ],
+)
+def test_options_of_a_schedule_that_do_not_go_together_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        rates_of(options(epochs=6, **changes))
+
+
 @pytest.mark.parametrize(
     ("sched", "expected"),
     [("cosine", [0.1, 0.55, 0.505, 0.155]), ("constant", [0.1, 0.55, 1, 1]), ("tanh", [0.1, 0.541, 0.982, 0.276])],
@@ -347,6 +455,20 @@ def test_the_loss_is_the_one_of_the_labels_at_hand() -> None:
     _, targets = mixup(torch.zeros(4, 3, 2, 2), labels)
     assert torch.allclose(build_criterion(args, mixup)(logits, targets), smoothed)
     assert build_mixup(options(smoothing=0.3), 3) is None
+
+
+def test_binary_cross_entropy_takes_every_class_of_a_mixed_image_as_right() -> None:
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
+    right = nn.functional.one_hot(labels, 3).float()
+    plain = nn.functional.binary_cross_entropy_with_logits(logits, right)
+    assert torch.allclose(build_criterion(options(bce_loss=True), None)(logits, labels), plain)
+
+    args = options(bce_loss=True, mixup=1.0)
+    mixup = build_mixup(args, 3)
+    both = nn.functional.binary_cross_entropy_with_logits(logits, right.maximum(right.flip(0)))
+    assert torch.allclose(build_criterion(args, mixup)(logits, 0.3 * right + 0.7 * right.flip(0)), both)
+    with pytest.raises(ValueError, match=r"--smoothing 0\.1 .* --bce-loss"):
+        build_criterion(options(bce_loss=True, smoothing=0.1), None)
 
 
 # ---- evaluation

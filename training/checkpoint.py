@@ -12,12 +12,13 @@ Ours are a dictionary of plain data (tensors, numbers, strings, lists, dictionar
     progress        of the epoch under way: `counts` of updates, `updates` per epoch, and per process `sums_by_rank`
                     of the loss and of the unreadable images
     best_acc1       best test accuracy so far, per cent
+    accuracies      test accuracy after each epoch, per cent
     config          the options of the run, by name (`batch_size`)
     description     model, pe, join_type, num_classes, classes, input_size, data_set, mean, std, interpolation,
                     eval_crop_ratio
 
-The learning rate is a function of the options, the epoch and the update, and so are order, augmentations and all other
-random draws of each process (see `training.seeding`): so there is no more to keep.
+The learning rate is a function of the options, the epoch, the update and the accuracies, and so are order,
+augmentations and all other random draws of each process (see `training.seeding`): so there is no more to keep.
 """
 
 import argparse

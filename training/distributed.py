@@ -3,11 +3,15 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from logging import getLogger
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+_logger = getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,19 @@ def world_from_environment() -> World:
     """What torchrun says in the environment; without it, the only process."""
     rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
     return World(rank, size, local_rank)
+
+
+def check_size(wanted: int | None, world: World) -> None:
+    """Refuse another number of processes than `--world-size` asks for.
+
+    Raises:
+        ValueError: says how to start that many.
+    """
+    if wanted not in (None, world.size):
+        raise ValueError(
+            f"--world-size {wanted}, but there are {world.size} process(es): start {wanted} by torchrun "
+            f"--nproc_per_node=N, or set RANK, WORLD_SIZE and LOCAL_RANK for each"
+        )
 
 
 _TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
@@ -59,11 +76,35 @@ def pick_device(name: str | None, world: World) -> torch.device:
     return device
 
 
-def start(world: World, device: torch.device) -> None:
-    """Join the process group, if there are several processes: nccl between GPUs, gloo between CPUs."""
-    if world.size > 1:
-        on_gpu = device.type == "cuda"
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+def start(world: World, device: torch.device, url: str = "env://", seconds: float = 1800.0) -> None:
+    """Join the process group, if there are several processes: nccl between GPUs, gloo between CPUs.
+
+    Args:
+        url: where they meet, as `torch.distributed.init_process_group` takes it.
+        seconds: how long to wait for the others, here and in each later exchange.
+
+    Raises:
+        ConnectionError: an address that nobody can meet at, or the others did not come.
+    """
+    if world.size == 1:
+        if url != "env://":
+            _logger.warning("--dist-url %s is without effect: this is the only process", url)
+        return
+    on_gpu = device.type == "cuda"
+    try:
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            init_method=url,
+            world_size=world.size,
+            rank=world.rank,
+            timeout=timedelta(seconds=seconds),
+            device_id=device if on_gpu else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ConnectionError(
+            f"process {world.rank} of {world.size} did not meet the others at --dist-url {url} within --init-timeout "
+            f"{seconds:g} s: {error}"
+        ) from error
 
 
 def stop() -> None:

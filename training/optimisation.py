@@ -1,11 +1,12 @@
 """Mixup, loss, optimizer and schedule from the options, with timm's parts."""
 
 import argparse
+import warnings
 from logging import getLogger
 from typing import Any
 
 from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -40,7 +41,19 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
 
 
 def build_criterion(args: argparse.Namespace, mixup: Mixup | None) -> nn.Module:
-    """Mean loss of logits (B, C) against labels (B,), or against the (B, C) targets that mixup makes; in nats."""
+    """Mean loss of logits (B, C) against labels (B,), or against the (B, C) targets that mixup makes; in nats.
+
+    With `--bce-loss` each class is a binary question, and all classes of a mixed image are right answers (DeiT III).
+
+    Raises:
+        ValueError: `--bce-loss` with smoothed labels, by which every class would be a right answer.
+    """
+    if args.bce_loss:
+        if args.smoothing:
+            raise ValueError(f"--smoothing {args.smoothing:g} does not go with --bce-loss: set it to 0")
+        return BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0)
+    if args.cosub:
+        return BinaryCrossEntropy(args.smoothing)
     if mixup is not None:
         return SoftTargetCrossEntropy()  # mixup has smoothed the labels
     return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
@@ -87,16 +100,55 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> Op
 
 
 def build_scheduler(args: argparse.Namespace, optimizer: Optimizer, updates_per_epoch: int) -> Scheduler:
-    """The learning rate as a function of the epoch or, with `--sched-on-updates`, of the update; it has no state."""
+    """The learning rate as a function of the epoch or, with `--sched-on-updates`, of the update.
+
+    Only `plateau` looks at more: at the accuracies that `step` is told after each epoch.
+
+    Raises:
+        ValueError: options that do not go together.
+    """
+    if args.sched == "plateau" and args.sched_on_updates:
+        raise ValueError("--sched-on-updates does not go with --sched plateau, which looks at whole epochs")
+    cooldown = args.cooldown_epochs or 0
+    if cooldown >= args.epochs:
+        raise ValueError(f"--cooldown-epochs {cooldown} leaves nothing of --epochs {args.epochs}")
+    if args.lr_noise and args.lr_noise != sorted(set(args.lr_noise))[:2]:
+        raise ValueError(f"--lr-noise {args.lr_noise}: give where it starts and, if it ends, a larger number for where")
+    tell_unused_schedule_options(args)
     constant = {"sched": "step", "decay_rate": 1.0}  # a step by a factor of 1 still has the warm-up
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        **(constant if args.sched == "constant" else {"sched": args.sched}),
-        num_epochs=args.epochs,
-        min_lr=args.min_lr,
-        warmup_lr=args.warmup_lr,
-        warmup_epochs=args.warmup_epochs,
-        step_on_epochs=not args.sched_on_updates,
-        updates_per_epoch=updates_per_epoch,
-    )
+    decay_rate = 0.1 if args.decay_rate is None else args.decay_rate
+    with warnings.catch_warnings():  # timm deprecates plateau as it does not save its state; ours is restored
+        warnings.filterwarnings("ignore", message="PlateauLRScheduler is deprecated", category=FutureWarning)
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            **(constant if args.sched == "constant" else {"sched": args.sched, "decay_rate": decay_rate}),
+            num_epochs=args.epochs - cooldown,
+            decay_epochs=30 if args.decay_epochs is None else args.decay_epochs,
+            patience_epochs=10 if args.patience_epochs is None else args.patience_epochs,
+            min_lr=args.min_lr,
+            # timm's plateau starts from here even where there is no warm-up
+            warmup_lr=args.warmup_lr if args.warmup_epochs else optimizer.param_groups[0]["lr"],
+            warmup_epochs=args.warmup_epochs,
+            noise=args.lr_noise,
+            noise_pct=0.67 if args.lr_noise_pct is None else args.lr_noise_pct,
+            noise_std=1.0 if args.lr_noise_std is None else args.lr_noise_std,
+            noise_seed=args.seed,
+            step_on_epochs=not args.sched_on_updates,
+            updates_per_epoch=updates_per_epoch,
+        )
     return scheduler
+
+
+def tell_unused_schedule_options(args: argparse.Namespace) -> None:
+    """Warn of each option that was given and that the schedule does not look at."""
+    for flag, value, schedules in (
+        ("--decay-epochs", args.decay_epochs, ("step",)),
+        ("--decay-rate", args.decay_rate, ("step", "plateau", "poly")),
+        ("--patience-epochs", args.patience_epochs, ("plateau",)),
+        ("--cooldown-epochs", args.cooldown_epochs, ("cosine", "tanh", "poly")),
+    ):
+        if value is not None and args.sched not in schedules:
+            _logger.warning("%s %g is without effect under --sched %s", flag, value, args.sched)
+    for flag, value in (("--lr-noise-pct", args.lr_noise_pct), ("--lr-noise-std", args.lr_noise_std)):
+        if value is not None and args.lr_noise is None:
+            _logger.warning("%s %g is without effect without --lr-noise", flag, value)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import yaml
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-RUN_ONLY = ("output_dir", "resume", "auto_resume", "eval", "recipe")
+RUN_ONLY = ("output_dir", "resume", "auto_resume", "eval", "recipe", "world_size", "dist_url", "init_timeout")
 """Options of one call: no recipe may set them, and a saved configuration leaves them out."""
 WIDTH = 110
 """Columns of the help and of the list of options."""
@@ -147,6 +147,7 @@ def build_parser(encoding_options: Mapping[str, tuple[type, Sequence[str]]]) -> 
         ("data", _data_options),
         ("augmentation", _augmentation_options),
         ("optimisation", _optimisation_options),
+        ("distillation", _distillation_options),
     ):
         add_options(parser.section(title))
     add = parser.section("encoding")
@@ -179,6 +180,12 @@ def _run_options(add: Callable[..., None]) -> None:
         help="options from recipes/NAME.yaml, or from the .yaml file of this path; default: the data set's recipe")
     add("--seed", type=whole(), default=0, metavar="N", help="of weights, order and augmentation")
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N; default: cuda if there is one, else cpu")
+    add("--world-size", type=whole(1), metavar="N",
+        help="how many processes there must be; default: as many as torchrun or the environment says")
+    add("--dist-url", default="env://", metavar="URL",
+        help="where several processes meet: env://, tcp://HOST:PORT or file:///PATH")
+    add("--init-timeout", type=number(above=True), default=1800.0, metavar="S",
+        help="seconds that a process waits for the others, at the start and later")
     add("--amp-dtype", choices=("float32", "bfloat16", "float16"),
         help="type to compute in, with weights in float32; default: bfloat16 on a GPU that has it, float16 on any "
              "other, float32 on a CPU")
@@ -196,14 +203,24 @@ def _model_options(add: Callable[..., None]) -> None:
     add("--model-ema", action=argparse.BooleanOptionalAction, default=False,
         help="average the weights over the updates, and evaluate the average too")
     add("--model-ema-decay", type=FRACTION, default=0.99996, metavar="D", help="the average's decay per update")
+    add("--model-ema-force-cpu", action=argparse.BooleanOptionalAction, default=False,
+        help="keep the average in the CPU's memory; it comes to the device to be evaluated")
+    add("--train-mode", action=argparse.BooleanOptionalAction, default=True,
+        help="train in training mode; without, as DeiT fine-tunes, in evaluation mode: no dropout, no dropped blocks")
+    add("--attn-only", action=argparse.BooleanOptionalAction, default=False,
+        help="train attention, positions and classifier only")
 
 
 def _data_options(add: Callable[..., None]) -> None:
     add("--data-set", "--dataset", default="IMNET", metavar="NAME",
-        help="IMNET, FOLDER, CIFAR10, CIFAR100 or DIGITS, in any case")
+        help="IMNET, FOLDER, CIFAR10, CIFAR100, INAT (iNaturalist 2018), INAT19 or DIGITS, in any case")
     add("--data-path", metavar="DIR",
-        help="IMNET, FOLDER: holds train/ and val/, with a folder of images per class; CIFAR: where it is, or is "
-             "downloaded to; default: ./data for CIFAR")
+        help="IMNET, FOLDER: holds train/ and val/, with a folder of images per class; INAT, INAT19: holds the "
+             "annotation files, categories.json and the images; CIFAR: where it is, or is downloaded to; default: "
+             "./data for CIFAR")
+    add("--inat-category", metavar="NAME",
+        help="what makes a class of INAT, INAT19: name, genus, family, order, class, phylum, kingdom or supercategory; "
+             "default: name, the species")
     add("--batch-size", type=whole(1), default=64, metavar="N", help="images per step and process")
     add("--num-workers", type=whole(), default=min(10, os.cpu_count() or 1), metavar="N",
         help="processes that load data, for each training process; default: one per core, at most 10")
@@ -212,6 +229,8 @@ def _data_options(add: Callable[..., None]) -> None:
         help="train with another image in place of one that cannot be read, and count it; evaluation never does")
     add("--interpolation", default="bicubic", metavar="NAME",
         help="how evaluation resizes: bicubic, bilinear, nearest, ...")
+    add("--dist-eval", action=argparse.BooleanOptionalAction, default=True,
+        help="share out the test images; without, every process evaluates all, to the same result")
     add("--eval-crop-ratio", type=FRACTION, default=0.875, metavar="R",
         help="evaluation's centre crop, part of the shorter side")
 
@@ -219,12 +238,17 @@ def _data_options(add: Callable[..., None]) -> None:
 def _augmentation_options(add: Callable[..., None]) -> None:
     add("--train-crop", default="random-resized", metavar="HOW",
         help="random-resized; pad, for a crop of the image padded by an eighth of its side; none")
+    add("--src", action=argparse.BooleanOptionalAction, default=False,
+        help="simple random crop of DeiT III, in place of --train-crop: the shorter side resized to the input's, "
+             "4 pixels of reflection around, a random crop")
     add("--train-interpolation", default="bicubic", metavar="NAME",
         help="how training resizes: bicubic, bilinear, random")
     add("--hflip", type=FRACTION, default=0.5, metavar="P", help="probability of a horizontal flip")
     add("--aa", type=optional(str), metavar="POLICY",
         help="timm's augmentation policy, such as rand-m9-mstd0.5-inc1, or torchvision for its RandAugment; default: "
              "none")
+    add("--three-augment", "--ThreeAugment", action=argparse.BooleanOptionalAction, default=False,
+        help="grey, solarised or blurred, as in DeiT III, in place of --aa")
     add("--color-jitter", type=optional(AMOUNT), metavar="X",
         help="strength of changes of brightness, contrast and saturation; default: none")
     add("--reprob", type=FRACTION, default=0.0, metavar="P", help="probability of random erasing")
@@ -246,6 +270,7 @@ def _augmentation_options(add: Callable[..., None]) -> None:
 def _optimisation_options(add: Callable[..., None]) -> None:
     add("--epochs", type=whole(1), default=300, metavar="N", help="passes over the training data")
     add("--accum-steps", type=whole(1), default=1, metavar="K", help="batches per update, for a larger effective batch")
+    add("--start-epoch", type=whole(), default=0, metavar="N", help="epochs of the schedule to leave out at the start")
     add("--opt", default="adamw", metavar="NAME", help="one of timm's optimizers")
     add("--opt-eps", type=optional(AMOUNT), metavar="X", help="the optimizer's epsilon; default: its own")
     add("--opt-betas", type=FRACTION, nargs="+", metavar="B", help="the optimizer's betas; default: its own")
@@ -258,15 +283,42 @@ def _optimisation_options(add: Callable[..., None]) -> None:
     add("--lr", type=AMOUNT, default=5e-4, metavar="LR",
         help="learning rate of an update of 512 images, scaled in proportion")
     add("--unscale-lr", action=argparse.BooleanOptionalAction, default=False, help="use --lr as it is")
-    add("--sched", choices=("cosine", "tanh", "constant"), default="cosine", help="learning rate after the warm-up")
+    add("--sched", choices=("cosine", "tanh", "poly", "step", "plateau", "constant"), default="cosine",
+        help="learning rate after the warm-up")
     add("--sched-on-updates", action=argparse.BooleanOptionalAction, default=False,
         help="change the learning rate with every update in place of every epoch")
     add("--warmup-epochs", type=whole(), default=5, metavar="N", help="epochs of linear warm-up, part of --epochs")
     add("--warmup-lr", type=AMOUNT, default=1e-6, metavar="LR",
         help="learning rate at the start of the warm-up, not scaled")
     add("--min-lr", type=AMOUNT, default=1e-5, metavar="LR",
-        help="learning rate at the end of cosine and tanh, not scaled")
+        help="learning rate at the end of cosine, tanh and poly, and the least of plateau; not scaled")
+    add("--cooldown-epochs", type=whole(), metavar="N",
+        help="last epochs of cosine, tanh and poly, part of --epochs, that stay at --min-lr; default: 0")
+    add("--decay-epochs", type=whole(1), metavar="N", help="epochs from one decay of step to the next; default: 30")
+    add("--decay-rate", type=AMOUNT, metavar="X",
+        help="factor of each decay of step and plateau; the power of poly; default: 0.1")
+    add("--patience-epochs", type=whole(), metavar="N",
+        help="epochs without a better test accuracy before plateau decays; default: 10")
+    add("--lr-noise", type=FRACTION, nargs="+", metavar="X",
+        help="part of the schedule from which on the learning rate is noisy, and up to which; default: none")
+    add("--lr-noise-pct", type=number(0.01, 1.0), metavar="X",
+        help="largest noise, part of the learning rate; default: 0.67")
+    add("--lr-noise-std", type=number(above=True), metavar="X",
+        help="standard deviation of the noise, part of the learning rate; default: 1")
+    add("--bce-loss", action=argparse.BooleanOptionalAction, default=False,
+        help="binary cross entropy of each class, all classes of a mixed image being right, as in DeiT III")
     add("--smoothing", type=FRACTION, default=0.0, metavar="X", help="label smoothing")
+    add("--cosub", action=argparse.BooleanOptionalAction, default=False,
+        help="co-train two submodels, which --drop-path makes, by binary cross entropy")
+
+
+def _distillation_options(add: Callable[..., None]) -> None:
+    add("--distillation-type", choices=("none", "soft", "hard"), default="none",
+        help="what a distilled model learns from a teacher: its probabilities, or its best guess")
+    add("--teacher-model", metavar="NAME", help="the teacher, any model of timm; default: no teacher")
+    add("--teacher-path", metavar="FILE", help="checkpoint with the teacher's weights; default: no teacher")
+    add("--distillation-alpha", type=FRACTION, metavar="X", help="the teacher's weight in the loss; default: 0.5")
+    add("--distillation-tau", type=number(above=True), metavar="X", help="temperature of soft; default: 1")
 # fmt: on
 
 

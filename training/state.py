@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from training.checkpoint import is_ours
 from training.distributed import World
+from training.losses import build_loss
 from training.optimisation import build_criterion, build_mixup, build_optimizer, build_scheduler, learning_rate
 from training.options import flag_of
 
@@ -52,9 +53,10 @@ class TrainingState:
     scheduler: Scheduler
     scaler: GradScaler
     ema: ModelEmaV3 | None
-    epoch: int = 0  # epochs finished
+    epoch: int = 0  # epochs finished, or left out at the start
     progress: Progress = field(default_factory=Progress)  # of the next one
     best_acc1: float = -1.0  # so that the first epoch is better
+    accuracies: list[float] = field(default_factory=list)  # on the test images, one per finished epoch
     rows: list[dict[str, Any]] = field(default_factory=list)  # of log.txt, one per finished epoch
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,13 +67,19 @@ class TrainingState:
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "best_acc1": self.best_acc1,
+            "accuracies": self.accuracies,
         }
 
 
 def build_state(
-    args: argparse.Namespace, model: nn.Module, num_classes: int, updates_per_epoch: int, world_size: int
+    args: argparse.Namespace,
+    model: nn.Module,
+    num_classes: int,
+    updates_per_epoch: int,
+    world_size: int,
+    teacher: nn.Module | None,
 ) -> TrainingState:
-    """The state before the first epoch of `model`, which is on its device and not wrapped.
+    """The state before the first epoch of `model`, which is on its device, as the teacher is, and not wrapped.
 
     Raises:
         ValueError: illegal options; names them.
@@ -82,12 +90,22 @@ def build_state(
         _logger.warning("the warm-up (%d epochs) does not end in %d epochs", args.warmup_epochs, args.epochs)
     return TrainingState(
         mixup=mixup,
-        criterion=build_criterion(args, mixup),
+        criterion=build_loss(args, model, build_criterion(args, mixup), teacher),
         optimizer=optimizer,
         scheduler=build_scheduler(args, optimizer, updates_per_epoch),
         scaler=GradScaler(torch.device(args.device).type, enabled=args.amp_dtype == "float16"),
-        ema=ModelEmaV3(model, args.model_ema_decay) if args.model_ema else None,
+        ema=build_ema(args, model),
+        epoch=args.start_epoch,
     )
+
+
+def build_ema(args: argparse.Namespace, model: nn.Module) -> ModelEmaV3 | None:
+    """The average of the model's weights, where the model is or in the CPU's memory; None if it is off."""
+    if not args.model_ema:
+        if args.model_ema_force_cpu:
+            _logger.warning("--model-ema-force-cpu is without effect without --model-ema")
+        return None
+    return ModelEmaV3(model, args.model_ema_decay, device=torch.device("cpu") if args.model_ema_force_cpu else None)
 
 
 def restore_state(state: TrainingState, checkpoint: dict[str, Any], args: argparse.Namespace) -> None:
@@ -99,8 +117,9 @@ def restore_state(state: TrainingState, checkpoint: dict[str, Any], args: argpar
     if not is_ours(checkpoint):
         raise ValueError(f"{args.resume} holds weights, but no training to go on with: pass --eval to evaluate it")
     saved = checkpoint["config"]
-    if args.opt != saved["opt"]:
-        raise ValueError(f"--opt {args.opt} contradicts {args.resume}, which has {saved['opt']}")
+    for name, value in (("opt", args.opt), ("attn_only", args.attn_only)):
+        if value != saved[name]:
+            raise ValueError(f"{flag_of(name)} {value} contradicts {args.resume}, which has {saved[name]}")
     for name, value in saved.items():
         if getattr(args, name) != value:
             _logger.info("%s is now %s; it was %s", flag_of(name), getattr(args, name), value)
@@ -117,6 +136,9 @@ def restore_state(state: TrainingState, checkpoint: dict[str, Any], args: argpar
         state.ema.module.load_state_dict(checkpoint["model_ema"])
     state.epoch = checkpoint["epoch"]
     state.best_acc1 = checkpoint["best_acc1"]
+    state.accuracies = checkpoint["accuracies"]
+    for epoch, accuracy in enumerate(state.accuracies, start=state.epoch - len(state.accuracies) + 1):
+        state.scheduler.step(epoch, accuracy)  # a schedule may depend on them
 
 
 def restore_progress(state: TrainingState, saved: dict[str, Any], updates: int, world: World) -> int:

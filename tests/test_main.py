@@ -802,18 +802,25 @@ def test_bad_input_ends_the_process_with_code_2_and_one_line(tmp_path: Path, rec
     assert contents(tmp_path) == {}
 
 
-def test_ctrl_c_ends_in_one_line_with_whole_files(tmp_path: Path, recipe: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_all_processes_of_a_run_ends_it_in_one_line_with_whole_files(
+    number: signal.Signals, tmp_path: Path, recipe: Path
+) -> None:
     folder = tmp_path / "run"
     flags = ("--recipe", recipe, "--epochs", 500, "--num-workers", 1, "--output_dir", folder)
-    process = start(*flags, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    process = start(
+        *flags,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        start_new_session=True,
+    )
     deadline = time.monotonic() + 120
     while not (folder / "curves.png").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, number)  # loader workers included, as a terminal, torchrun and SLURM do
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     (line,) = err.splitlines()
-    where = r"interrupted by SIGINT in epoch \d+, after update \d of 4"
+    where = rf"interrupted by {number.name} in epoch \d+, after update \d of 4"
     assert re.fullmatch(rf"main.py: {where}; last checkpoint: (\S+); go on with --resume \1", line)
     assert not list(folder.glob("*.tmp")) + list(folder.glob(".*.tmp"))
     assert load(folder / "checkpoint.pth")["epoch"] >= 1

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 import models_lape  # noqa: F401  (registers the models)
-from datasets import DATA_SETS, build_dataset, build_loader, canonical_data_set
+from datasets import DATA_SETS, REPEATS, build_dataset, build_loader, canonical_data_set
 from engine import evaluate, train_one_epoch
 from lape_vit import convert_checkpoint, warm_start
 from lape_vit.encodings import all_options, canonical_name
@@ -61,7 +61,9 @@ FOR_EVALUATION = (
     "eval_crop_ratio",
 )
 """Options that evaluation takes over from the training, to repeat what the training measured."""
-RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "config.yaml", "log.txt")
+RUN_FILES = ("checkpoint.pth", "best_checkpoint.pth", "best_ema_checkpoint.pth", "config.yaml", "log.txt")
+SLOW_AVERAGE = 0.1
+"""Part of the first weights above which the final average is called slow."""
 SECONDS_BETWEEN_DRAWINGS = 30
 SECONDS_FOR_MAIN_PROCESS = 15
 
@@ -138,6 +140,8 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
     given = parser.read(argv)
     if given.get("eval") and "resume" not in given:
         raise ValueError("--eval needs --resume FILE, the checkpoint to evaluate")
+    if given.get("eval_ema") and not given.get("eval"):
+        raise ValueError("--eval-ema says what --eval evaluates: give both")
     if "data_set" in given:
         given["data_set"] = canonical_data_set(given["data_set"])
     if "finetune" in given and "resume" in given:
@@ -163,7 +167,7 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
     model = build_model(args, len(classes), description.get("input_size", args.input_size))
     if checkpoint:
         name = f"{args.model} with {args.pe} and {args.join_type}"
-        load_weights(model, convert_checkpoint(checkpoint["model"]), args.resume, name)
+        load_weights(model, convert_checkpoint(weights_of(checkpoint, args)), args.resume, name)
         model.set_input_size(img_size=to_2tuple(args.input_size))
     if start:
         load_what_fits(model, start, args.finetune)
@@ -281,6 +285,18 @@ def build_model(args: argparse.Namespace, num_classes: int, input_size: int | li
     return model
 
 
+def weights_of(checkpoint: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """The weights of a checkpoint, or their average for `--eval-ema`.
+
+    Raises:
+        ValueError: it has no average.
+    """
+    weights = checkpoint.get("model_ema") if args.eval_ema else checkpoint["model"]
+    if weights is None:
+        raise ValueError(f"{args.resume} holds no averaged weights: leave --eval-ema out")
+    return weights
+
+
 def load_what_fits(model: Any, checkpoint: dict[str, Any], path: str) -> None:
     """Start from the weights of a checkpoint, and say in one line each what is new and what was left out.
 
@@ -365,7 +381,20 @@ def set_up_training(run: Run, parser: OptionParser, checkpoint: dict[str, Any]) 
         restore_state(state, checkpoint, args)
         if world.is_main:
             state.rows = read_log(Path(args.output_dir) / "log.txt", state.epoch)
+    updates = len(loader) * (args.epochs - args.start_epoch)
+    kept = args.model_ema_decay**updates
+    if args.model_ema and kept > SLOW_AVERAGE:
+        _logger.warning(
+            f"--model-ema-decay {args.model_ema_decay:g} is slow for {updates} updates: the average keeps "
+            f"{100 * kept:.0f} % of the first weights"
+        )
     return Training(state, loader, saved_options(args, parser))
+
+
+def unique_images(loader: DataLoader, args: argparse.Namespace, world_size: int) -> int:
+    """How many different images one epoch shows, over all processes."""
+    shown = len(loader) * args.batch_size * world_size
+    return math.ceil(shown / REPEATS) if args.repeated_aug else shown
 
 
 def freeze_all_but_attention(model: Any) -> None:
@@ -421,12 +450,13 @@ def introduce(run: Run, parser: OptionParser, given: dict[str, Any]) -> None:
         run.description["num_classes"],
     )
     _logger.info(
-        "%s on %s in %s: %d images per update, %d updates per epoch, learning rate up to %g",
+        "%s on %s in %s: %d images per update, %d updates and %d different images per epoch, learning rate up to %g",
         processes,
         args.device,
         args.amp_dtype,
         args.batch_size * world.size,
         len(run.training.loader),
+        unique_images(run.training.loader, args, world.size),
         learning_rate(args, world.size),
     )
     _logger.info("output: %s", run.output_dir or "none, as --output_dir is not given")
@@ -457,6 +487,8 @@ def train(run: Run, training: Training) -> int:
             row = run_epoch(run, training, model)
             is_best = row["test_acc1"] > state.best_acc1
             state.best_acc1 = max(state.best_acc1, row["test_acc1"])
+            ema_is_best = row.get("test_ema_acc1", -1.0) > state.best_ema_acc1
+            state.best_ema_acc1 = max(state.best_ema_acc1, row.get("test_ema_acc1", -1.0))
             state.epoch = row["epoch"]
             state.accuracies.append(row["test_acc1"])
             state.scheduler.step(state.epoch, row["test_acc1"])
@@ -464,7 +496,7 @@ def train(run: Run, training: Training) -> int:
             left = (time.monotonic() - start) / (state.epoch - epochs_before) * (args.epochs - state.epoch)
             _logger.info("%s  best %.2f %%  %s left", summarise(row, args.epochs), state.best_acc1, clock(left))
             if run.output_dir is not None:
-                save(run.output_dir, run, training, is_best)
+                save(run.output_dir, run, training, is_best, ema_is_best)
                 if state.epoch == args.epochs or time.monotonic() - drawn > SECONDS_BETWEEN_DRAWINGS:
                     with atomic_write(run.output_dir / "curves.png") as file:
                         draw_curves(state.rows, file, f"{args.model}, {args.pe}, {args.join_type} on {args.data_set}")
@@ -546,7 +578,7 @@ def count_parameters(model: nn.Module) -> int:
 # ---- files
 
 
-def save(folder: Path, run: Run, training: Training, is_best: bool) -> None:
+def save(folder: Path, run: Run, training: Training, is_best: bool, ema_is_best: bool) -> None:
     """Write the log, then the checkpoint: a row beyond the checkpoint is dropped when the run is resumed."""
     write_text(folder / "log.txt", "".join(f"{json.dumps(row)}\n" for row in training.state.rows))
     checkpoint = {
@@ -558,6 +590,8 @@ def save(folder: Path, run: Run, training: Training, is_best: bool) -> None:
     save_checkpoint(folder / "checkpoint.pth", checkpoint)
     if is_best:
         save_checkpoint(folder / "best_checkpoint.pth", checkpoint)
+    if ema_is_best:
+        save_checkpoint(folder / "best_ema_checkpoint.pth", checkpoint)
 
 
 def last_checkpoint(run: Run) -> str:

@@ -10,6 +10,7 @@ Ours are a dictionary of plain data (tensors, numbers, strings, lists, dictionar
     scaler          state dict of the gradient scaler
     epoch           epochs finished
     best_acc1       best test accuracy so far, per cent
+    best_ema_acc1   the same of the averaged weights; -1 without them
     accuracies      test accuracy after each epoch, per cent
     config          the options of the run, by name (`batch_size`)
     description     model, pe, join_type, num_classes, classes, input_size, data_set, mean, std, interpolation,

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import yaml
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-RUN_ONLY = ("output_dir", "resume", "eval", "recipe", "world_size", "dist_url", "init_timeout")
+RUN_ONLY = ("output_dir", "resume", "eval", "eval_ema", "recipe", "world_size", "dist_url", "init_timeout")
 """Options of one call: no recipe may set them, and a saved configuration leaves them out."""
 WIDTH = 110
 """Columns of the help and of the list of options."""
@@ -167,6 +167,7 @@ def _run_options(add: Callable[..., None]) -> None:
              " with --eval: the checkpoint to evaluate; default: start afresh")
     add("--eval", action="store_true", default=False,
         help="evaluate the checkpoint of --resume and end; at another --input-size if one is given")
+    add("--eval-ema", action="store_true", default=False, help="with --eval: evaluate the averaged weights")
     add("--finetune", metavar="FILE",
         help="start from the weights of this checkpoint, of any size, encoding or join; model, encoding, join and size "
              "are the checkpoint's unless others are given; default: start from random weights")

@@ -445,6 +445,10 @@ def _check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
 # ---- loaders
 
 
+REPEATS = 3
+"""How often repeated augmentation shows an image in an epoch."""
+
+
 class SeededRepeatAugSampler(RepeatAugSampler):
     """Repeated augmentation (Hoffer et al. 2020) as in DeiT: a third of the images an epoch, each three times.
 
@@ -453,7 +457,7 @@ class SeededRepeatAugSampler(RepeatAugSampler):
     """
 
     def __init__(self, dataset: Dataset, num_replicas: int, rank: int, seed: int) -> None:
-        super().__init__(dataset, num_replicas=num_replicas, rank=rank, num_repeats=3, selected_round=0)
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, num_repeats=REPEATS, selected_round=0)
         self.seed = seed
         self.set_epoch(0)
 

@@ -23,6 +23,7 @@ from torch import nn
 import models_lape  # noqa: F401  (registers the models)
 from datasets import (
     DATA_SETS,
+    REPEATS,
     ImageLoader,
     TrainSampler,
     UnreadableImageError,
@@ -68,8 +69,10 @@ FOR_EVALUATION = (
     "eval_crop_ratio",
 )
 """Options that evaluation takes over from the training, to repeat what the training measured."""
-CHECKPOINTS = ("checkpoint.pth", "best_checkpoint.pth")
+CHECKPOINTS = ("checkpoint.pth", "best_checkpoint.pth", "best_ema_checkpoint.pth")
 RUN_FILES = (*CHECKPOINTS, "config.yaml", "log.txt")
+SLOW_AVERAGE = 0.1
+"""Part of the first weights above which the final average is called slow."""
 SECONDS_BETWEEN_DRAWINGS = 30
 SECONDS_FOR_MAIN_PROCESS = 15
 
@@ -153,6 +156,8 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
     given = parser.read(argv)
     if given.get("eval") and "resume" not in given:
         raise ValueError("--eval needs --resume FILE, the checkpoint to evaluate")
+    if given.get("eval_ema") and not given.get("eval"):
+        raise ValueError("--eval-ema says what --eval evaluates: give both")
     if "data_set" in given:
         given["data_set"] = canonical_data_set(given["data_set"])
     if "finetune" in given and "resume" in given:
@@ -181,7 +186,7 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
     model = build_model(args, len(classes), description.get("input_size", args.input_size))
     if checkpoint:
         name = f"{args.model} with {args.pe} and {args.join_type}"
-        load_weights(model, convert_checkpoint(checkpoint["model"]), args.resume, name)
+        load_weights(model, convert_checkpoint(weights_of(checkpoint, args)), args.resume, name)
         model.set_input_size(img_size=to_2tuple(args.input_size))
     if start:
         load_what_fits(model, start, args.finetune)
@@ -325,6 +330,18 @@ def build_model(args: argparse.Namespace, num_classes: int, input_size: int | li
     return model
 
 
+def weights_of(checkpoint: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """The weights of a checkpoint, or their average for `--eval-ema`.
+
+    Raises:
+        ValueError: it has no average.
+    """
+    weights = checkpoint.get("model_ema") if args.eval_ema else checkpoint["model"]
+    if weights is None:
+        raise ValueError(f"{args.resume} holds no averaged weights: leave --eval-ema out")
+    return weights
+
+
 def load_what_fits(model: Any, checkpoint: dict[str, Any], path: str) -> None:
     """Start from the weights of a checkpoint, and say in one line each what is new and what was left out.
 
@@ -411,7 +428,20 @@ def set_up_training(run: Run, parser: OptionParser, checkpoint: dict[str, Any]) 
         loader.num_skipped = restore_progress(state, checkpoint["progress"], updates, world)
         if world.is_main:
             state.rows = read_log(Path(args.output_dir) / "log.txt", state.epoch)
+    all_updates = updates * (args.epochs - args.start_epoch)
+    kept = args.model_ema_decay**all_updates
+    if args.model_ema and kept > SLOW_AVERAGE:
+        _logger.warning(
+            f"--model-ema-decay {args.model_ema_decay:g} is slow for {all_updates} updates: the average keeps "
+            f"{100 * kept:.0f} % of the first weights"
+        )
     return Training(state, loader, updates, saved_options(args, parser))
+
+
+def unique_images(training: Training, args: argparse.Namespace, world_size: int) -> int:
+    """How many different images one epoch shows, over all processes."""
+    shown = training.updates * images_per_update(args, world_size)
+    return math.ceil(shown / REPEATS) if args.repeated_aug else shown
 
 
 def freeze_all_but_attention(model: Any) -> None:
@@ -467,12 +497,13 @@ def introduce(run: Run, parser: OptionParser, given: dict[str, Any]) -> None:
         run.description["num_classes"],
     )
     _logger.info(
-        "%s on %s in %s: %d images per update, %d updates per epoch, learning rate up to %g",
+        "%s on %s in %s: %d images per update, %d updates and %d different images per epoch, learning rate up to %g",
         processes,
         args.device,
         args.amp_dtype,
         images_per_update(args, world.size),
         run.training.updates,
+        unique_images(run.training, args, world.size),
         learning_rate(args, world.size),
     )
     _logger.info("output: %s", run.output_dir or "none, as --output_dir is not given")
@@ -503,6 +534,8 @@ def train(run: Run, training: Training) -> int:
             row = run_epoch(run, training, model)
             is_best = row["test_acc1"] > state.best_acc1
             state.best_acc1 = max(state.best_acc1, row["test_acc1"])
+            ema_is_best = row.get("test_ema_acc1", -1.0) > state.best_ema_acc1
+            state.best_ema_acc1 = max(state.best_ema_acc1, row.get("test_ema_acc1", -1.0))
             state.epoch = row["epoch"]
             state.progress = Progress(bad_in_a_row=state.progress.bad_in_a_row)
             training.loader.num_skipped = 0
@@ -512,7 +545,7 @@ def train(run: Run, training: Training) -> int:
             left = (time.monotonic() - start) / (state.epoch - epochs_before) * (args.epochs - state.epoch)
             _logger.info("%s  best %.2f %%  %s left", summarise(row, args.epochs), state.best_acc1, clock(left))
             draws = state.epoch == args.epochs or time.monotonic() - drawn > SECONDS_BETWEEN_DRAWINGS
-            save(run, training, is_best, draws)
+            save(run, training, CHECKPOINTS[1:2] * is_best + CHECKPOINTS[2:] * ema_is_best, draws)
             if draws:
                 drawn = time.monotonic()
     except FloatingPointError as error:
@@ -613,11 +646,15 @@ def count_parameters(model: nn.Module) -> int:
 # ---- files
 
 
-def save(run: Run, training: Training, is_best: bool = False, draws: bool = False) -> None:
+def save(run: Run, training: Training, best: Sequence[str] = (), draws: bool = False) -> None:
     """Write the log, then the checkpoint: a row beyond the checkpoint is dropped when the run is resumed.
 
     All processes have to call this; the main one writes. Where it cannot, the files stay as they were, and the run goes
     on: there may be space again when it saves next.
+
+    Args:
+        best: names of the checkpoints that this one replaces as the best so far.
+        draws: whether to draw the curves, too.
     """
     state, folder = training.state, run.output_dir
     sums = [state.progress.loss_sum.item(), training.loader.num_skipped]
@@ -642,9 +679,8 @@ def save(run: Run, training: Training, is_best: bool = False, draws: bool = Fals
     }
     try:
         write_text(folder / "log.txt", "".join(f"{json.dumps(row)}\n" for row in state.rows))
-        save_checkpoint(folder / "checkpoint.pth", checkpoint)
-        if is_best:
-            save_checkpoint(folder / "best_checkpoint.pth", checkpoint)
+        for name in (CHECKPOINTS[0], *best):
+            save_checkpoint(folder / name, checkpoint)
         if draws:
             with atomic_write(folder / "curves.png") as file:
                 draw_curves(state.rows, file, "{model}, {pe}, {join_type} on {data_set}".format(**run.description))

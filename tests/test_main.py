@@ -212,6 +212,47 @@ def test_a_run_may_start_later_in_its_schedule(
     assert "--start-epoch" in refused(capsys)
 
 
+def test_the_average_has_a_best_checkpoint_of_its_own_and_is_evaluated_from_it(
+    tmp_path: Path, recipe: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accuracies = iter([50.0, 20.0, 40.0, 60.0, 30.0, 55.0])  # of the model and of the average, in turn
+    with monkeypatch.context() as patch:
+        result = {"acc5": 100.0, "loss": 1.0}
+        patch.setattr(main, "evaluate", lambda *args, **kwargs: {"acc1": next(accuracies), **result})
+        train("--recipe", recipe, "--epochs", 3, "--model-ema", "--model-ema-decay", 0.5, "--output_dir", tmp_path)
+    assert load(tmp_path / "best_checkpoint.pth")["epoch"] == 1
+    path = tmp_path / "best_ema_checkpoint.pth"
+    assert load(path)["epoch"] == 2
+    assert load(tmp_path / "checkpoint.pth")["best_ema_acc1"] == 60
+
+    average = load(path)["model_ema"]
+    weights = set_up("--eval", "--eval-ema", "--resume", path).model.state_dict()
+    assert all(torch.equal(value.cpu(), average[name]) for name, value in weights.items())
+    assert call("--eval", "--eval-ema", "--resume", trained / "checkpoint.pth") == 2
+    assert "holds no averaged weights" in refused(capsys)
+    assert call("--eval-ema", "--resume", path) == 2
+    assert "--eval" in refused(capsys)
+
+
+def test_an_average_too_slow_for_the_run_is_told(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
+    flags = ("--recipe", recipe, "--model-ema", "--model-ema-decay")  # of 2 epochs of 4 updates
+    set_up(*flags, 0.7)
+    set_up(*flags, 0.9)
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line == "--model-ema-decay 0.9 is slow for 8 updates: the average keeps 43 % of the first weights"
+
+
+@pytest.mark.parametrize(("flags", "images"), [((), 48), (("--repeated-aug",), 16), (("--batch-size", 20), 40)])
+def test_the_run_says_how_much_an_epoch_shows(
+    flags: tuple[object, ...], images: int, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = set_up("--recipe", recipe, *flags)
+    assert run.training is not None
+    loader = run.training.loader
+    shown = list(loader.sampler)[: len(loader) * run.args.batch_size]
+    assert len(set(shown)) == images == main.unique_images(loader, run.args, 1)
+
+
 # What to compare with beside the bare recipe, and a change of the option that the weights after two epochs must show.
 EFFECTS: dict[str, tuple[tuple[object, ...], tuple[object, ...]]] = {
     "seed": ((), ("--seed", 1)),
@@ -861,7 +902,7 @@ def test_two_processes_train_together_and_evaluate_exactly(tmp_path: Path, recip
     assert process.returncode == 0, err
     assert "2 processes on cpu" in out
     assert out.count("epoch 1/1") == 1  # only one of them tells
-    assert "12 images per update, 4 updates per epoch" in out
+    assert "12 images per update, 4 updates and 48 different images per epoch, learning rate up to 0.001" in out
 
     (row,) = log_of(tmp_path / "two")
     assert call("--eval", "--resume", tmp_path / "two" / "checkpoint.pth", "--output_dir", tmp_path / "eval") == 0

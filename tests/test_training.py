@@ -76,7 +76,17 @@ def test_help_ends_with_code_0(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--join-type" in capsys.readouterr().out
 
 
-SWITCHES = ("bce_loss", "model_ema_force_cpu", "train_mode", "attn_only", "dist_eval", "src", "three_augment", "cosub")
+SWITCHES = (
+    "eval_ema",
+    "bce_loss",
+    "model_ema_force_cpu",
+    "train_mode",
+    "attn_only",
+    "dist_eval",
+    "src",
+    "three_augment",
+    "cosub",
+)
 
 
 @pytest.mark.parametrize("name", PARSER.defaults)

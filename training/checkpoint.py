@@ -12,6 +12,7 @@ Ours are a dictionary of plain data (tensors, numbers, strings, lists, dictionar
     progress        of the epoch under way: `counts` of updates, `updates` per epoch, and per process `sums_by_rank`
                     of the loss and of the unreadable images
     best_acc1       best test accuracy so far, per cent
+    best_ema_acc1   the same of the averaged weights; -1 without them
     accuracies      test accuracy after each epoch, per cent
     config          the options of the run, by name (`batch_size`)
     description     model, pe, join_type, num_classes, classes, input_size, data_set, mean, std, interpolation,

@@ -15,7 +15,17 @@ from typing import Any, NoReturn
 import yaml
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-RUN_ONLY = ("output_dir", "resume", "auto_resume", "eval", "recipe", "world_size", "dist_url", "init_timeout")
+RUN_ONLY = (
+    "output_dir",
+    "resume",
+    "auto_resume",
+    "eval",
+    "eval_ema",
+    "recipe",
+    "world_size",
+    "dist_url",
+    "init_timeout",
+)
 """Options of one call: no recipe may set them, and a saved configuration leaves them out."""
 WIDTH = 110
 """Columns of the help and of the list of options."""
@@ -167,6 +177,7 @@ def _run_options(add: Callable[..., None]) -> None:
              " with --eval: the checkpoint to evaluate; default: start afresh")
     add("--eval", action="store_true", default=False,
         help="evaluate the checkpoint of --resume and end; at another --input-size if one is given")
+    add("--eval-ema", action="store_true", default=False, help="with --eval: evaluate the averaged weights")
     add("--auto-resume", action="store_true", default=False,
         help="--resume the newest readable checkpoint of --output-dir; start afresh where there is none")
     add("--checkpoint-steps", type=optional(whole(1)), metavar="N",

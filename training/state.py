@@ -56,6 +56,7 @@ class TrainingState:
     epoch: int = 0  # epochs finished, or left out at the start
     progress: Progress = field(default_factory=Progress)  # of the next one
     best_acc1: float = -1.0  # so that the first epoch is better
+    best_ema_acc1: float = -1.0
     accuracies: list[float] = field(default_factory=list)  # on the test images, one per finished epoch
     rows: list[dict[str, Any]] = field(default_factory=list)  # of log.txt, one per finished epoch
 
@@ -67,6 +68,7 @@ class TrainingState:
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "best_acc1": self.best_acc1,
+            "best_ema_acc1": self.best_ema_acc1,
             "accuracies": self.accuracies,
         }
 
@@ -136,6 +138,7 @@ def restore_state(state: TrainingState, checkpoint: dict[str, Any], args: argpar
         state.ema.module.load_state_dict(checkpoint["model_ema"])
     state.epoch = checkpoint["epoch"]
     state.best_acc1 = checkpoint["best_acc1"]
+    state.best_ema_acc1 = checkpoint["best_ema_acc1"]
     state.accuracies = checkpoint["accuracies"]
     for epoch, accuracy in enumerate(state.accuracies, start=state.epoch - len(state.accuracies) + 1):
         state.scheduler.step(epoch, accuracy)  # a schedule may depend on them

@@ -1,9 +1,9 @@
 """Runs that are stopped, killed or fed with numbers that are not finite: what is lost, and what they end with."""
 
-import errno
 import logging
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 import engine
 import main
-import training.checkpoint
 import training.state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -391,21 +390,22 @@ def test_two_accumulated_batches_equal_one_of_twice_the_size(tmp_path: Path, rec
 # ---- no space
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_and_is_told(
+def test_a_file_that_cannot_be_written_leaves_the_old_checkpoint_and_is_told(
     tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save, count = torch.save, iter(range(100))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save_once(content: object, file: Any) -> None:
-        if next(count) < 2:  # the best is the last of the first epoch
-            return save(content, file)
-        file.write(b"half a checkpoint")
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def fill_disk() -> None:  # or what is like it, and needs no privilege
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
 
-    monkeypatch.setattr(training.checkpoint.torch, "save", save_once)
-    assert call("--recipe", recipe, "--output_dir", tmp_path) == 1
+    monkeypatch.setattr(engine, "_update", at_update(UPDATES + 1, fill_disk))
+    try:
+        assert call("--recipe", recipe, "--output_dir", tmp_path) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     (line,) = capsys.readouterr().err.splitlines()
-    assert "No space left on device" in line
+    assert "could not be saved, and the one before stays" in line
+    assert "File too large" in line
     assert f"go on with --resume {tmp_path / 'checkpoint.pth'}" in line
     assert place(tmp_path) == (1, 0)
     assert not list(tmp_path.glob(".*.tmp"))

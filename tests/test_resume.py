@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import tiny_run
 import torch
-from tiny_run import call, load, log_of, train
+from tiny_run import call, differences, load, log_of, train
 from torch import Tensor, nn
 
 import engine
@@ -67,16 +67,6 @@ def assert_same_run(one: Path, other: Path, *different_options: str) -> None:
 
 def is_time(key: str) -> bool:
     return key in ("seconds", "images_per_second")
-
-
-def differences(a: object, b: object, at: str = "") -> list[str]:
-    """Where two checkpoints differ by a bit."""
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [found for key in a for found in differences(a[key], b[key], f"{at}.{key}")]
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [found for index in range(len(a)) for found in differences(a[index], b[index], f"{at}[{index}]")]
-    same = torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
-    return [] if same else [at]
 
 
 def at_update(number: int, act: Callable[[], object]) -> Callable[..., bool]:
@@ -240,6 +230,14 @@ def test_auto_resume_needs_a_folder_and_nothing_else(
 ) -> None:
     assert call("--recipe", recipe, "--auto-resume", *flags) == 2
     assert word in capsys.readouterr().err
+
+
+def test_processes_that_see_different_folders_are_refused(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(main.distributed, "gather_over_ranks", lambda place, *_: [place, [3, 0]])
+    assert call("--recipe", recipe) == 2
+    assert "the processes found different checkpoints" in capsys.readouterr().err
 
 
 def test_a_changed_batch_size_in_mid_epoch_is_announced_and_goes_on_at_the_same_image(

@@ -35,7 +35,7 @@ from engine import evaluate, train_one_epoch
 from lape_vit import convert_checkpoint, warm_start
 from lape_vit.encodings import all_options, canonical_name
 from training import distributed
-from training.checkpoint import atomic_write, description_of, load_checkpoint, load_weights, save_checkpoint
+from training.checkpoint import atomic_write, description_of, is_ours, load_checkpoint, load_weights, save_checkpoint
 from training.curves import draw_curves
 from training.distributed import World
 from training.interrupt import Interrupted, defer_interrupts
@@ -177,6 +177,7 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
     resolve_device_options(args, device)
     distributed.check_size(args.world_size, world)
     distributed.start(world, device, args.dist_url, args.init_timeout)
+    check_same_start(args, checkpoint, world, device)
 
     test_set, classes = build_dataset(False, args)
     expected = description.get("num_classes", len(classes))
@@ -228,6 +229,9 @@ def find_checkpoint(given: dict[str, Any]) -> dict[str, Any]:
         except ValueError as error:
             _logger.warning("--auto-resume skips a checkpoint: %s", error)
             continue
+        if not is_ours(checkpoint):
+            _logger.warning("--auto-resume skips a checkpoint: %s holds no training to go on with", path)
+            continue
         epoch, step = checkpoint["epoch"], checkpoint["progress"]["counts"]["step"]
         _logger.info("--auto-resume goes on with %s, after epoch %d and %d updates", path, epoch, step)
         given["resume"] = str(path)
@@ -235,6 +239,20 @@ def find_checkpoint(given: dict[str, Any]) -> dict[str, Any]:
         return checkpoint
     _logger.info("--auto-resume finds no checkpoint in %s: the run starts afresh", given["output_dir"])
     return {}
+
+
+def check_same_start(args: argparse.Namespace, checkpoint: dict[str, Any], world: World, device: torch.device) -> None:
+    """See that all processes go on from the same place.
+
+    Raises:
+        ValueError: they do not.
+    """
+    is_training = bool(checkpoint) and not args.eval and is_ours(checkpoint)
+    place = [checkpoint["epoch"], checkpoint["progress"]["counts"]["step"]] if is_training else [-1, -1]
+    if len({tuple(found) for found in distributed.gather_over_ranks(place, world, device)}) > 1:
+        raise ValueError(
+            f"the processes found different checkpoints in {args.output_dir}: name a folder that all of them share"
+        )
 
 
 def resolve_options(

@@ -16,7 +16,7 @@ import tiny_run
 import torch
 import yaml
 from PIL import Image
-from tiny_run import as_original, call, contents, load, log_of, set_up, train
+from tiny_run import as_original, call, contents, differences, load, log_of, set_up, train
 
 import engine
 import main
@@ -603,16 +603,6 @@ def test_a_schedule_that_looks_at_the_accuracies_goes_on_where_it_was(
         interrupt_after(4, patch)
         run(tmp_path / "parts", *flags, "--lr-noise", 0.5)
     assert run(tmp_path / "parts", "--resume", tmp_path / "parts" / "checkpoint.pth") == whole
-
-
-def differences(a: object, b: object, at: str = "") -> list[str]:
-    """Where two checkpoints differ by a bit."""
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [found for key in a for found in differences(a[key], b[key], f"{at}.{key}")]
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [found for index in range(len(a)) for found in differences(a[index], b[index], f"{at}[{index}]")]
-    same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
-    return [] if same else [at]
 
 
 def test_resuming_drops_log_rows_beyond_the_checkpoint_and_tells_changed_options(

@@ -1,9 +1,9 @@
 """Runs that are stopped, killed or fed with numbers that are not finite: what is lost, and what they end with."""
 
-import errno
 import logging
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import tiny_run
 import torch
-from tiny_run import call, load, log_of, train
+from tiny_run import call, differences, load, log_of, train
 from torch import Tensor, nn
 
 import engine
 import main
-import training.checkpoint
 import training.state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,16 +67,6 @@ def assert_same_run(one: Path, other: Path, *different_options: str) -> None:
 
 def is_time(key: str) -> bool:
     return key in ("seconds", "images_per_second")
-
-
-def differences(a: object, b: object, at: str = "") -> list[str]:
-    """Where two checkpoints differ by a bit."""
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [found for key in a for found in differences(a[key], b[key], f"{at}.{key}")]
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [found for index in range(len(a)) for found in differences(a[index], b[index], f"{at}[{index}]")]
-    same = torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
-    return [] if same else [at]
 
 
 def at_update(number: int, act: Callable[[], object]) -> Callable[..., bool]:
@@ -243,6 +232,14 @@ def test_auto_resume_needs_a_folder_and_nothing_else(
     assert word in capsys.readouterr().err
 
 
+def test_processes_that_see_different_folders_are_refused(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(main.distributed, "gather_over_ranks", lambda place, *_: [place, [3, 0]])
+    assert call("--recipe", recipe) == 2
+    assert "the processes found different checkpoints" in capsys.readouterr().err
+
+
 def test_a_changed_batch_size_in_mid_epoch_is_announced_and_goes_on_at_the_same_image(
     tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -391,21 +388,22 @@ def test_two_accumulated_batches_equal_one_of_twice_the_size(tmp_path: Path, rec
 # ---- no space
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_and_is_told(
+def test_a_file_that_cannot_be_written_leaves_the_old_checkpoint_and_is_told(
     tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save, count = torch.save, iter(range(100))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save_once(content: object, file: Any) -> None:
-        if next(count) < 2:  # the best is the last of the first epoch
-            return save(content, file)
-        file.write(b"half a checkpoint")
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def fill_disk() -> None:  # or what is like it, and needs no privilege
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
 
-    monkeypatch.setattr(training.checkpoint.torch, "save", save_once)
-    assert call("--recipe", recipe, "--output_dir", tmp_path) == 1
+    monkeypatch.setattr(engine, "_update", at_update(UPDATES + 1, fill_disk))
+    try:
+        assert call("--recipe", recipe, "--output_dir", tmp_path) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     (line,) = capsys.readouterr().err.splitlines()
-    assert "No space left on device" in line
+    assert "could not be saved, and the one before stays" in line
+    assert "File too large" in line
     assert f"go on with --resume {tmp_path / 'checkpoint.pth'}" in line
     assert place(tmp_path) == (1, 0)
     assert not list(tmp_path.glob(".*.tmp"))

@@ -76,6 +76,16 @@ def load(path: Path) -> dict[str, Any]:
     return torch.load(path, weights_only=True)
 
 
+def differences(a: object, b: object, at: str = "") -> list[str]:
+    """Where two checkpoints differ by a bit."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [found for key in a for found in differences(a[key], b[key], f"{at}.{key}")]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [found for index in range(len(a)) for found in differences(a[index], b[index], f"{at}[{index}]")]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+    return [] if same else [at]
+
+
 def as_original(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint of ours as LaPE's own code would have written it."""
     description = checkpoint["description"]

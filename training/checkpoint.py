@@ -51,9 +51,16 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint of our format; `path` holds a complete one at every moment."""
+    """Write a checkpoint of our format; `path` holds a complete one at every moment.
+
+    Raises:
+        OSError: it cannot be written; `path` stays as it was.
+    """
     with atomic_write(path) as file:
-        torch.save({"format": FORMAT, "version": VERSION, **checkpoint}, file)
+        try:
+            torch.save({"format": FORMAT, "version": VERSION, **checkpoint}, file)
+        except RuntimeError as error:  # where a write fails torch raises this on top
+            raise OSError(f"{path} cannot be written: {error.__context__ or error}") from error
 
 
 def load_checkpoint(path: str) -> dict[str, Any]:

@@ -199,6 +199,13 @@ def test_attention_alone_is_trained_with_positions_and_classifier(recipe: Path) 
     assert changed == {name for name in after if any(kind in name for kind in kinds)}
 
 
+def test_dropout_without_training_mode_is_told(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
+    set_up("--recipe", recipe, "--drop", 0.1)
+    assert "without effect" not in caplog.text
+    set_up("--recipe", recipe, "--drop", 0.1, "--no-train-mode")
+    assert "without effect under --no-train-mode" in caplog.text
+
+
 def test_a_run_may_start_later_in_its_schedule(
     tmp_path: Path, recipe: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -892,6 +892,18 @@ def test_a_teacher_that_would_run_code_is_refused(
     assert not (tmp_path / "touched").exists()
 
 
+def test_a_process_whose_others_do_not_come_ends_in_one_line(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    flags = ("--device", "cpu", "--world-size", 2, "--init-timeout", 1)
+    assert call("--recipe", recipe, *flags, "--dist-url", f"file://{tmp_path / 'meeting'}") == 2
+    line = refused(capsys)
+    assert "file://" in line
+    assert "--init-timeout 1 s" in line
+
+
 def test_two_processes_train_together_and_evaluate_exactly(tmp_path: Path, recipe: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     flags = ("--recipe", recipe, "--epochs", 1, "--batch-size", 6, "--device", "cpu", "--output_dir", tmp_path / "two")

@@ -895,6 +895,13 @@ def test_the_simple_random_crop_is_a_crop_of_the_resized_image_with_reflected_bo
     assert len(places) > 10
 
 
+def test_the_simple_random_crop_in_place_of_another_is_told(caplog):
+    build_transform(True, make_args(src=True, train_crop="random-resized"))
+    assert caplog.messages == []
+    build_transform(True, make_args(src=True, train_crop="pad"))
+    assert caplog.messages == ["--src takes the place of --train-crop pad"]
+
+
 def test_three_augment_makes_each_image_grey_solarised_or_blurred(caplog):
     image = noise_image(16, 16)
     seed_all(0)

@@ -199,6 +199,13 @@ def test_attention_alone_is_trained_with_positions_and_classifier(recipe: Path) 
     assert changed == {name for name in after if any(kind in name for kind in kinds)}
 
 
+def test_dropout_without_training_mode_is_told(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
+    set_up("--recipe", recipe, "--drop", 0.1)
+    assert "without effect" not in caplog.text
+    set_up("--recipe", recipe, "--drop", 0.1, "--no-train-mode")
+    assert "without effect under --no-train-mode" in caplog.text
+
+
 def test_a_run_may_start_later_in_its_schedule(
     tmp_path: Path, recipe: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -881,6 +888,18 @@ def test_a_teacher_that_would_run_code_is_refused(
     assert call("--recipe", recipe, "--input-size", 32, *DISTILLED, *flags) == 2
     assert "more than plain data" in refused(capsys)
     assert not (tmp_path / "touched").exists()
+
+
+def test_a_process_whose_others_do_not_come_ends_in_one_line(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    flags = ("--device", "cpu", "--world-size", 2, "--init-timeout", 1)
+    assert call("--recipe", recipe, *flags, "--dist-url", f"file://{tmp_path / 'meeting'}") == 2
+    line = refused(capsys)
+    assert "file://" in line
+    assert "--init-timeout 1 s" in line
 
 
 def test_two_processes_train_together_and_evaluate_exactly(tmp_path: Path, recipe: Path) -> None:

@@ -652,7 +652,7 @@ def summarise(row: dict[str, Any], epochs: int) -> str:
     return (
         f"epoch {row['epoch']}/{epochs}  train loss {row['train_loss']:.4f}  test loss {row['test_loss']:.4f}  "
         f"acc@1 {row['test_acc1']:.2f} %{ema}  acc@5 {row['test_acc5']:.2f} %  lr {row['train_lr']:.2e}  "
-        f"{row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s"
+        f"{row['seconds']:.1f} s"
     )
 
 

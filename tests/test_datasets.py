@@ -1007,3 +1007,12 @@ def test_a_category_is_one_of_inaturalist_only(tmp_path):
         build_dataset(False, make_args(inat_category="name"))
     with pytest.raises(ValueError, match="--data-path is missing"):
         build_dataset(False, make_args(data_set="INAT"))
+
+
+def test_no_operation_of_a_policy_fails_at_any_strength() -> None:
+    """DeiT's policy draws strengths up to 10, at which its posterize keeps no bit."""
+    transform = build_transform(True, make_args(aa="rand-m10-n40-inc1"))
+    random.seed(0)
+    np.random.seed(0)
+    for _ in range(10):
+        assert transform(Image.new("RGB", (32, 32), (200, 100, 50))).isfinite().all()

@@ -128,7 +128,7 @@ def test_the_run_prints_its_options_and_marks_those_given(recipe: Path, capsys: 
     assert re.search(r"\blr 0.001\b", out)
     assert re.search(r"join-type basic\b", out)
     assert re.search(r"device cpu|device cuda", out)
-    assert re.search(r"epoch 1/1 .*train loss .*acc@1 .* images/s .* left", out)
+    assert re.search(r"epoch 1/1 .*train loss .*acc@1 .* s .* left", out)
 
 
 @pytest.mark.parametrize("flags", [("--output-dir", "--weight-decay"), ("--output_dir", "--weight_decay")])

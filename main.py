@@ -38,6 +38,7 @@ from training import distributed
 from training.checkpoint import atomic_write, description_of, is_ours, load_checkpoint, load_weights, save_checkpoint
 from training.curves import draw_curves
 from training.distributed import World
+from training.files import CHECKPOINTS, find_checkpoint, last_checkpoint, open_output_dir, read_log, write_text
 from training.interrupt import Interrupted, defer_interrupts
 from training.logs import LoopDisplay, clock, start_logging
 from training.optimisation import images_per_update, learning_rate
@@ -69,8 +70,6 @@ FOR_EVALUATION = (
     "eval_crop_ratio",
 )
 """Options that evaluation takes over from the training, to repeat what the training measured."""
-CHECKPOINTS = ("checkpoint.pth", "best_checkpoint.pth", "best_ema_checkpoint.pth")
-RUN_FILES = (*CHECKPOINTS, "config.yaml", "log.txt")
 SLOW_AVERAGE = 0.1
 """Part of the first weights above which the final average is called slow."""
 SECONDS_BETWEEN_DRAWINGS = 30
@@ -210,35 +209,6 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
             text = config_text(run.training.config, shlex.join(["main.py", *argv]))
             write_text(run.output_dir / "config.yaml", text)
     return run
-
-
-def find_checkpoint(given: dict[str, Any]) -> dict[str, Any]:
-    """The newest readable checkpoint of `--output_dir`, which becomes the one to resume; empty if there is none.
-
-    Raises:
-        ValueError: options that do not go with `--auto-resume`.
-    """
-    if "output_dir" not in given:
-        raise ValueError("--auto-resume needs --output_dir DIR, where to look for a checkpoint")
-    for flag in {"resume", "eval"} & given.keys():
-        raise ValueError(f"--auto-resume goes on with the newest checkpoint of --output_dir: leave out --{flag}")
-    files = [path for path in (Path(given["output_dir"]) / name for name in CHECKPOINTS) if path.is_file()]
-    for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
-        try:
-            checkpoint = load_checkpoint(str(path))
-        except ValueError as error:
-            _logger.warning("--auto-resume skips a checkpoint: %s", error)
-            continue
-        if not is_ours(checkpoint):
-            _logger.warning("--auto-resume skips a checkpoint: %s holds no training to go on with", path)
-            continue
-        epoch, step = checkpoint["epoch"], checkpoint["progress"]["counts"]["step"]
-        _logger.info("--auto-resume goes on with %s, after epoch %d and %d updates", path, epoch, step)
-        given["resume"] = str(path)
-        given.pop("finetune", None)  # it started the run
-        return checkpoint
-    _logger.info("--auto-resume finds no checkpoint in %s: the run starts afresh", given["output_dir"])
-    return {}
 
 
 def check_same_start(args: argparse.Namespace, checkpoint: dict[str, Any], world: World, device: torch.device) -> None:
@@ -471,29 +441,6 @@ def freeze_all_but_attention(model: Any) -> None:
         parameter.requires_grad_(".attn." in name or name == "pos_embed" or id(parameter) in trained)
 
 
-def open_output_dir(args: argparse.Namespace) -> Path | None:
-    """Make the folder of `--output_dir`, if one is given.
-
-    Raises:
-        OSError: it holds another run, or cannot be made.
-    """
-    if args.output_dir is None:
-        return None
-    folder = Path(args.output_dir)
-    held = [name for name in RUN_FILES if (folder / name).exists()]
-    is_resumed = args.resume is not None and Path(args.resume).resolve().parent == folder.resolve()
-    if held and not (args.eval or is_resumed or args.auto_resume):
-        raise FileExistsError(
-            f"--output_dir {folder} holds a run already ({', '.join(held)}): go on with it by "
-            f"--resume {folder / RUN_FILES[0]}, or name another folder"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"--output_dir {folder} cannot be made: {error.strerror}") from error
-    return folder
-
-
 def introduce(run: Run, parser: OptionParser, given: dict[str, Any]) -> None:
     """Log what the run is going to do."""
     args, world = run.args, run.world
@@ -567,16 +514,16 @@ def train(run: Run, training: Training) -> int:
             if draws:
                 drawn = time.monotonic()
     except FloatingPointError as error:
-        raise FloatingPointError(f"epoch {state.epoch + 1}: {error}; {last_checkpoint(run)}") from error
+        raise FloatingPointError(f"epoch {state.epoch + 1}: {error}; {last_checkpoint(run.output_dir)}") from error
     except Interrupted as interrupt:
         save(run, training)
         distributed.wait_for_all()  # torchrun ends all processes soon after the first of them has ended
         place = f" in epoch {state.epoch + 1}, after update {state.progress.step} of {training.updates}"
-        raise Interrupted(interrupt.signal_number, f"{place}; {last_checkpoint(run)}") from None
+        raise Interrupted(interrupt.signal_number, f"{place}; {last_checkpoint(run.output_dir)}") from None
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f" in epoch {state.epoch + 1}; {last_checkpoint(run)}") from None
+        raise KeyboardInterrupt(f" in epoch {state.epoch + 1}; {last_checkpoint(run.output_dir)}") from None
     if training.unsaved:
-        raise OSError(f"{training.unsaved}; {last_checkpoint(run)}")
+        raise OSError(f"{training.unsaved}; {last_checkpoint(run.output_dir)}")
     return 0
 
 
@@ -707,35 +654,6 @@ def save(run: Run, training: Training, best: Sequence[str] = (), draws: bool = F
         _logger.error("%s", training.unsaved)
     else:
         training.unsaved = ""
-
-
-def last_checkpoint(run: Run) -> str:
-    """Where to go on from."""
-    path = None if run.output_dir is None else run.output_dir / "checkpoint.pth"
-    return f"last checkpoint: {path}; go on with --resume {path}" if path and path.exists() else "no checkpoint yet"
-
-
-def read_log(path: Path, epochs: int) -> list[dict[str, Any]]:
-    """The rows of the first `epochs` epochs in a `log.txt`, if there is one.
-
-    Raises:
-        ValueError: not such a file.
-    """
-    if not path.exists():
-        return []
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [row for row in rows if row["epoch"] <= epochs]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged: it must hold one JSON object per line; repair it or move it away"
-        ) from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file, or leave it as it was."""
-    with atomic_write(path) as file:
-        file.write(text.encode())
 
 
 if __name__ == "__main__":

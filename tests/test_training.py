@@ -25,6 +25,7 @@ from training import distributed, interrupt, logs
 from training.checkpoint import atomic_write, load_checkpoint, load_weights, save_checkpoint
 from training.curves import draw_curves
 from training.distributed import World, check_size, pick_device, world_from_environment
+from training.files import read_log
 from training.interrupt import defer_interrupts, noted_signal
 from training.logs import LoopDisplay, clock
 from training.optimisation import build_criterion, build_mixup, build_optimizer, build_scheduler, learning_rate
@@ -673,10 +674,10 @@ def test_an_ignored_ctrl_c_stays_ignored() -> None:
 
 def test_a_damaged_log_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "log.txt"
-    assert main.read_log(path, 3) == []
+    assert read_log(path, 3) == []
     path.write_text(json.dumps({"epoch": 1}) + '\n{"epo')
     with pytest.raises(ValueError, match=r"log\.txt is damaged"):
-        main.read_log(path, 3)
+        read_log(path, 3)
 
 
 def test_flags_are_named_as_they_are_typed() -> None:

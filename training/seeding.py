@@ -15,8 +15,11 @@ AUGMENTATION, STEP = 1, 2  # the first number of a place says what is seeded; wi
 
 
 def seed_everything(seed: int, *place: int) -> None:
-    """Seed `random`, `numpy` and `torch` on all devices, so that what follows depends on these numbers alone."""
+    """Seed `random`, `numpy` and `torch` on all devices in use, so that what follows depends on these numbers alone."""
     state = int(np.random.SeedSequence((seed, *place)).generate_state(1)[0])
     random.seed(state)
     np.random.seed(state)
-    torch.manual_seed(state)
+    # Not torch.manual_seed: it also prepares GPUs that are not in use, which takes longer than to load a small image.
+    torch.default_generator.manual_seed(state)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(state)

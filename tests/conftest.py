@@ -1,6 +1,8 @@
 """What every test shares."""
 
+import logging
 import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,3 +17,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what is marked ``gpu`` where there is none."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """Undo what a command line, called in a test, has set up for itself."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers

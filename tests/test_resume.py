@@ -1,13 +1,12 @@
 """Runs that are stopped, killed or fed with numbers that are not finite: what is lost, and what they end with."""
 
-import logging
 import os
 import re
 import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,6 @@ RICH = (
     *("--join-type", "LaPE", "--sched-on-updates", "--device", "cpu", "--epochs", 3),
 )
 UPDATES = 4  # per epoch
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    root = logging.getLogger()
-    level, handlers = root.level, root.handlers[:]
-    yield
-    root.setLevel(level)
-    root.handlers[:] = handlers
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import json
 import logging
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +38,6 @@ PARSER = build_parser(all_options())
 def options(**changed: Any) -> argparse.Namespace:
     assert changed.keys() <= PARSER.defaults.keys()
     return argparse.Namespace(**{**PARSER.defaults, "device": "cpu", "amp_dtype": "float32", **changed})
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    root = logging.getLogger()
-    level, handlers = root.level, root.handlers[:]
-    yield
-    root.setLevel(level)
-    root.handlers[:] = handlers
 
 
 # ---- options

@@ -19,6 +19,7 @@ from tiny_run import as_original, call, contents, differences, load, log_of, set
 
 import engine
 import main
+import run_setup
 from lape_vit.encodings import all_options
 from training.distributed import World
 
@@ -246,7 +247,7 @@ def test_the_run_says_how_much_an_epoch_shows(
     run = set_up("--recipe", recipe, *flags)
     assert run.training is not None
     shown = {index for index, _, _ in run.training.loader.sampler}
-    assert len(shown) == images == main.unique_images(run.training, run.args, 1)
+    assert len(shown) == images == run_setup.unique_images(run.training, run.args, 1)
 
 
 # What to compare with beside the bare recipe, and a change of the option that the weights after two epochs must show.

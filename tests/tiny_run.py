@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import main
+import run_setup
 from training.distributed import World
 from training.logs import LoopDisplay
 
@@ -45,12 +46,12 @@ def make_images(folder: Path, num_train: int = NUM_TRAIN, num_val: int = NUM_VAL
     return folder
 
 
-def set_up(*argv: object) -> main.Run:
+def set_up(*argv: object) -> run_setup.Run:
     """A run, ready to go."""
-    return main.set_up([str(token) for token in argv], World(), LoopDisplay(None))
+    return run_setup.set_up([str(token) for token in argv], World(), LoopDisplay(None))
 
 
-def train(*argv: object) -> main.Run:
+def train(*argv: object) -> run_setup.Run:
     """A run that has trained, with what it then holds."""
     run = set_up(*argv)
     assert run.training is not None

@@ -1,0 +1,133 @@
+"""The models of a run, built from its options and filled from checkpoints."""
+
+import argparse
+from collections.abc import Sequence
+from logging import getLogger
+from typing import Any
+
+import timm
+import torch
+from timm.layers import to_2tuple
+from torch import nn
+
+import models_lape  # noqa: F401  (registers the models)
+from lape_vit import convert_checkpoint, warm_start
+from lape_vit.encodings import all_options
+from training.checkpoint import description_of, load_checkpoint, load_weights
+from training.options import flag_of
+
+_logger = getLogger(__name__)
+
+
+def build_model(args: argparse.Namespace, num_classes: int, input_size: int | list[int]) -> Any:
+    """The model of the options; what they leave open, it decides, and `args` then says the encoding and the join."""
+    of_encoding = {name: getattr(args, name) for name in all_options() if getattr(args, name) is not None}
+    options = {"pe": args.pe, "join_type": args.join_type, "drop_rate": args.drop, "drop_path_rate": args.drop_path}
+    options = {name: value for name, value in options.items() if value is not None}
+    try:
+        model: Any = timm.create_model(
+            args.model, num_classes=num_classes, img_size=to_2tuple(input_size), **options, **of_encoding
+        )
+    except TypeError as error:
+        if not of_encoding:
+            raise
+        raise ValueError(f"{' '.join(map(flag_of, of_encoding))}: {error}") from error
+    patch = model.patch_embed.patch_size
+    for side, multiple in zip(to_2tuple(args.input_size), patch, strict=True):
+        if side % multiple:  # timm would leave the rest of the image out
+            raise ValueError(f"--input-size {side} is no multiple of the {multiple} pixels of {args.model}'s patches")
+    vars(args).update(pe=model.pe, join_type=model.join_type, **model.pe_options)
+    return model
+
+
+def weights_of(checkpoint: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """The weights of a checkpoint, or their average for `--eval-ema`.
+
+    Raises:
+        ValueError: it has no average.
+    """
+    weights = checkpoint.get("model_ema") if args.eval_ema else checkpoint["model"]
+    if weights is None:
+        raise ValueError(f"{args.resume} holds no averaged weights: leave --eval-ema out")
+    return weights
+
+
+def load_what_fits(model: Any, checkpoint: dict[str, Any], path: str) -> None:
+    """Start from the weights of a checkpoint, and say in one line each what is new and what was left out.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+    size, patch = description_of(checkpoint).get("input_size"), model.patch_embed.patch_size
+    grid = None if size is None else tuple(side // cell for side, cell in zip(to_2tuple(size), patch, strict=True))
+    try:
+        start = warm_start(checkpoint["model"], model, grid)
+    except ValueError as error:
+        raise ValueError(f"--finetune {path}: {error}") from error
+    for line in start.report():
+        _logger.info("%s: %s", path, line)
+    model.load_state_dict(start.state_dict)
+
+
+def build_teacher(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    """The model to learn from: any of timm or of this project, with the weights of `--teacher-path`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unknown model, other weights, other classes, or another image size.
+    """
+    name, path = args.teacher_model, args.teacher_path
+    if name is None or path is None:
+        raise ValueError(
+            f"--distillation-type {args.distillation_type} needs --teacher-model NAME and --teacher-path FILE"
+        )
+    if name not in timm.list_models():
+        raise ValueError(f"unknown --teacher-model {name!r}: timm.list_models() lists them")
+    checkpoint = load_checkpoint(path)
+    weights, options = checkpoint["model"], {}
+    if name in timm.list_models(module="models_lape"):
+        weights, description = convert_checkpoint(weights), description_of(checkpoint)
+        options = {key: description[key] for key in ("pe", "join_type", *all_options()) if key in description}
+        if "input_size" in description:
+            options["img_size"] = to_2tuple(description["input_size"])
+    teacher = timm.create_model(name, num_classes=num_classes, **options)
+    load_weights(teacher, weights, f"--teacher-path {path}", f"{name} of {num_classes} classes")
+    size = to_2tuple(args.input_size)
+    try:
+        with torch.no_grad():
+            teacher.eval()(torch.zeros(1, 3, *size))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--teacher-model {name} cannot take images of --input-size {size}: {error}") from error
+    return teacher
+
+
+def describe_model(args: argparse.Namespace, classes: Sequence[str]) -> dict[str, Any]:
+    """What it takes to build the model and to prepare its images, as plain data."""
+    return {
+        "model": args.model,
+        "pe": args.pe,
+        "join_type": args.join_type,
+        **{name: getattr(args, name) for name in all_options() if getattr(args, name) is not None},
+        "num_classes": len(classes),
+        "classes": list(classes),
+        "input_size": args.input_size,
+        "data_set": args.data_set,
+        "mean": list(args.mean),
+        "std": list(args.std),
+        "interpolation": args.interpolation,
+        "eval_crop_ratio": args.eval_crop_ratio,
+    }
+
+
+def freeze_all_but_attention(model: Any) -> None:
+    """Leave to training what DeiT III fine-tunes by `--attn-only`: attention, positions and classifier."""
+    classifier = model.get_classifier()
+    heads = classifier if isinstance(classifier, tuple) else (classifier,)
+    trained = {id(parameter) for part in (model.join, *heads) for parameter in part.parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".attn." in name or name == "pos_embed" or id(parameter) in trained)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -18,6 +18,7 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
 
 WORKDIR /app
 COPY requirements.txt .
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/* # for --compile
 RUN python -m pip install -r requirements.txt
 
 RUN useradd --create-home --uid 1000 lape && chown lape /app

@@ -12,7 +12,6 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -69,7 +68,8 @@ def train_one_epoch(
 
     Returns:
         `loss`, the mean over the updates, not the skipped ones, of all processes; `lr`, the learning rate of the last
-        update; and `images_per_second` of all processes.
+        update; `images_per_second` of all processes; and `waiting_share`, the part of the time (0..1) for which they
+        waited for data, on average.
 
     Raises:
         FloatingPointError: `max_bad_steps` updates in a row were skipped.
@@ -83,10 +83,10 @@ def train_one_epoch(
     def status() -> str:
         return f"loss {progress.loss_sum.item() / max(1, progress.done):.4f}  lr {optimizer.param_groups[0]['lr']:.2e}"
 
-    batches = iter(loader)
     scheduler.step(epoch)
     scheduler.step_update(epoch * updates + max(0, progress.step - 1))  # of the last update, should none be left
     with display.show(title, updates, progress.step) as loop:
+        batches = loop.batches(loader)
         while progress.step < updates:
             scheduler.step_update(epoch * updates + progress.step)
             optimizer.zero_grad()
@@ -129,16 +129,20 @@ def train_one_epoch(
             if signal_number:
                 raise Interrupted(signal_number)
 
-    loss_sum = progress.loss_sum
-    total, done = sum_over_ranks(torch.stack([loss_sum, loss_sum.new_tensor(progress.done)])).tolist()
-    rate = loop.images_per_second()
-    mean_loss = total / done if done else math.nan
-    return {"loss": mean_loss, "lr": optimizer.param_groups[0]["lr"], "images_per_second": rate}
+    rate, share, loss_sum = loop.images_per_second(), loop.waiting_share(), progress.loss_sum
+    of_this_process = torch.stack([loss_sum, *loss_sum.new_tensor([progress.done, share])])
+    total, done, shares = sum_over_ranks(of_this_process).tolist()
+    return {
+        "loss": total / done if done else math.nan,
+        "lr": optimizer.param_groups[0]["lr"],
+        "images_per_second": rate,
+        "waiting_share": shares / world.size,
+    }
 
 
 def _without_reduction(model: nn.Module) -> AbstractContextManager[None]:
     """Gradients are averaged over the processes once per update, with its last batch."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+    return getattr(model, "no_sync", nullcontext)()  # not by the type, which a compiled model hides
 
 
 def _report(loss: Tensor) -> Tensor:
@@ -210,7 +214,7 @@ def evaluate(
         return f"acc@1 {100 * right[0].item() / loop.images:.2f} %"
 
     with display.show(title, len(loader)) as loop:
-        for images, targets in loader:
+        for images, targets in loop.batches(loader):
             images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
                 logits = model(images)

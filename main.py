@@ -84,14 +84,13 @@ def evaluate_checkpoint(run: Run) -> int:
 def train(run: Run, training: Training) -> int:
     """Train the epochs that are left; after each, evaluate, log and save."""
     args, state = run.args, training.state
-    model = distributed.wrap(run.model, run.world, run.device)
     if state.epoch >= args.epochs:
         _logger.info("all %d epochs of %s are done: give more --epochs to go on", args.epochs, args.resume)
         return 0
     start, epochs_before, drawn = time.monotonic(), state.epoch, -math.inf
     try:
         while state.epoch < args.epochs:
-            row = run_epoch(run, training, model)
+            row = run_epoch(run, training)
             is_best = row["test_acc1"] > state.best_acc1
             state.best_acc1 = max(state.best_acc1, row["test_acc1"])
             ema_is_best = row.get("test_ema_acc1", -1.0) > state.best_ema_acc1
@@ -122,8 +121,8 @@ def train(run: Run, training: Training) -> int:
     return 0
 
 
-def run_epoch(run: Run, training: Training, model: nn.Module) -> dict[str, Any]:
-    """Train `model`, the wrapped `run.model`, for one epoch and evaluate it: a row of `log.txt`."""
+def run_epoch(run: Run, training: Training) -> dict[str, Any]:
+    """Train for one epoch, and evaluate: a row of `log.txt`."""
     args, state, loader = run.args, training.state, training.loader
     start = time.monotonic()
     epoch = state.epoch + 1
@@ -137,7 +136,7 @@ def run_epoch(run: Run, training: Training, model: nn.Module) -> dict[str, Any]:
             save(run, training)
 
     trained = train_one_epoch(
-        model,
+        training.model,
         loader,
         state.criterion,
         state.optimizer,
@@ -170,7 +169,7 @@ def run_epoch(run: Run, training: Training, model: nn.Module) -> dict[str, Any]:
     for name, result in tested.items():
         row |= {f"{name}_{key}": result[key] for key in ("loss", "acc1", "acc5")}
     row |= {"n_parameters": count_parameters(run.model), "seconds": time.monotonic() - start}
-    return row | {"images_per_second": trained["images_per_second"]}
+    return row | {key: trained[key] for key in ("images_per_second", "waiting_share")}
 
 
 def evaluate_model(run: Run, model: nn.Module, title: str) -> dict[str, float]:
@@ -194,7 +193,7 @@ def summarise(row: dict[str, Any], epochs: int) -> str:
     return (
         f"epoch {row['epoch']}/{epochs}  train loss {row['train_loss']:.4f}  test loss {row['test_loss']:.4f}  "
         f"acc@1 {row['test_acc1']:.2f} %{ema}  acc@5 {row['test_acc5']:.2f} %  lr {row['train_lr']:.2e}  "
-        f"{row['seconds']:.1f} s"
+        f"{row['seconds']:.1f} s, {100 * row['waiting_share']:.0f} % waiting for data"
     )
 
 

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from logging import getLogger
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -126,6 +126,20 @@ def freeze_all_but_attention(model: Any) -> None:
     trained = {id(parameter) for part in (model.join, *heads) for parameter in part.parameters()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".attn." in name or name == "pos_embed" or id(parameter) in trained)
+
+
+def compile_model(model: nn.Module, device: torch.device) -> nn.Module:
+    """The compiled form of `model`, which shares its weights and leaves it as it is.
+
+    Raises:
+        ValueError: nothing can be compiled here, as where there is no C++ compiler.
+    """
+    try:
+        torch.compile(torch.sin)(torch.zeros(1, device=device))
+    except Exception as error:  # the parts of a compiler raise what they like
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--compile needs a C++ compiler such as g++; install it or leave it out: {reason}") from error
+    return cast("nn.Module", torch.compile(model))
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -20,6 +20,7 @@ from lape_vit.encodings import all_options, canonical_name
 from model_setup import (
     build_model,
     build_teacher,
+    compile_model,
     count_parameters,
     describe_model,
     freeze_all_but_attention,
@@ -68,6 +69,7 @@ SLOW_AVERAGE = 0.1
 class Training:
     """What training needs besides what evaluation needs."""
 
+    model: nn.Module  # the run's, wrapped for several processes, and compiled
     state: TrainingState
     loader: ImageLoader
     updates: int  # per epoch
@@ -120,6 +122,8 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
     args = resolve_options(parser, given, recipe, description, description_of(start))
     device = distributed.pick_device(args.device, world)
     resolve_device_options(args, device)
+    if args.deterministic:
+        distributed.make_deterministic()
     distributed.check_size(args.world_size, world)
     distributed.start(world, device, args.dist_url, args.init_timeout)
     check_same_start(args, checkpoint, world, device)
@@ -269,7 +273,10 @@ def set_up_training(run: Run, parser: OptionParser, checkpoint: dict[str, Any]) 
             f"--model-ema-decay {args.model_ema_decay:g} is slow for {all_updates} updates: the average keeps "
             f"{100 * kept:.0f} % of the first weights"
         )
-    return Training(state, loader, updates, saved_options(args, parser))
+    model = distributed.wrap(run.model, world, run.device)
+    if args.compile:
+        model = compile_model(model, run.device)
+    return Training(model, state, loader, updates, saved_options(args, parser))
 
 
 def unique_images(training: Training, args: argparse.Namespace, world_size: int) -> int:

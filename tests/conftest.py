@@ -20,10 +20,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Undo what a command line, called in a test, has set up for itself."""
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # so that it ends as it was
     yield
     root.setLevel(level)
     root.handlers[:] = handlers
+    torch.use_deterministic_algorithms(False)

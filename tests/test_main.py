@@ -15,7 +15,8 @@ import tiny_run
 import torch
 import yaml
 from PIL import Image
-from tiny_run import as_original, call, contents, differences, load, log_of, set_up, train
+from tiny_run import as_original, call, contents, differences, load, log_of, set_up, timeless, train
+from torch import nn
 
 import engine
 import main
@@ -119,7 +120,7 @@ def test_the_run_prints_its_options_and_marks_those_given(recipe: Path, capsys: 
     assert re.search(r"\blr 0.001\b", out)
     assert re.search(r"join-type basic\b", out)
     assert re.search(r"device cpu|device cuda", out)
-    assert re.search(r"epoch 1/1 .*train loss .*acc@1 .* s .* left", out)
+    assert re.search(r"epoch 1/1 .*train loss .*acc@1 .* s, .* % waiting for data .* left", out)
 
 
 @pytest.mark.parametrize("flags", [("--output-dir", "--weight-decay"), ("--output_dir", "--weight_decay")])
@@ -195,6 +196,47 @@ def test_dropout_without_training_mode_is_told(recipe: Path, caplog: pytest.LogC
     assert "without effect" not in caplog.text
     set_up("--recipe", recipe, "--drop", 0.1, "--no-train-mode")
     assert "without effect under --no-train-mode" in caplog.text
+
+
+def test_compiled_training_follows_plain_training_and_saves_a_plain_checkpoint(
+    tmp_path: Path, recipe: Path, few_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_, graphs = torch.compile, []
+
+    def backend(graph: nn.Module, inputs: list[torch.Tensor]) -> nn.Module:
+        graphs.append(graph)  # runs as it is; to turn it into machine code would take a minute
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda model: compile_(model, backend=backend))
+    flags = ("--recipe", recipe, "--data-path", few_images, "--epochs", 1, "--model-ema")
+    for name, flag in (("plain", "--no-compile"), ("compiled", "--compile")):
+        assert call(*flags, flag, "--output_dir", tmp_path / name) == 0
+        assert any("blocks" in str(graph) for graph in graphs) == (name == "compiled")
+    assert len(graphs) == 2  # that of the trial, and one without a break for every update
+    plain, compiled = (load(tmp_path / name / "checkpoint.pth")["model"] for name in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()
+    for name, weight in plain.items():
+        torch.testing.assert_close(compiled[name], weight, atol=1e-4, rtol=0)
+    assert call("--resume", tmp_path / "compiled" / "checkpoint.pth", "--no-compile", "--epochs", 2) == 0
+
+
+def test_without_a_compiler_compile_is_refused_before_anything_is_written(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object) -> torch.Tensor:
+        raise RuntimeError("InvalidCxxCompiler: None found\nand a long explanation")
+
+    monkeypatch.setattr(torch, "compile", lambda model: fail)
+    assert call("--recipe", recipe, "--compile", "--output_dir", tmp_path / "run") == 2
+    assert refused(capsys).endswith("install it or leave it out: InvalidCxxCompiler: None found")
+    assert not (tmp_path / "run").exists()
+
+
+def test_deterministic_lets_torch_use_no_other_algorithms(recipe: Path) -> None:
+    set_up("--recipe", recipe)
+    assert not torch.are_deterministic_algorithms_enabled()
+    set_up("--recipe", recipe, "--deterministic")
+    assert torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_run_may_start_later_in_its_schedule(
@@ -571,12 +613,9 @@ def test_four_epochs_equal_two_and_two_bit_for_bit(
         whole, parts = load(tmp_path / "whole" / name), load(tmp_path / "parts" / name)
         assert differences(whole, parts) == []
         assert whole["epoch"] > 0
-    timeless = [
-        [{key: value for key, value in row.items() if key not in ("seconds", "images_per_second")} for row in log]
-        for log in (log_of(tmp_path / "whole"), log_of(tmp_path / "parts"))
-    ]
-    assert len(timeless[0]) == 4
-    assert timeless[0] == timeless[1]
+    rows = timeless(tmp_path / "whole")
+    assert len(rows) == 4
+    assert rows == timeless(tmp_path / "parts")
     assert yaml.safe_load((tmp_path / "whole/config.yaml").read_text()) == yaml.safe_load(
         (tmp_path / "parts/config.yaml").read_text()
     )

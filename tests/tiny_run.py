@@ -68,6 +68,12 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
+def timeless(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a log without how fast they came."""
+    timings = {"seconds", "images_per_second", "waiting_share"}
+    return [{key: value for key, value in row.items() if key not in timings} for row in log_of(folder)]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """All files of a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

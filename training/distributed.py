@@ -76,6 +76,16 @@ def pick_device(name: str | None, world: World) -> torch.device:
     return device
 
 
+def make_deterministic() -> None:
+    """Let torch use deterministic algorithms only; to be called before a GPU is used.
+
+    Where an operation has none, torch raises a RuntimeError that names it.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+
+
 def start(world: World, device: torch.device, url: str = "env://", seconds: float = 1800.0) -> None:
     """Join the process group, if there are several processes: nccl between GPUs, gloo between CPUs.
 

@@ -2,9 +2,10 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -48,6 +49,7 @@ class Loop:
     Attributes:
         step: steps so far, those before this loop included.
         images: images of this loop, in this process.
+        waited: seconds that this process has waited for the next batch.
     """
 
     def __init__(self, steps: int, num_ranks: int, draw: Callable[[int, str], None], is_live: bool, first: int) -> None:
@@ -57,7 +59,16 @@ class Loop:
         self.is_live = is_live
         self.step = self.first = first
         self.images = 0
+        self.waited = 0.0
         self.start = self.drawn = time.perf_counter()
+
+    def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """What `loader` yields; the time that it takes to do so counts as waiting for data, its start included."""
+        start = time.perf_counter()
+        for batch in loader:
+            self.waited += time.perf_counter() - start
+            yield batch
+            start = time.perf_counter()
 
     def advance(self, images: int, status: Callable[[], str]) -> None:
         """Count a step of this process. `status`, which may wait for the device, is called only to be drawn."""
@@ -71,12 +82,17 @@ class Loop:
             is_due = is_tenth and now - self.drawn >= SECONDS_BETWEEN_LINES
         if is_due:
             left = (now - self.start) / (self.step - self.first) * (self.steps - self.step)
-            self.draw(self.step, f"{status()}  {self.images_per_second():.0f} images/s  {clock(left)} left")
+            speed = f"{self.images_per_second():.0f} images/s  {100 * self.waiting_share():.0f} % waiting for data"
+            self.draw(self.step, f"{status()}  {speed}  {clock(left)} left")
             self.drawn = time.perf_counter()
 
     def images_per_second(self) -> float:
         """Of all processes, since the start."""
         return self.num_ranks * self.images / (time.perf_counter() - self.start)
+
+    def waiting_share(self) -> float:
+        """Of the time since the start, in this process; 0..1."""
+        return self.waited / (time.perf_counter() - self.start)
 
 
 class LoopDisplay:

@@ -117,6 +117,7 @@ def build_scheduler(args: argparse.Namespace, optimizer: Optimizer, updates_per_
     tell_unused_schedule_options(args)
     constant = {"sched": "step", "decay_rate": 1.0}  # a step by a factor of 1 still has the warm-up
     decay_rate = 0.1 if args.decay_rate is None else args.decay_rate
+    warmup_lr = 1e-6 if args.warmup_lr is None else args.warmup_lr
     with warnings.catch_warnings():  # timm deprecates plateau as it does not save its state; ours is restored
         warnings.filterwarnings("ignore", message="PlateauLRScheduler is deprecated", category=FutureWarning)
         scheduler, _ = create_scheduler_v2(
@@ -125,9 +126,9 @@ def build_scheduler(args: argparse.Namespace, optimizer: Optimizer, updates_per_
             num_epochs=args.epochs - cooldown,
             decay_epochs=30 if args.decay_epochs is None else args.decay_epochs,
             patience_epochs=10 if args.patience_epochs is None else args.patience_epochs,
-            min_lr=args.min_lr,
+            min_lr=1e-5 if args.min_lr is None else args.min_lr,
             # timm's plateau starts from here even where there is no warm-up
-            warmup_lr=args.warmup_lr if args.warmup_epochs else optimizer.param_groups[0]["lr"],
+            warmup_lr=warmup_lr if args.warmup_epochs else optimizer.param_groups[0]["lr"],
             warmup_epochs=args.warmup_epochs,
             noise=args.lr_noise,
             noise_pct=0.67 if args.lr_noise_pct is None else args.lr_noise_pct,
@@ -146,9 +147,12 @@ def tell_unused_schedule_options(args: argparse.Namespace) -> None:
         ("--decay-rate", args.decay_rate, ("step", "plateau", "poly")),
         ("--patience-epochs", args.patience_epochs, ("plateau",)),
         ("--cooldown-epochs", args.cooldown_epochs, ("cosine", "tanh", "poly")),
+        ("--min-lr", args.min_lr, ("cosine", "tanh", "poly", "plateau")),
     ):
         if value is not None and args.sched not in schedules:
             _logger.warning("%s %g is without effect under --sched %s", flag, value, args.sched)
+    if args.warmup_lr is not None and not args.warmup_epochs:
+        _logger.warning("--warmup-lr %g is without effect without --warmup-epochs", args.warmup_lr)
     for flag, value in (("--lr-noise-pct", args.lr_noise_pct), ("--lr-noise-std", args.lr_noise_std)):
         if value is not None and args.lr_noise is None:
             _logger.warning("%s %g is without effect without --lr-noise", flag, value)

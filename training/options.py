@@ -197,6 +197,10 @@ def _run_options(add: Callable[..., None]) -> None:
         help="where several processes meet: env://, tcp://HOST:PORT or file:///PATH")
     add("--init-timeout", type=number(above=True), default=1800.0, metavar="S",
         help="seconds that a process waits for the others, at the start and later")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="train by torch.compile, which takes a minute to start and then runs faster; evaluation stays as it is")
+    add("--deterministic", action=argparse.BooleanOptionalAction, default=False,
+        help="deterministic algorithms only, on a GPU too, where they are slower: a run then repeats bit for bit")
     add("--amp-dtype", choices=("float32", "bfloat16", "float16"),
         help="type to compute in, with weights in float32; default: bfloat16 on a GPU that has it, float16 on any "
              "other, float32 on a CPU")
@@ -299,10 +303,10 @@ def _optimisation_options(add: Callable[..., None]) -> None:
     add("--sched-on-updates", action=argparse.BooleanOptionalAction, default=False,
         help="change the learning rate with every update in place of every epoch")
     add("--warmup-epochs", type=whole(), default=5, metavar="N", help="epochs of linear warm-up, part of --epochs")
-    add("--warmup-lr", type=AMOUNT, default=1e-6, metavar="LR",
-        help="learning rate at the start of the warm-up, not scaled")
-    add("--min-lr", type=AMOUNT, default=1e-5, metavar="LR",
-        help="learning rate at the end of cosine, tanh and poly, and the least of plateau; not scaled")
+    add("--warmup-lr", type=AMOUNT, metavar="LR",
+        help="learning rate at the start of the warm-up, not scaled; default: 1e-6")
+    add("--min-lr", type=AMOUNT, metavar="LR",
+        help="learning rate at the end of cosine, tanh and poly, and the least of plateau; not scaled; default: 1e-5")
     add("--cooldown-epochs", type=whole(), metavar="N",
         help="last epochs of cosine, tanh and poly, part of --epochs, that stay at --min-lr; default: 0")
     add("--decay-epochs", type=whole(1), metavar="N", help="epochs from one decay of step to the next; default: 30")

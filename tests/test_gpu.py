@@ -1,0 +1,37 @@
+"""What only a GPU can show; skipped without one."""
+
+from pathlib import Path
+
+import pytest
+import tiny_run
+from tiny_run import call, differences, load, log_of, timeless
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(f"{tiny_run.RECIPE}data-path: {tiny_run.make_images(tmp_path / 'images')}\n")
+    return path
+
+
+@pytest.mark.parametrize("amp_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("flags", [(), ("--compile",), ("--model-ema", "--model-ema-force-cpu")])
+def test_a_run_trains_goes_on_and_is_evaluated(
+    amp_dtype: str, flags: tuple[str, ...], tmp_path: Path, recipe: Path
+) -> None:
+    assert call("--recipe", recipe, "--amp-dtype", amp_dtype, *flags, "--output_dir", tmp_path) == 0
+    checkpoint = load(tmp_path / "checkpoint.pth")
+    assert bool(checkpoint["scaler"]) == (amp_dtype == "float16")
+    assert call("--resume", tmp_path / "checkpoint.pth", "--epochs", 3) == 0
+    assert [row["skipped_steps"] for row in log_of(tmp_path)] == [0, 0, 0]
+    assert call("--eval", "--resume", tmp_path / "checkpoint.pth", "--output_dir", tmp_path) == 0
+
+
+def test_a_deterministic_run_repeats_bit_for_bit(tmp_path: Path, recipe: Path) -> None:
+    for name in ("one", "other"):
+        assert call("--recipe", recipe, "--deterministic", "--output_dir", tmp_path / name) == 0
+    checkpoints = [load(tmp_path / name / "checkpoint.pth") for name in ("one", "other")]
+    assert differences(*checkpoints) == []
+    assert timeless(tmp_path / "one") == timeless(tmp_path / "other")

@@ -368,10 +368,15 @@ def _train_transform(args: argparse.Namespace) -> Transform:
     _check_choice("--train-crop", args.train_crop, TRAIN_CROPS)
     _check_choice("--train-interpolation", args.train_interpolation, TRAIN_INTERPOLATIONS)
     _check_choice("--remode", args.remode, ERASING_MODES)
+    if args.scale is not None and not 0 < args.scale[0] <= args.scale[1]:
+        raise ValueError(f"--scale {args.scale}: give the smallest and the largest part of the image's area, above 0")
+    if args.scale is not None and (args.src or args.train_crop != "random-resized"):
+        _logger.warning("--scale %g %g is without effect: it is of --train-crop random-resized", *args.scale)
     height, width = size = to_2tuple(args.input_size)
     crop_and_flip, augment, finish = create_transform(
         size,
         is_training=True,
+        scale=args.scale,
         hflip=args.hflip,
         auto_augment=_timm_policy(args),
         color_jitter=args.color_jitter or 0.0,

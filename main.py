@@ -128,6 +128,8 @@ def run_epoch(run: Run, training: Training) -> dict[str, Any]:
     epoch = state.epoch + 1
     accuracy = f"  acc@1 {state.rows[-1]['test_acc1']:.2f} %" if state.rows else ""
     done = state.progress.step * args.accum_steps * args.batch_size
+    if state.mixup is not None and args.mixup_off_epoch is not None:
+        state.mixup.mixup_enabled = state.epoch < args.mixup_off_epoch
     cast("TrainSampler", loader.sampler).set_epoch(state.epoch, done)
 
     def after_update() -> None:

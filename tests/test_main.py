@@ -342,6 +342,8 @@ EFFECTS: dict[str, tuple[tuple[object, ...], tuple[object, ...]]] = {
     "bce_loss": ((), ("--bce-loss",)),
     "cosub": (("--drop-path", 0.5, "--bce-loss"), ("--drop-path", 0.5, "--bce-loss", "--cosub")),
     "src": ((), ("--src",)),
+    "scale": (("--train-crop", "random-resized"), ("--train-crop", "random-resized", "--scale", 0.5, 0.6)),
+    "mixup_off_epoch": (("--mixup", 0.8), ("--mixup", 0.8, "--mixup-off-epoch", 1)),
     "three_augment": ((), ("--three-augment",)),
     "train_mode": (("--drop", 0.9), ("--drop", 0.9, "--no-train-mode")),
     "attn_only": ((), ("--attn-only",)),

@@ -73,7 +73,13 @@ def test_help_ends_with_code_0(capsys: pytest.CaptureFixture[str]) -> None:
 def test_each_flag_is_read_with_dashes_and_with_underscores(name: str) -> None:
     dashes = next(flag for flag, option in PARSER.flags.items() if option == name)
     underscores = "--" + dashes[2:].replace("-", "_")
-    values = {"cutmix_minmax": ["0", "1"], "amp_dtype": ["float32"], "mixup_mode": ["pair"], "sched": ["tanh"]}
+    values = {
+        "cutmix_minmax": ["0", "1"],
+        "scale": ["0", "1"],
+        "amp_dtype": ["float32"],
+        "mixup_mode": ["pair"],
+        "sched": ["tanh"],
+    }
     values |= {"distillation_type": ["soft"], "pin_mem": []}
     value = values.get(name, [] if isinstance(PARSER.defaults[name], bool) else ["1"])
     assert PARSER.read([dashes, *value]) == PARSER.read([underscores, *value])

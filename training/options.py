@@ -253,6 +253,8 @@ def _data_options(add: Callable[..., None]) -> None:
 def _augmentation_options(add: Callable[..., None]) -> None:
     add("--train-crop", default="random-resized", metavar="HOW",
         help="random-resized; pad, for a crop of the image padded by an eighth of its side; none")
+    add("--scale", type=FRACTION, nargs=2, metavar=("LOW", "HIGH"),
+        help="area of the random resized crop, part of the image's; default: 0.08 1")
     add("--src", action=argparse.BooleanOptionalAction, default=False,
         help="simple random crop of DeiT III, in place of --train-crop: the shorter side resized to the input's, "
              "4 pixels of reflection around, a random crop")
@@ -278,6 +280,8 @@ def _augmentation_options(add: Callable[..., None]) -> None:
     add("--mixup-prob", type=FRACTION, default=1.0, metavar="P",
         help="probability of mixing where mixup or cutmix is on")
     add("--mixup-switch-prob", type=FRACTION, default=0.5, metavar="P", help="probability of cutmix where both are on")
+    add("--mixup-off-epoch", type=whole(1), metavar="N",
+        help="epochs after which mixup and cutmix are off; default: never")
     add("--mixup-mode", choices=("batch", "pair", "elem"), default="batch",
         help="what shares a draw: batch, pair of images, image")
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny_run
 import torch
-from tiny_run import call, differences, load, log_of, train
+from tiny_run import assert_same_run, call, differences, load, log_of, train
 from torch import Tensor, nn
 
 import engine
@@ -42,21 +42,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
     assert call("--recipe", recipe, *RICH, "--output_dir", folder) == 0
     return folder
-
-
-def assert_same_run(one: Path, other: Path, *different_options: str) -> None:
-    """Same checkpoints and same log, to the bit."""
-    for name in ("checkpoint.pth", "best_checkpoint.pth"):
-        a, b = load(one / name), load(other / name)
-        for option in different_options:
-            del a["config"][option], b["config"][option]
-        assert differences(a, b) == []
-    logs = [[{k: v for k, v in row.items() if not is_time(k)} for row in log_of(folder)] for folder in (one, other)]
-    assert logs[0] == logs[1]
-
-
-def is_time(key: str) -> bool:
-    return key in ("seconds", "images_per_second")
 
 
 def at_update(number: int, act: Callable[[], object]) -> Callable[..., bool]:

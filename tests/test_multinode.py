@@ -17,15 +17,14 @@ import pytest
 import tiny_run
 from tiny_run import assert_same_run, load, log_of
 
+from training.distributed import UNSHARED_STORE
+
 ROOT = Path(__file__).resolve().parents[1]
 CABLE, PORT = "cable", 29400
 EPOCHS = 18
 SECONDS = 90  # until a test is given up
 
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else a host that comes back never learns where the others meet
-}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", UNSHARED_STORE: "1"}
 
 pytestmark = pytest.mark.multinode
 

@@ -650,13 +650,21 @@ def damaged_data(kind: str, folder: Path) -> Path:
     if kind == "empty":
         root.mkdir()
     else:
-        tiny_run.make_images(root, num_train=2, num_val=3)
-        (root / "val" / "circle").rename(root / "val" / "ellipse")
+        circles = tiny_run.make_images(root, num_train=2, num_val=3) / "val" / "circle"
+        circles.rename(circles.with_name("ellipse") if kind == "other classes" else root / "circles")
+        if kind == "empty class":
+            circles.mkdir()
     return root
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"), [("absent", "nowhere"), ("empty", "train/ and val/"), ("other classes", "ellipse")]
+    ("kind", "words"),
+    [
+        ("absent", "nowhere"),
+        ("empty", "train/ and val/"),
+        ("other classes", "ellipse"),
+        ("empty class", "no image in class folder circle of "),
+    ],
 )
 def test_bad_data_folders_are_refused(
     kind: str, words: str, tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]

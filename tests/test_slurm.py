@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -67,9 +68,21 @@ def flags(tmp_path: Path) -> list[str]:
     return ["--recipe", str(tmp_path / "tiny.yaml"), "--batch-size", "6", "--device", "cpu", "--epochs", str(EPOCHS)]
 
 
-def submit(folder: Path, *command: object) -> subprocess.Popen[str]:
-    words = [str(word) for word in command]
-    return subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+@pytest.fixture
+def submit(cluster: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    jobs: list[subprocess.Popen[str]] = []
+
+    def start(*command: object) -> subprocess.Popen[str]:
+        words = [str(word) for word in command]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        jobs.append(subprocess.Popen(words, cwd=cluster, **pipes, text=True, start_new_session=True))  # type: ignore[call-overload]
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGTERM)  # which torchrun passes on
+            job.communicate()
 
 
 def wait_for_epoch(folder: Path) -> None:
@@ -78,9 +91,11 @@ def wait_for_epoch(folder: Path) -> None:
         time.sleep(0.05)
 
 
-def test_a_job_whose_time_is_up_saves_and_queues_again_and_then_goes_on(cluster: Path, flags: list[str]) -> None:
+def test_a_job_whose_time_is_up_saves_and_queues_again_and_then_goes_on(
+    cluster: Path, submit: Callable[..., subprocess.Popen[str]], flags: list[str]
+) -> None:
     folder = cluster / "runs" / "digits"
-    job = submit(cluster, "bash", BATCH_FILE, *flags)
+    job = submit("bash", BATCH_FILE, *flags)
     wait_for_epoch(folder)
     job.send_signal(signal.SIGUSR1)
     out, _ = job.communicate(timeout=SECONDS)
@@ -90,7 +105,7 @@ def test_a_job_whose_time_is_up_saves_and_queues_again_and_then_goes_on(cluster:
     epochs = len(log_of(folder))
     assert 1 <= epochs < EPOCHS
 
-    job = submit(cluster, "bash", BATCH_FILE, *flags)
+    job = submit("bash", BATCH_FILE, *flags)
     out, _ = job.communicate(timeout=SECONDS)
     assert job.returncode == 0, out
     assert f"goes on with runs/digits/checkpoint.pth, after epoch {epochs} and" in out
@@ -100,7 +115,7 @@ def test_a_job_whose_time_is_up_saves_and_queues_again_and_then_goes_on(cluster:
 
 
 def test_without_torchrun_the_code_of_the_run_is_that_of_the_job(
-    cluster: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
+    cluster: Path, submit: Callable[..., subprocess.Popen[str]], flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -108,7 +123,7 @@ def test_without_torchrun_the_code_of_the_run_is_that_of_the_job(
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     folder = cluster / "runs" / "digits"
     command = ("srun", "bash", "-c", TASK, "main.py", *flags, "--output_dir", folder, "--auto-resume")
-    job = submit(cluster, *command)
+    job = submit(*command)
     wait_for_epoch(folder)
     job.send_signal(signal.SIGUSR1)
     out, _ = job.communicate(timeout=SECONDS)

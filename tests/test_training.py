@@ -216,6 +216,29 @@ def meet(rank: int, url: str) -> None:
     distributed.stop()
 
 
+@pytest.mark.parametrize(
+    ("environment", "warnings"),
+    [
+        ({}, 0),
+        ({"TORCHELASTIC_MAX_RESTARTS": "0"}, 0),
+        ({"TORCHELASTIC_MAX_RESTARTS": "3"}, 1),
+        ({"TORCHELASTIC_MAX_RESTARTS": "3", distributed.UNSHARED_STORE: "1"}, 0),
+    ],
+)
+def test_restarts_that_would_fail_are_told(
+    environment: dict[str, str],
+    warnings: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConnectionError):
+        distributed.start(World(0, 2, 0), torch.device("cpu"), f"file://{tmp_path / 'meeting'}", 0.1)
+    assert len([line for line in caplog.messages if f"{distributed.UNSHARED_STORE}=1" in line]) == warnings
+
+
 def test_a_process_that_waits_in_vain_says_so_in_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     url = f"file://{tmp_path / 'meeting'}"
     with pytest.raises(ConnectionError, match=r"process 0 of 2 .*--dist-url file:.* --init-timeout 1 s"):

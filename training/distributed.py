@@ -14,6 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 _logger = getLogger(__name__)
 
 
+UNSHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""What has to be 1 in the environment for torchrun's restarts: else the processes that it starts anew find in its store
+where those before them were, and look for each other there (https://github.com/pytorch/pytorch/issues/135712)."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among all: `rank` of `size`, and `local_rank` on its machine."""
@@ -100,6 +105,8 @@ def start(world: World, device: torch.device, url: str = "env://", seconds: floa
         if url != "env://":
             _logger.warning("--dist-url %s is without effect: this is the only process", url)
         return
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get(UNSHARED_STORE) != "1":
+        _logger.warning("torchrun's --max-restarts fails without %s=1 in the environment", UNSHARED_STORE)
     on_gpu = device.type == "cuda"
     try:
         dist.init_process_group(

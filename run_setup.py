@@ -29,6 +29,7 @@ from model_setup import (
 from training import distributed
 from training.checkpoint import description_of, is_ours, load_checkpoint, load_weights
 from training.distributed import World
+from training.download import is_url
 from training.files import find_checkpoint, open_output_dir, read_log, write_text
 from training.logs import LoopDisplay
 from training.optimisation import images_per_update, learning_rate
@@ -109,6 +110,8 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
         raise ValueError("--finetune starts a run and --resume goes on with one: give one of them")
     if "start_epoch" in given and ("resume" in given or given.get("auto_resume")):
         raise ValueError("--start-epoch is for a run that starts; --resume goes on where its checkpoint was")
+    if is_url(given.get("resume", "")) and not given.get("eval") and "output_dir" not in given:
+        raise ValueError(f"--resume {given['resume']} needs --output_dir DIR, where the training goes on")
     if given.get("auto_resume"):
         checkpoint = find_checkpoint(given)
     else:

@@ -174,7 +174,9 @@ def _run_options(add: Callable[..., None]) -> None:
         help="receives the checkpoints, config.yaml, log.txt and curves.png; default: nothing is written")
     add("--resume", metavar="FILE",
         help="go on with the training of this checkpoint, in its folder and with its options unless others are given;"
-             " with --eval: the checkpoint to evaluate; default: start afresh")
+             " with --eval: the checkpoint to evaluate; here, at --finetune and at --teacher-path, FILE may be an "
+             "https: URL whose name ends in its SHA-256 (NAME-a1311bcf.pth), or URL#sha256=a1311bcf; default: start "
+             "afresh")
     add("--eval", action="store_true", default=False,
         help="evaluate the checkpoint of --resume and end; at another --input-size if one is given")
     add("--eval-ema", action="store_true", default=False, help="with --eval: evaluate the averaged weights")

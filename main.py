@@ -104,6 +104,8 @@ def train(run: Run, training: Training) -> int:
             state.rows.append(row)
             left = (time.monotonic() - start) / (state.epoch - epochs_before) * (args.epochs - state.epoch)
             _logger.info("%s  best %.2f %%  %s left", summarise(row, args.epochs), state.best_acc1, clock(left))
+            if training.events is not None:
+                training.events.add(row, state.epoch)
             draws = state.epoch == args.epochs or time.monotonic() - drawn > SECONDS_BETWEEN_DRAWINGS
             save(run, training, CHECKPOINTS[1:2] * is_best + CHECKPOINTS[2:] * ema_is_best, draws)
             if draws:
@@ -117,6 +119,9 @@ def train(run: Run, training: Training) -> int:
         raise Interrupted(interrupt.signal_number, f"{place}; {last_checkpoint(run.output_dir)}") from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f" in epoch {state.epoch + 1}; {last_checkpoint(run.output_dir)}") from None
+    finally:
+        if training.events is not None:
+            training.events.close()
     if training.unsaved:
         raise OSError(f"{training.unsaved}; {last_checkpoint(run.output_dir)}")
     return 0
@@ -131,7 +136,12 @@ def run_epoch(run: Run, training: Training, model: nn.Module) -> dict[str, Any]:
     done = state.progress.step * args.accum_steps * args.batch_size
     cast("TrainSampler", loader.sampler).set_epoch(state.epoch, done)
 
+    if training.events is not None:
+        training.events.begin_epoch(state.progress)
+
     def after_update() -> None:
+        if training.events is not None:
+            training.events.after_update(state.epoch, state.progress, state.optimizer.param_groups[0]["lr"])
         every = args.checkpoint_steps
         if every and state.progress.step % every == 0 and state.progress.step < training.updates:
             save(run, training)

@@ -30,6 +30,7 @@ from training import distributed
 from training.checkpoint import description_of, is_ours, load_checkpoint, load_weights
 from training.distributed import World
 from training.download import is_url
+from training.events import Events
 from training.files import find_checkpoint, open_output_dir, read_log, write_text
 from training.logs import LoopDisplay
 from training.optimisation import images_per_update, learning_rate
@@ -73,6 +74,7 @@ class Training:
     loader: ImageLoader
     updates: int  # per epoch
     config: dict[str, Any]  # the options to save
+    events: Events | None = None  # for TensorBoard
     unsaved: str = ""  # why the last checkpoint could not be saved
 
 
@@ -112,6 +114,8 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
         raise ValueError("--start-epoch is for a run that starts; --resume goes on where its checkpoint was")
     if is_url(given.get("resume", "")) and not given.get("eval") and "output_dir" not in given:
         raise ValueError(f"--resume {given['resume']} needs --output_dir DIR, where the training goes on")
+    if given.get("eval") and given.get("tensorboard"):
+        raise ValueError("--tensorboard shows how a training goes: leave it out with --eval")
     if given.get("auto_resume"):
         checkpoint = find_checkpoint(given)
     else:
@@ -121,6 +125,8 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
     finetune = None if checkpoint else {**recipe, **given}.get("finetune")
     start = load_checkpoint(finetune) if finetune else {}
     args = resolve_options(parser, given, recipe, description, description_of(start))
+    if args.tensorboard and not args.eval and args.output_dir is None:
+        raise ValueError("--tensorboard needs --output_dir DIR, to write to DIR/tensorboard")
     device = distributed.pick_device(args.device, world)
     resolve_device_options(args, device)
     distributed.check_size(args.world_size, world)
@@ -157,7 +163,15 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
         if run.training is not None and run.output_dir is not None:
             text = config_text(run.training.config, shlex.join(["main.py", *argv]))
             write_text(run.output_dir / "config.yaml", text)
+    if run.training is not None and args.tensorboard:
+        run.training.events = start_events(run, run.training)
     return run
+
+
+def start_events(run: Run, training: Training) -> Events:
+    """What writes for TensorBoard, if this is the main process, from where the training is."""
+    folder = None if run.output_dir is None else run.output_dir / "tensorboard"
+    return Events(folder, training.state.epoch, training.state.progress, training.updates)
 
 
 def check_same_start(args: argparse.Namespace, checkpoint: dict[str, Any], world: World, device: torch.device) -> None:

@@ -172,6 +172,8 @@ def build_parser(encoding_options: Mapping[str, tuple[type, Sequence[str]]]) -> 
 def _run_options(add: Callable[..., None]) -> None:
     add("--output-dir", metavar="DIR",
         help="receives the checkpoints, config.yaml, log.txt and curves.png; default: nothing is written")
+    add("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
+        help="write what log.txt has, and the loss as it goes, for TensorBoard, to tensorboard/ in --output-dir")
     add("--resume", metavar="FILE",
         help="go on with the training of this checkpoint, in its folder and with its options unless others are given;"
              " with --eval: the checkpoint to evaluate; here, at --finetune and at --teacher-path, FILE may be an "

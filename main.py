@@ -9,12 +9,11 @@ import sys
 import time
 from collections.abc import Sequence
 from logging import getLogger
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from datasets import TrainSampler, UnreadableImageError
 from engine import evaluate, train_one_epoch
 from model_setup import count_parameters
 from run_setup import Run, Training, set_up
@@ -23,8 +22,10 @@ from training.checkpoint import atomic_write, save_checkpoint
 from training.curves import draw_curves
 from training.distributed import World
 from training.files import CHECKPOINTS, last_checkpoint, write_text
+from training.images import UnreadableImageError
 from training.interrupt import Interrupted, defer_interrupts
 from training.logs import LoopDisplay, clock, start_logging
+from training.shards import DamagedShardError
 from training.state import Progress
 
 _logger = getLogger(__name__)
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return evaluate_checkpoint(run) if run.training is None else train(run, run.training)
     except UnreadableImageError as error:
         return _end(f"error: {error}; --skip-bad-images trains without such files", 2, world)
+    except DamagedShardError as error:
+        return _end(f"error: {error}", 2, world)
     except (FloatingPointError, OSError) as error:
         return _end(f"error: {error}", 1, world)
     except Interrupted as interrupt:
@@ -134,7 +137,7 @@ def run_epoch(run: Run, training: Training, model: nn.Module) -> dict[str, Any]:
     epoch = state.epoch + 1
     accuracy = f"  acc@1 {state.rows[-1]['test_acc1']:.2f} %" if state.rows else ""
     done = state.progress.step * args.accum_steps * args.batch_size
-    cast("TrainSampler", loader.sampler).set_epoch(state.epoch, done)
+    loader.set_epoch(state.epoch, done)
 
     if training.events is not None:
         training.events.begin_epoch(state.progress)

@@ -54,6 +54,7 @@ FIXED = ("model", "pe", "join_type", "input_size", *all_options())
 FOR_EVALUATION = (
     "data_set",
     "data_path",
+    "eval_data_path",
     "inat_category",
     "batch_size",
     "num_workers",
@@ -228,6 +229,7 @@ def resolve_options(
     args.data_set = canonical_data_set(args.data_set)
     data_set = DATA_SETS[args.data_set]
     args.data_path = args.data_path or data_set.default_data_path
+    args.num_classes = description.get("num_classes")  # else the data set's
     args.mean, args.std = description.get("mean", data_set.mean), description.get("std", data_set.std)
     return args
 
@@ -239,8 +241,8 @@ def pick_recipe(parser: OptionParser, given: dict[str, Any], checkpoint: dict[st
     if "config" in checkpoint:
         saved = dict(checkpoint["config"])
         if given.get("data_set", saved["data_set"]) != saved["data_set"]:
-            saved |= {"data_path": None, "inat_category": None}  # are of the other data set
-        options = {name: saved[name] for name in FOR_EVALUATION} if given.get("eval") else saved
+            saved |= {"data_path": None, "eval_data_path": None, "inat_category": None}  # are of the other data set
+        options = {name: saved[name] for name in FOR_EVALUATION if name in saved} if given.get("eval") else saved
         return {**options, "recipe": given["resume"]}
     name = DATA_SETS[given.get("data_set", parser.defaults["data_set"])].recipe
     return {**read_recipe(parser, find_recipe(name)), "recipe": name}
@@ -311,7 +313,7 @@ def introduce(run: Run, parser: OptionParser, given: dict[str, Any]) -> None:
     _logger.info(
         "%s: %d images to train, %d to test, %d classes",
         args.data_set,
-        len(run.training.loader.dataset),  # type: ignore[arg-type]
+        run.training.loader.num_images,
         run.num_test_images,
         run.description["num_classes"],
     )

@@ -126,6 +126,11 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
     finetune = None if checkpoint else {**recipe, **given}.get("finetune")
     start = load_checkpoint(finetune) if finetune else {}
     args = resolve_options(parser, given, recipe, description, description_of(start))
+    if args.resplit:
+        raise ValueError(
+            "--resplit spares a clean augmentation split from erasing, but DeiT, whose flag it is, makes no splits: it "
+            "never had an effect, so leave it out"
+        )
     if args.tensorboard and not args.eval and args.output_dir is None:
         raise ValueError("--tensorboard needs --output_dir DIR, to write to DIR/tensorboard")
     device = distributed.pick_device(args.device, world)

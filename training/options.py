@@ -272,6 +272,8 @@ def _augmentation_options(add: Callable[..., None]) -> None:
     add("--reprob", type=FRACTION, default=0.0, metavar="P", help="probability of random erasing")
     add("--remode", default="pixel", metavar="MODE", help="what erases: const, rand, pixel")
     add("--recount", type=whole(1), default=1, metavar="N", help="erased boxes per image")
+    add("--resplit", action=argparse.BooleanOptionalAction, default=False,
+        help="refused: it spares a clean augmentation split from erasing, and DeiT, whose flag it is, makes no splits")
     add("--repeated-aug", action=argparse.BooleanOptionalAction, default=False,
         help="show a third of the images per epoch, each three times and augmented anew")
     add("--mixup", type=AMOUNT, default=0.0, metavar="ALPHA", help="mixup's alpha; 0: off")

@@ -30,6 +30,8 @@ from model_setup import (
 from training import distributed
 from training.checkpoint import description_of, is_ours, load_checkpoint, load_weights
 from training.distributed import World
+from training.download import is_url
+from training.events import Events
 from training.files import find_checkpoint, open_output_dir, read_log, write_text
 from training.logs import LoopDisplay
 from training.optimisation import images_per_update, learning_rate
@@ -53,6 +55,7 @@ FIXED = ("model", "pe", "join_type", "input_size", *all_options())
 FOR_EVALUATION = (
     "data_set",
     "data_path",
+    "eval_data_path",
     "inat_category",
     "batch_size",
     "num_workers",
@@ -74,6 +77,7 @@ class Training:
     loader: ImageLoader
     updates: int  # per epoch
     config: dict[str, Any]  # the options to save
+    events: Events | None = None  # for TensorBoard
     unsaved: str = ""  # why the last checkpoint could not be saved
 
 
@@ -111,6 +115,10 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
         raise ValueError("--finetune starts a run and --resume goes on with one: give one of them")
     if "start_epoch" in given and ("resume" in given or given.get("auto_resume")):
         raise ValueError("--start-epoch is for a run that starts; --resume goes on where its checkpoint was")
+    if is_url(given.get("resume", "")) and not given.get("eval") and "output_dir" not in given:
+        raise ValueError(f"--resume {given['resume']} needs --output_dir DIR, where the training goes on")
+    if given.get("eval") and given.get("tensorboard"):
+        raise ValueError("--tensorboard shows how a training goes: leave it out with --eval")
     if given.get("auto_resume"):
         checkpoint = find_checkpoint(given)
     else:
@@ -120,6 +128,13 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
     finetune = None if checkpoint else {**recipe, **given}.get("finetune")
     start = load_checkpoint(finetune) if finetune else {}
     args = resolve_options(parser, given, recipe, description, description_of(start))
+    if args.resplit:
+        raise ValueError(
+            "--resplit spares a clean augmentation split from erasing, but DeiT, whose flag it is, makes no splits: it "
+            "never had an effect, so leave it out"
+        )
+    if args.tensorboard and not args.eval and args.output_dir is None:
+        raise ValueError("--tensorboard needs --output_dir DIR, to write to DIR/tensorboard")
     device = distributed.pick_device(args.device, world)
     resolve_device_options(args, device)
     if args.deterministic:
@@ -158,7 +173,15 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
         if run.training is not None and run.output_dir is not None:
             text = config_text(run.training.config, shlex.join(["main.py", *argv]))
             write_text(run.output_dir / "config.yaml", text)
+    if run.training is not None and args.tensorboard:
+        run.training.events = start_events(run, run.training)
     return run
+
+
+def start_events(run: Run, training: Training) -> Events:
+    """What writes for TensorBoard, if this is the main process, from where the training is."""
+    folder = None if run.output_dir is None else run.output_dir / "tensorboard"
+    return Events(folder, training.state.epoch, training.state.progress, training.updates)
 
 
 def check_same_start(args: argparse.Namespace, checkpoint: dict[str, Any], world: World, device: torch.device) -> None:
@@ -215,6 +238,7 @@ def resolve_options(
     args.data_set = canonical_data_set(args.data_set)
     data_set = DATA_SETS[args.data_set]
     args.data_path = args.data_path or data_set.default_data_path
+    args.num_classes = description.get("num_classes")  # else the data set's
     args.mean, args.std = description.get("mean", data_set.mean), description.get("std", data_set.std)
     return args
 
@@ -226,8 +250,8 @@ def pick_recipe(parser: OptionParser, given: dict[str, Any], checkpoint: dict[st
     if "config" in checkpoint:
         saved = dict(checkpoint["config"])
         if given.get("data_set", saved["data_set"]) != saved["data_set"]:
-            saved |= {"data_path": None, "inat_category": None}  # are of the other data set
-        options = {name: saved[name] for name in FOR_EVALUATION} if given.get("eval") else saved
+            saved |= {"data_path": None, "eval_data_path": None, "inat_category": None}  # are of the other data set
+        options = {name: saved[name] for name in FOR_EVALUATION if name in saved} if given.get("eval") else saved
         return {**options, "recipe": given["resume"]}
     name = DATA_SETS[given.get("data_set", parser.defaults["data_set"])].recipe
     return {**read_recipe(parser, find_recipe(name)), "recipe": name}
@@ -301,7 +325,7 @@ def introduce(run: Run, parser: OptionParser, given: dict[str, Any]) -> None:
     _logger.info(
         "%s: %d images to train, %d to test, %d classes",
         args.data_set,
-        len(run.training.loader.dataset),  # type: ignore[arg-type]
+        run.training.loader.num_images,
         run.num_test_images,
         run.description["num_classes"],
     )

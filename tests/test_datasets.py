@@ -47,6 +47,8 @@ def make_args(**changes) -> Namespace:
     args = Namespace(
         data_set="DIGITS",
         data_path=None,
+        eval_data_path=None,
+        num_classes=None,
         inat_category=None,
         input_size=16,
         mean=(0.5, 0.5, 0.5),

@@ -753,6 +753,8 @@ BAD_OPTIONS = [
     (("--eval",), ["--resume"]),
     (("--start-epoch", "2"), ["--start-epoch 2", "--epochs 2"]),
     (("--world-size", "3"), ["--world-size 3", "torchrun"]),
+    (("--resplit",), ["--resplit", "leave it out"]),
+    (("--eval-data-path", "x.tar"), ["--eval-data-path x.tar", "FOLDER"]),
 ]
 
 

@@ -1,7 +1,8 @@
 """One process, or several that torchrun started: who is who, on which device, and sums over all of them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from logging import getLogger
@@ -141,6 +142,28 @@ def wait_for_all() -> None:
     """Return when every process has come here."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
+
+
+@contextmanager
+def in_turns() -> Iterator[bool]:
+    """Let rank 0 in first, then one process of each other machine, then all others; tell each whether it may download.
+
+    So a download is made once per disk, whether or not the machines share one, and nobody reads half a download. A
+    process that fails still lets the others in. Without a process group this process is alone.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        yield True
+        return
+    rank = dist.get_rank()
+    is_first_of_machine = int(os.environ.get("LOCAL_RANK", rank)) == 0
+    turn = 0 if rank == 0 else 1 if is_first_of_machine else 2
+    for _ in range(turn):
+        dist.barrier()
+    try:
+        yield turn < 2
+    finally:
+        for _ in range(turn, 2):
+            dist.barrier()
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -172,9 +172,13 @@ def build_parser(encoding_options: Mapping[str, tuple[type, Sequence[str]]]) -> 
 def _run_options(add: Callable[..., None]) -> None:
     add("--output-dir", metavar="DIR",
         help="receives the checkpoints, config.yaml, log.txt and curves.png; default: nothing is written")
+    add("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
+        help="write what log.txt has, and the loss as it goes, for TensorBoard, to tensorboard/ in --output-dir")
     add("--resume", metavar="FILE",
         help="go on with the training of this checkpoint, in its folder and with its options unless others are given;"
-             " with --eval: the checkpoint to evaluate; default: start afresh")
+             " with --eval: the checkpoint to evaluate; here, at --finetune and at --teacher-path, FILE may be an "
+             "https: URL whose name ends in its SHA-256 (NAME-a1311bcf.pth), or URL#sha256=a1311bcf; default: start "
+             "afresh")
     add("--eval", action="store_true", default=False,
         help="evaluate the checkpoint of --resume and end; at another --input-size if one is given")
     add("--eval-ema", action="store_true", default=False, help="with --eval: evaluate the averaged weights")
@@ -228,11 +232,14 @@ def _model_options(add: Callable[..., None]) -> None:
 
 def _data_options(add: Callable[..., None]) -> None:
     add("--data-set", "--dataset", default="IMNET", metavar="NAME",
-        help="IMNET, FOLDER, CIFAR10, CIFAR100, INAT (iNaturalist 2018), INAT19 or DIGITS, in any case")
+        help="IMNET, FOLDER, WDS (tar files), CIFAR10, CIFAR100, INAT (iNaturalist 2018), INAT19 or DIGITS, in any "
+             "case")
     add("--data-path", metavar="DIR",
         help="IMNET, FOLDER: holds train/ and val/, with a folder of images per class; INAT, INAT19: holds the "
-             "annotation files, categories.json and the images; CIFAR: where it is, or is downloaded to; default: "
-             "./data for CIFAR")
+             "annotation files, categories.json and the images; WDS: the tar files to train with, as a pattern in "
+             "quotes, 'shards/train-{0000..0099}.tar'; CIFAR: where it is, or is downloaded to; default: ./data for "
+             "CIFAR")
+    add("--eval-data-path", metavar="PATTERN", help="WDS: the tar files to test with; default: none")
     add("--inat-category", metavar="NAME",
         help="what makes a class of INAT, INAT19: name, genus, family, order, class, phylum, kingdom or supercategory; "
              "default: name, the species")
@@ -271,6 +278,8 @@ def _augmentation_options(add: Callable[..., None]) -> None:
     add("--reprob", type=FRACTION, default=0.0, metavar="P", help="probability of random erasing")
     add("--remode", default="pixel", metavar="MODE", help="what erases: const, rand, pixel")
     add("--recount", type=whole(1), default=1, metavar="N", help="erased boxes per image")
+    add("--resplit", action=argparse.BooleanOptionalAction, default=False,
+        help="refused: it spares a clean augmentation split from erasing, and DeiT, whose flag it is, makes no splits")
     add("--repeated-aug", action=argparse.BooleanOptionalAction, default=False,
         help="show a third of the images per epoch, each three times and augmented anew")
     add("--mixup", type=AMOUNT, default=0.0, metavar="ALPHA", help="mixup's alpha; 0: off")

@@ -46,6 +46,7 @@ from training.options import (
     saved_options,
 )
 from training.seeding import seed_everything
+from training.shards import runs_commands
 from training.state import TrainingState, build_state, restore_progress, restore_state
 
 _logger = getLogger(__name__)
@@ -128,6 +129,7 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
     finetune = None if checkpoint else {**recipe, **given}.get("finetune")
     start = load_checkpoint(finetune) if finetune else {}
     args = resolve_options(parser, given, recipe, description, description_of(start))
+    refuse_foreign_commands(args, given)
     if args.resplit:
         raise ValueError(
             "--resplit spares a clean augmentation split from erasing, but DeiT, whose flag it is, makes no splits: it "
@@ -182,6 +184,21 @@ def start_events(run: Run, training: Training) -> Events:
     """What writes for TensorBoard, if this is the main process, from where the training is."""
     folder = None if run.output_dir is None else run.output_dir / "tensorboard"
     return Events(folder, training.state.epoch, training.state.progress, training.updates)
+
+
+def refuse_foreign_commands(args: argparse.Namespace, given: dict[str, Any]) -> None:
+    """See that no checkpoint or recipe, which may come from anyone, runs a command.
+
+    Raises:
+        ValueError: one would.
+    """
+    for name in {"data_path", "eval_data_path"} - given.keys():
+        pattern = getattr(args, name)
+        if pattern is not None and DATA_SETS[args.data_set].is_sharded and runs_commands(pattern):
+            raise ValueError(
+                f"{args.recipe} asks for {flag_of(name)} {pattern}: a command is run only if the command line has it: "
+                "repeat it there if you trust it"
+            )
 
 
 def check_same_start(args: argparse.Namespace, checkpoint: dict[str, Any], world: World, device: torch.device) -> None:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import tiny_run
 import torch
+import yaml
 from PIL import Image
-from tiny_run import call, log_of
+from tiny_run import call, load, log_of
 
 import engine
 from datasets import ImageLoader, build_dataset, build_loader
@@ -291,8 +292,6 @@ def test_a_training_set_smaller_than_one_update_is_refused(args):
         (None, ["is missing", "train-{0000..0099}.tar"]),
         ("absent/train-{00..04}.tar", ["no shard absent/train-00.tar (5 of 5 are missing)"]),
         ("folder", ["no shard"]),
-        ("pipe:cat a.tar", ["names no files"]),
-        ("https://a.b/{0..3}.tar", ["names no files"]),
     ],
 )
 def test_a_pattern_without_files_is_refused(args, flag, pattern, words, tmp_path):
@@ -327,6 +326,21 @@ def test_a_bad_shard_is_named_before_training(args, kind):
     assert_one_line(error, f"shard {bad}")
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_shards_come_from_a_command_as_from_files(args, num_workers):
+    args = changed(args, num_workers=num_workers)
+    piped = changed(args, data_path=f"pipe:cat {args.data_path}", eval_data_path=f"pipe:cat {args.eval_data_path}")
+    assert seen(loader_of(piped, False)) == seen(loader_of(args, False))
+    assert seen(loader_of(piped, True), 1, 12) == seen(loader_of(args, True), 1, 12)
+
+
+@pytest.mark.parametrize("url", ["pipe:cat /absent-{0..1}.tar 2> /dev/null", "s3://absent/{0..1}.tar"])
+def test_a_shard_that_cannot_be_fetched_is_named(args, url):
+    with pytest.raises(DamagedShardError) as error:
+        build_dataset(True, changed(args, data_path=url))
+    assert_one_line(error, f"shard {url.replace('{0..1}', '0')} cannot be read")
+
+
 def test_shards_without_images_are_refused(args, tmp_path):
     write_tar(tmp_path / "none.tar", {"a.txt": b""})
     with pytest.raises(FileNotFoundError, match="no image in --eval-data-path"):
@@ -351,7 +365,7 @@ def test_a_shard_that_changes_after_it_was_counted_ends_the_epoch_in_one_line(ar
         bad.write_bytes(bad.read_bytes()[:3000])
     with pytest.raises(DamagedShardError) as error:
         list(loader)
-    assert_one_line(error, f"shard {bad}", "damaged" if kind == "truncated" else "has changed")
+    assert_one_line(error, f"shard {bad}", "cannot be read" if kind == "truncated" else "has changed")
     assert "Traceback" not in str(error.value)
 
 
@@ -391,6 +405,16 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
     paths = ("--data-path", f"{folder}/train-{{0..4}}.tar", "--eval-data-path", f"{folder}/val-{{0..2}}.tar")
     (folder / "tiny.yaml").write_text(tiny_run.RECIPE)
     return ("--recipe", folder / "tiny.yaml", "--data-set", "WDS", *paths, "--batch-size", 4, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, command: tuple[object, ...]) -> Path:
+    """The folder of a run; to be left as it is."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(folder.with_name("torch")))
+        assert call(*command, "--epochs", 1, "--num-workers", 0, "--output_dir", folder) == 0
+    return folder
 
 
 def test_a_run_on_shards_stopped_in_mid_epoch_equals_one_that_was_not_and_evaluates_as_on_folders(
@@ -448,3 +472,32 @@ def test_a_damaged_shard_ends_a_run_in_one_line(
     assert call(*command, "--num-workers", 0, "--data-path", pattern) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"main.py: error: shard {bad} has changed since its images were counted: start again"
+
+
+@pytest.mark.parametrize("pattern", ["pipe:touch {}", "{}.tar::pipe:touch {}", "{{p,}}ipe:touch {}"])
+@pytest.mark.parametrize("name", ["data_path", "eval_data_path"])
+@pytest.mark.parametrize("source", ["--resume", "--recipe"])
+def test_a_checkpoint_or_a_recipe_runs_no_command(
+    tmp_path: Path,
+    command: tuple[object, ...],
+    finished: Path,
+    capsys: pytest.CaptureFixture[str],
+    pattern: str,
+    name: str,
+    source: str,
+) -> None:
+    pattern = pattern.format(*[tmp_path / "touched"] * 2)
+    if source == "--resume":
+        checkpoint = load(finished / "checkpoint.pth")
+        checkpoint["config"][name] = pattern
+        path = tmp_path / "evil.pth"
+        torch.save(checkpoint, path)
+    else:
+        path = tmp_path / "evil.yaml"
+        config = {**yaml.safe_load((finished / "config.yaml").read_text()), name: pattern}
+        path.write_text(yaml.safe_dump(config))
+    capsys.readouterr()
+    assert call(source, path) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a command is run only if the command line has it" in line
+    assert not (tmp_path / "touched").exists()

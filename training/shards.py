@@ -64,17 +64,17 @@ class Shards(Dataset):
     """Images and labels in tar files, one after the other; `ShardStream` reads them.
 
     Args:
-        paths: of the files.
+        urls: of the files: paths, or what else webdataset opens, such as `https:` URLs or `pipe:` and a command.
         transform: PIL RGB image -> (3, H, W).
 
     Raises:
         DamagedShardError: a file is not as it should be.
     """
 
-    def __init__(self, paths: Sequence[Path], transform: Transform) -> None:
-        self.paths = list(paths)
+    def __init__(self, urls: Sequence[str], transform: Transform) -> None:
+        self.urls = list(urls)
         self.transform = transform
-        contents = find_contents(self.paths)
+        contents = find_contents(self.urls)
         self.lengths, self.labels = contents.lengths, contents.labels
 
     def __len__(self) -> int:
@@ -94,11 +94,11 @@ class Shards(Dataset):
             begin += length
 
     def _read(self, number: int, first: int, last: int) -> Iterator[dict[str, Any]]:
-        path, length = self.paths[number], self.lengths[number]
+        url, length = self.urls[number], self.lengths[number]
         count = 0
         try:
-            with path.open("rb") as file:
-                source = {"url": str(path), "stream": file}
+            with webdataset.gopen(url) as stream:
+                source = {"url": url, "stream": stream}
                 for sample in group_by_keys(tar_file_expander([source], select_files=_is_part)):
                     count += 1
                     if first < count <= last:
@@ -106,9 +106,9 @@ class Shards(Dataset):
                     if count == last < length:
                         return
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-            raise DamagedShardError(f"shard {path} is damaged: {_first_argument(error)}") from error
+            raise DamagedShardError(f"shard {url} cannot be read: {_first_argument(error)}") from error
         if count != length:
-            raise DamagedShardError(f"shard {path} has changed since its images were counted: start again")
+            raise DamagedShardError(f"shard {url} has changed since its images were counted: start again")
 
 
 def _is_part(name: str) -> bool:
@@ -155,42 +155,54 @@ def open_shards(
     return images, classes
 
 
-def find_shards(flag: str, pattern: str | None) -> list[Path]:
-    """The files that a pattern such as `shards/train-{0000..0099}.tar` names.
+def find_shards(flag: str, pattern: str | None) -> list[str]:
+    """The files that a pattern such as `shards/train-{0000..0099}.tar` names: paths, or what else webdataset opens.
 
     Raises:
-        FileNotFoundError: one is not there.
-        ValueError: no pattern, or one of something else than files.
+        FileNotFoundError: a file of this machine is not there.
+        ValueError: no pattern.
     """
     example = "such as 'shards/train-{0000..0099}.tar'"
     if pattern is None:
         raise ValueError(f"{flag} is missing: WDS needs a pattern of tar files for it, {example}")
-    if re.match(r"[A-Za-z]\w+:", pattern):
-        raise ValueError(f"{flag} {pattern} names no files: shards must lie in a folder that this machine can read")
-    paths = [Path(source["url"]).expanduser() for source in webdataset.SimpleShardList(pattern)]
-    if missing := [path for path in paths if not path.is_file()]:
+    urls = [url if is_remote(url) else str(Path(url).expanduser()) for url in _expand(pattern)]
+    if missing := [url for url in urls if not is_remote(url) and not Path(url).is_file()]:
         raise FileNotFoundError(
-            f"no shard {missing[0]} ({len(missing)} of {len(paths)} are missing): {flag} takes a pattern of tar files, "
+            f"no shard {missing[0]} ({len(missing)} of {len(urls)} are missing): {flag} takes a pattern of tar files, "
             f"{example}"
         )
-    return paths
+    return urls
 
 
-def find_contents(paths: Sequence[Path]) -> Contents:
-    """Count the images of shards by reading the headers in them; once, as the result is kept beside torch's downloads.
+def runs_commands(pattern: str) -> bool:
+    """Whether to read these shards is to run commands, which webdataset hands to the shell."""
+    return any(url.startswith("pipe:") for url in _expand(pattern))
+
+
+def _expand(pattern: str) -> list[str]:
+    return [source["url"] for source in webdataset.SimpleShardList(pattern)]
+
+
+def is_remote(url: str) -> bool:
+    return re.match(r"[A-Za-z]\w+:", url) is not None
+
+
+def find_contents(urls: Sequence[str]) -> Contents:
+    """Count the images of shards; once, as the result is kept beside torch's downloads.
+
+    Of a file of this machine only the headers are read, while any other shard has to come here whole.
 
     Raises:
-        DamagedShardError: a file is no tar file, or an image is not beside a label, a whole number from 0 on.
+        DamagedShardError: a shard is no tar file, or an image is not beside a label, a whole number from 0 on.
     """
-    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([_identity(url) for url in urls]).encode()).hexdigest()
     kept = Path(torch.hub.get_dir()) / "shards" / f"{digest}.json"
     with in_turns():  # so that all but the first find what it has kept
         if kept.is_file():
             return Contents(**json.loads(kept.read_text()))
-        _logger.info("counting the images in %d shards; the result is kept in %s", len(paths), kept)
+        _logger.info("counting the images in %d shards; the result is kept in %s", len(urls), kept)
         with ThreadPoolExecutor(READERS) as threads:
-            counted = list(threads.map(_count, paths))
+            counted = list(threads.map(_count, urls))
         contents = Contents([length for length, _ in counted], sorted(set().union(*(labels for _, labels in counted))))
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -201,18 +213,29 @@ def find_contents(paths: Sequence[Path]) -> Contents:
     return contents
 
 
-def _count(path: Path) -> tuple[int, set[int]]:
+def _identity(url: str) -> tuple[str | int, ...]:
+    """What changes when a shard does, as far as can be told without reading it."""
+    if is_remote(url):
+        return (url,)
+    path = Path(url).resolve()
+    return (str(path), path.stat().st_size, path.stat().st_mtime_ns)
+
+
+def _count(url: str) -> tuple[int, set[int]]:
     try:
-        with tarfile.open(path) as archive:
-            names = (member for member in archive if member.isreg() and _is_part(member.name))
+        with (
+            webdataset.gopen(url) as stream,
+            tarfile.open(fileobj=stream, mode="r|*" if is_remote(url) else "r") as tar,
+        ):
+            parts = (member for member in tar if member.isreg() and _is_part(member.name))
             samples = group_by_keys(
-                {"fname": member.name, "data": _label_in(archive, member), "__url__": str(path)} for member in names
+                {"fname": member.name, "data": _label_in(tar, member), "__url__": url} for member in parts
             )
             labels = [_label_of(sample) for sample in samples]
     except DamagedShardError:
         raise
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise DamagedShardError(f"shard {path} is damaged, or no tar file: {_first_argument(error)}") from error
+        raise DamagedShardError(f"shard {url} cannot be read: {_first_argument(error)}") from error
     return len(labels), set(labels)
 
 
@@ -305,7 +328,7 @@ class ShardStream(IterableDataset):
         """The images from `begin` to `end`, block by block, each shown `repeats` times, without the first showings."""
         blocks, inside = divmod(skipped, self.block * self.repeats)
         begin += blocks * self.block
-        order = self._order(len(self.shards.paths), 0, self.epoch)
+        order = self._order(len(self.shards.urls), 0, self.epoch)
         source = self.shards.read(order, begin, end)
         block = list(islice(source, self.block))
         while block:
@@ -350,9 +373,9 @@ def share_of_shards(
         ValueError: fewer shards than workers, who would read most of what they read in vain.
     """
     workers = max(1, args.num_workers)
-    if len(shards.paths) < world_size * workers:
+    if len(shards.urls) < world_size * workers:
         raise ValueError(
-            f"{len(shards.paths)} shards to {'train' if is_train else 'test'} are too few for {world_size} process(es) "
+            f"{len(shards.urls)} shards to {'train' if is_train else 'test'} are too few for {world_size} process(es) "
             f"with {workers} worker(s) each: lower --num-workers or the number of processes, or write more shards"
         )
     begin, end = (len(shards) * place // world_size for place in (rank, rank + 1))

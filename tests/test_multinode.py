@@ -63,23 +63,31 @@ class Host:
 def hosts(tmp_path: Path) -> Iterator[list[Host]]:
     made: list[Host] = []
     try:
-        try:
-            for number in range(2):
-                made.append(Host(number, tmp_path / f"host{number}.log"))
-            one, other = (("name", CABLE, "netns", host.name) for host in made)
-            ip("link", "add", *one, "type", "veth", "peer", *other)
-            for host in made:
-                ip("-n", host.name, "address", "add", f"{host.address}/30", "dev", CABLE)
-                ip("-n", host.name, "link", "set", CABLE, "up")
-                ip("-n", host.name, "link", "set", "lo", "up")
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = getattr(error, "stderr", None) or error
-            pytest.fail(f"network namespaces need root and the ip of iproute2: {reason}", pytrace=False)
+        if problem := make_hosts(made, tmp_path):
+            pytest.fail(f"two hosts need root and the ip of iproute2: {problem}", pytrace=False)
         yield made
     finally:
         for host in made:
             host.kill()
             ip("netns", "delete", host.name)
+
+
+def make_hosts(made: list[Host], folder: Path) -> str:
+    """Append two hosts, linked by a cable, to `made`; what is wrong, if they cannot be made."""
+    try:
+        for number in range(2):
+            made.append(Host(number, folder / f"host{number}.log"))
+        one, other = (("name", CABLE, "netns", host.name) for host in made)
+        ip("link", "add", *one, "type", "veth", "peer", *other)
+        for host in made:
+            ip("-n", host.name, "address", "add", f"{host.address}/30", "dev", CABLE)
+            ip("-n", host.name, "link", "set", CABLE, "up")
+            ip("-n", host.name, "link", "set", "lo", "up")
+    except FileNotFoundError as error:
+        return str(error)
+    except subprocess.CalledProcessError as error:
+        return error.stderr.strip()
+    return ""
 
 
 @pytest.fixture

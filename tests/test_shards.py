@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import tarfile
 from argparse import Namespace
 from collections import Counter
@@ -117,15 +118,17 @@ def test_without_shared_evaluation_every_process_sees_all(args):
     assert [sorted(seen(loader_of(args, False, rank, 9))) for rank in range(2)] == [list(range(37))] * 2
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("num_workers", "batch_size"), [(0, 1), (0, 4), (2, 4)])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_training_is_in_equally_many_full_batches_and_shows_no_image_twice_in_an_epoch(args, world_size, num_workers):
-    args = changed(args, num_workers=num_workers, accum_steps=2)
+def test_training_is_in_equally_many_full_batches_and_shows_no_image_twice_in_an_epoch(
+    args, world_size, num_workers, batch_size
+):
+    args = changed(args, num_workers=num_workers, batch_size=batch_size, accum_steps=2 if batch_size > 1 else 1)
     loaders = [loader_of(args, True, rank, world_size) for rank in range(world_size)]
     found = [batches(loader) for loader in loaders]
-    number = 37 // world_size // 8 * 2
+    number = 37 // world_size // 8 * 2 if batch_size > 1 else 37 // world_size
     assert [len(loader) for loader in loaders] == [len(process) for process in found] == [number] * world_size
-    assert {len(batch) for process in found for batch in process} == {4}
+    assert {len(batch) for process in found for batch in process} == {batch_size}
     assert max(Counter(chain(*chain(*found))).values()) == 1
 
 
@@ -148,12 +151,27 @@ def test_the_order_depends_on_seed_and_epoch_and_is_reproducible(args, num_worke
     assert seen(loader_of(args, True)) == seen(loader_of(args, True), 0)
 
 
+def test_a_stream_can_be_sent_to_a_spawned_worker(args):
+    loader = loader_of(args, True)
+    loader.set_epoch(2, 8)
+    sent = pickle.loads(pickle.dumps(loader.dataset))
+    assert all(torch.equal(one[0][0], other[0][0]) for one, other in zip(loader.dataset, sent, strict=True))
+
+
 def test_images_are_shuffled_within_and_across_shards(args):
     order = seen(loader_of(args, True, block=20))
     neighbours = sum(after == before + 1 for before, after in pairwise(order))
     assert neighbours < 8
     shard = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
     assert sum(shard[after] != shard[before] for before, after in pairwise(order)) > 18
+
+
+def test_each_block_is_shuffled_in_its_own_way(args, tmp_path):
+    args = changed(args, data_path=make_shards(tmp_path / "one", lengths=(36,)))
+    order = seen(loader_of(args, True, block=12))
+    blocks = [order[first : first + 12] for first in (0, 12, 24)]
+    assert [sorted(block) for block in blocks] == [list(range(first, first + 12)) for first in (0, 12, 24)]
+    assert len({tuple(number % 12 for number in block) for block in blocks}) == 3
 
 
 AUGMENTED = {"train_crop": "random-resized", "hflip": 0.5, "reprob": 0.5}

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 import tarfile
 from argparse import Namespace
 from collections import Counter
@@ -436,7 +437,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory, command: tuple[object, ..
 
 
 def test_a_run_on_shards_stopped_in_mid_epoch_equals_one_that_was_not_and_evaluates_as_on_folders(
-    tmp_path: Path, command: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    command: tuple[object, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     flags = (*command, "--num-workers", 2, "--reprob", 0.5, "--checkpoint-steps", 5, "--auto-resume", "--output_dir")
@@ -449,8 +453,13 @@ def test_a_run_on_shards_stopped_in_mid_epoch_equals_one_that_was_not_and_evalua
         patch.setattr(engine, "_update", at_update(12 + 8, stop))
         with pytest.raises(SystemExit):
             call(*flags, parts)
+    shutil.copytree(parts, tmp_path / "others")
+    capsys.readouterr()
     assert call(*flags, parts) == 0
+    assert "images again" not in capsys.readouterr().out
     assert_same_run(parts, whole)
+    assert call(*flags, tmp_path / "others", "--num-workers", 1) == 0
+    assert "what is left of epoch 2 shows some images again and leaves others out" in capsys.readouterr().out
 
     folder = Path(str(command[1])).parent / "images"
     evaluate = ("--eval", "--resume", whole / "checkpoint.pth", "--output_dir")

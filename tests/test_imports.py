@@ -26,7 +26,8 @@ POSITION = re.compile(r"\bpe\b|pos_embed|encoding|join")
 LIBRARIES = ("torch", "torchvision", "timm", "argparse")
 
 BENEATH: dict[str, tuple[str, ...]] = {
-    "encodings/base": (),
+    "encodings/views": (),
+    "encodings/base": ("encodings/views",),
     "encodings/*": ("encodings/base",),
     "encodings": ("encodings/*",),
     "joins": ("encodings",),
@@ -46,8 +47,8 @@ def layer_of(module: str) -> str:
     match module.split("."):
         case ["lape_vit", "encodings"]:
             return "encodings"
-        case ["lape_vit", "encodings", "base"]:
-            return "encodings/base"
+        case ["lape_vit", "encodings", ("views" | "base") as name]:
+            return f"encodings/{name}"
         case ["lape_vit", "encodings", *_]:
             return "encodings/*"
         case ["lape_vit", ("joins" | "vit") as name]:
@@ -175,7 +176,8 @@ def tree_of(root: Path, files: dict[str, str]) -> Path:
     good = {
         "lape_vit/__init__.py": "from lape_vit.vit import Attention",
         "lape_vit/encodings/__init__.py": "from .learnable import Learnable",
-        "lape_vit/encodings/base.py": "",
+        "lape_vit/encodings/views.py": "",
+        "lape_vit/encodings/base.py": "from . import views",
         "lape_vit/encodings/learnable.py": "from . import base",
         "lape_vit/joins.py": "from lape_vit import encodings\nif pe == 'LaPE': pass",
         "lape_vit/vit.py": "from lape_vit import encodings, joins",
@@ -229,6 +231,7 @@ def test_a_tree_that_keeps_the_rules_has_no_faults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "text"),
     [
+        ("lape_vit/encodings/views.py", "from lape_vit.encodings.base import Grid"),
         ("lape_vit/encodings/base.py", "from lape_vit.encodings.learnable import Learnable"),
         ("lape_vit/encodings/learnable.py", "from lape_vit.encodings import ENCODINGS"),
         ("lape_vit/encodings/learnable.py", "from . import ENCODINGS"),

@@ -1,0 +1,265 @@
+// A panel: one checkpoint in one of its views, as pictures and a line that reads out values.
+
+class Panel {
+  constructor(index) {
+    this.root = byId("panel").content.cloneNode(true).firstElementChild;
+    this.find = (selector) => this.root.querySelector(selector);
+    this.shown = new Map(); // what each figure shows
+    const [pick, pickView] = [this.find(".pick-checkpoint select"), this.find(".pick-view select")];
+    pick.append(...checkpoints.map((checkpoint, i) => new Option(checkpoint.name, i)));
+    pick.value = index;
+    pick.addEventListener("change", () => this.showCheckpoint(Number(pick.value)));
+    pickView.addEventListener("change", () => showView(pickView.value, this));
+    this.find(".pick-checkpoint").hidden = checkpoints.length < 3;
+    this.find(".name").hidden = checkpoints.length > 2; // the choice says it
+    this.showCheckpoint(index);
+  }
+
+  // ---- what it shows
+
+  showCheckpoint(index) {
+    this.checkpoint = checkpoints[index];
+    const { name, caption, nothing, views } = this.checkpoint;
+    for (const [part, text] of Object.entries({ name, caption, nothing })) this.find(`.${part}`).textContent = text;
+    this.root.setAttribute("aria-label", name);
+    for (const part of ["pick-view", "scale", "reading", "pictures"]) this.find(`.${part}`).hidden = !views.length;
+    this.find(".nothing").hidden = views.length > 0;
+    this.find(".pick-view select").replaceChildren(...views.map((view) => new Option(view.title, view.name)));
+    this.showView(this.named(this.view?.name) ?? views[0]);
+  }
+
+  named(name) {
+    return this.checkpoint.views.find((view) => view.name === name);
+  }
+
+  showView(view) {
+    this.view = view;
+    if (view) this.find(".pick-view select").value = view.name;
+    schedule();
+  }
+
+  get grid() {
+    return this.checkpoint.grid;
+  }
+
+  get layerIndex() {
+    return clamp(state.layer, 0, this.view.layers.length - 1);
+  }
+
+  get layer() {
+    return this.view.layers[this.layerIndex];
+  }
+
+  get head() {
+    return clamp(state.head, 0, this.view.heads - 1);
+  }
+
+  headName() {
+    return this.view.panels[this.head] ?? (this.view.heads > 1 ? `head ${this.head}` : "all heads alike");
+  }
+
+  /** The chosen patch; none where values are between rows of tables. */
+  get patch() {
+    return this.view.rows.length ? null : patchOf(this.grid);
+  }
+
+  /** The other patch that the mouse points at; null if there is none. */
+  get other() {
+    const { patch, cell } = this.pointed ?? {};
+    if (patch) return patch;
+    if (!cell || this.view.rows.length) return null;
+    if (!this.view.byOffset) return this.patchAt(cell[1]);
+    const [row, column] = this.patch.map((place, axis) => place + this.offset(cell)[axis]);
+    return row >= 0 && row < this.grid[0] && column >= 0 && column < this.grid[1] ? [row, column] : null;
+  }
+
+  get pointed() {
+    return state.pointed?.panel === this ? state.pointed : null;
+  }
+
+  patchAt(index) {
+    return [Math.floor(index / this.grid[1]), index % this.grid[1]];
+  }
+
+  offset(cell) {
+    return cell.map((place, axis) => place - this.grid[axis] + 1);
+  }
+
+  // ---- what the mouse does
+
+  /** It is over a patch, which becomes the chosen one unless one is pinned. */
+  pointAtPatch(patch) {
+    if (state.pinned) set({ pointed: { panel: this, patch } });
+    else choose(patch, this.grid, { pointed: null });
+  }
+
+  /** It is over a cell of the whole picture; where that has a query patch, it becomes the chosen one unless one is pinned. */
+  pointAtCell(cell) {
+    const pointed = { panel: this, cell };
+    if (state.pinned || this.view.byOffset || this.view.rows.length) set({ pointed });
+    else choose(this.patchAt(cell[0]), this.grid, { pointed });
+  }
+
+  pin(patch) {
+    const again = state.pinned && String(patch) === String(this.patch);
+    choose(patch, this.grid, { pinned: !again, pointed: null });
+  }
+
+  // ---- pictures
+
+  /** Draw what must follow the mouse at once. */
+  draw() {
+    if (!this.view) return;
+    this.limits = limitsOf(this.view.name);
+    const [low, bar, high] = this.find(".scale").children;
+    [low.textContent, high.textContent] = this.limits.map(brief);
+    bar.style.background = `linear-gradient(to right, ${colourScale(this.limits).map(([, c]) => c)})`;
+    this.find(".reading").textContent = this.reading();
+    this.drawMap();
+  }
+
+  /** Draw a figure that may come a moment later. */
+  drawLater(name) {
+    if (!this.view) return;
+    if (name === "whole") this.drawWhole();
+    else this.drawSheet(name);
+  }
+
+  /** Draw a figure, unless it shows the same already. `make(width)` gives Plotly's input, or nothing before it is unpacked. */
+  plot(name, caption, signature, make, listen) {
+    const figure = this.find(`.${name}`);
+    const div = figure.querySelector(".plot");
+    figure.querySelector("figcaption").textContent = caption;
+    div.setAttribute("aria-label", caption);
+    const width = figure.clientWidth;
+    const content = JSON.stringify([this.checkpoint.name, this.view.name, theme(), width, window.innerHeight, signature]);
+    if (this.shown.get(name) === content || width === 0) return;
+    const made = make(width);
+    if (!made) return;
+    const first = !this.shown.has(name);
+    this.shown.set(name, content);
+    Plotly.react(div, made.traces, made.layout, CONFIG);
+    if (first) listen(div);
+    if (!performance.getEntriesByName("drawn").length) performance.mark("drawn");
+  }
+
+  drawMap() {
+    const { patch, grid } = this;
+    this.find(".map").hidden = !patch;
+    if (!patch) return;
+    const other = this.other;
+    const make = (width) => {
+      const z = patchPicture(this.view, this.layer, this.head, grid, patch);
+      if (!z) return undefined;
+      const [H, W] = grid;
+      const cell = cellSize(width, H, W);
+      const layout = gridLayout(cell, H, W, spread(H, 7).map((i) => [i, i]), spread(W, 7).map((i) => [i, i]));
+      if (other) layout.shapes = [box(other[1] - 0.5, other[0] - 0.5, 1, 1)];
+      const gap = cell > 12 ? 1 : 0;
+      const traces = [heat(z, this.limits, { xgap: gap, ygap: gap, ...numbers(z, cell, this.limits, patch) }), patchMark(patch, cell, state.pinned)];
+      return { traces, layout };
+    };
+    const signature = [this.layerIndex, this.head, patch, state.pinned, other];
+    this.plot("map", `From ${patchName(patch)} to every patch`, signature, make, (div) => {
+      div.on("plotly_hover", ({ points }) => this.pointAtPatch([points[0].y, points[0].x]));
+      div.on("plotly_unhover", () => set({ pointed: null }));
+      div.on("plotly_click", ({ points }) => this.pin([points[0].y, points[0].x]));
+    });
+  }
+
+  drawWhole() {
+    const { patch, view } = this;
+    const [H, W] = this.grid;
+    const [height, width] = view.shape;
+    const make = (available) => {
+      const z = wholePicture(view, this.layer, this.head);
+      if (!z) return undefined;
+      const side = 8 + 7 * Math.max(0, ...view.rows.map((row) => row.length));
+      const cell = cellSize(available, height, width, side);
+      const starts = spread(H, 5).map((row) => [row * W, row * W]);
+      let [down, across] = [starts, starts];
+      if (view.byOffset) [down, across] = [H, W].map((size) => offsetTicks(size));
+      if (view.rows.length) down = across = view.rows.map((row, i) => [i, plain(row)]);
+      const layout = gridLayout(cell, height, width, down, across, view.rows.length ? side : 0);
+      // of all offsets, those that reach a patch from the chosen one, and none at all
+      if (view.byOffset) layout.shapes = [box(W - 1.5 - patch[1], H - 1.5 - patch[0], W, H), box(W - 1.5, H - 1.5, 1, 1)];
+      const marks = view.byOffset || !patch ? [] : [rowMark(patch[0] * W + patch[1])];
+      return { traces: [heat(z, this.limits, numbers(z, cell, this.limits)), ...marks], layout };
+    };
+    const caption = view.byOffset ? "By offset from query to key" : patch ? "From every patch to every patch" : "From every row to every row";
+    this.plot("whole", caption, [this.layerIndex, this.head, patch], make, (div) => {
+      div.on("plotly_hover", ({ points }) => this.pointAtCell([points[0].y, points[0].x]));
+      div.on("plotly_unhover", () => set({ pointed: null }));
+      div.on("plotly_click", ({ points }) => {
+        if (!this.view.byOffset && !this.view.rows.length) this.pin(this.patchAt(points[0].y));
+      });
+    });
+  }
+
+  /** Small pictures of all layers or of all heads; a click goes there. */
+  drawSheet(name) {
+    const { view, grid, patch } = this;
+    const ofLayers = name === "layers";
+    const count = ofLayers ? view.layers.length : view.heads;
+    this.find(`.${name}`).hidden = count === 1;
+    if (count === 1) return;
+    const selected = ofLayers ? this.layerIndex : this.head;
+    const make = (width) => {
+      const source = (i) => (ofLayers ? [view.layers[i], this.head] : [this.layer, i]);
+      const images = Array.from({ length: count }, (_, i) => patchPicture(view, ...source(i), grid, patch));
+      if (images.includes(undefined)) return undefined;
+      const names = images.map((_, i) => (ofLayers ? String(i) : (view.panels[i] ?? String(i))));
+      const made = contactSheet(images, names, selected, this.limits, width, this.sheetHeight());
+      this.columns = { ...this.columns, [name]: made.columns };
+      return made;
+    };
+    const caption = ofLayers ? `Every layer${view.heads > 1 ? `, ${this.headName()}` : ""}` : `Every ${view.panels.length ? "table" : "head"}, ${this.layer.title}`;
+    this.plot(name, caption, [this.layerIndex, this.head, patch, view.heads, this.sheetHeight()], make, (div) => {
+      div.on("plotly_click", ({ points }) => {
+        const [H, W] = this.patch ? this.grid : this.view.shape;
+        const [row, column] = points[0].pointIndex;
+        const place = Math.floor(row / (H + 1)) * this.columns[name] + Math.floor(column / (W + 1));
+        set({ [ofLayers ? "layer" : "head"]: place }, true);
+      });
+    });
+  }
+
+  /** What the sheets may take in height: beside the large pictures as much as those, below them less. */
+  sheetHeight() {
+    const [map, strips] = [this.find(".whole"), this.find(".strips")];
+    const beside = strips.offsetTop < map.offsetTop + map.offsetHeight;
+    const both = this.view.heads > 1 && this.view.layers.length > 1;
+    if (beside) return Math.max(map.offsetHeight - 24, 200) / (both ? 2 : 1) - (both ? 18 : 0);
+    return both ? 150 : 180;
+  }
+
+  // ---- words
+
+  /** By how much the values of this layer may be off, having been rounded for the page. */
+  error() {
+    return String(Number((this.layer.step / 2).toPrecision(1)));
+  }
+
+  /** What the numbers are. */
+  reading() {
+    const { view, layer, patch, other } = this;
+    const cell = this.pointed?.cell;
+    const say = (value) => format(value, decimals(view, layer));
+    const z = patchPicture(view, layer, this.head, this.grid, patch);
+    if (!z) return "";
+    if (!patch) return cell ? `${view.rows[cell[0]]} to ${view.rows[cell[1]]}: ${say(z[cell[0]][cell[1]])}` : "Point at a cell to read its value.";
+    if (cell && view.byOffset) {
+      const value = wholePicture(view, layer, this.head)[cell[0]][cell[1]];
+      const [down, right] = this.offset(cell).map((places) => format(places, 0));
+      return `rows ${down}, columns ${right} from the query: ${say(value)}`;
+    }
+    if (other) return `${patchName(patch)} to ${patchName(other)}: ${say(z[other[0]][other[1]])}`;
+    const all = z.flat();
+    const itself = patch[0] * this.grid[1] + patch[1];
+    const elsewhere = all.map((_, i) => i).filter((i) => i !== itself);
+    const at = (i) => `${say(all[i])} to ${patchName(this.patchAt(i))}`;
+    const most = elsewhere.reduce((best, i) => (all[i] > all[best] ? i : best), elsewhere[0]);
+    const least = elsewhere.reduce((best, i) => (all[i] < all[best] ? i : best), elsewhere[0]);
+    return `${patchName(patch)}: ${say(all[itself])} to itself` + (elsewhere.length ? `; elsewhere at most ${at(most)}, at least ${at(least)}` : "");
+  }
+}

@@ -4,6 +4,7 @@ The page is `page/page.html` with its style sheet, its scripts, plotly.js and th
 """
 
 import json
+import math
 import re
 import zlib
 from base64 import b64encode
@@ -84,13 +85,13 @@ def describe(exhibit: Exhibit, views: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def pack_views(views: Sequence[PositionView], room: int) -> list[dict[str, Any]]:
-    """Every view as the page reads it; while all exceed `room` bytes, the largest is kept less and less finely."""
+    """Every view as the page reads it; as long as all exceed `room` bytes, the largest is kept less finely."""
     bits = [FINEST] * len(views)
     packed = [pack_view(view, FINEST) for view in views]
     sizes = [len(json.dumps(view)) for view in packed]
     while sum(sizes) > room and max(bits) > COARSEST:
         largest = max((i for i in range(len(views)) if bits[i] > COARSEST), key=sizes.__getitem__)
-        bits[largest] -= 1
+        bits[largest] = max(COARSEST, min(bits[largest] - 1, math.ceil(bits[largest] * room / sum(sizes))))
         packed[largest] = pack_view(views[largest], bits[largest])
         sizes[largest] = len(json.dumps(packed[largest]))
     return packed

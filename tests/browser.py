@@ -62,14 +62,21 @@ class Page:
         self, driver: webdriver.Chrome, file: Path, size: tuple[int, int] = (1280, 800), scheme: str = "light"
     ) -> None:
         self.driver = driver
-        width, height = size
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        feature = {"name": "prefers-color-scheme", "value": scheme}
-        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        self.resize(*size)
+        self.prefer(scheme)
         driver.get(file.as_uri())
         # Else a mouse that an earlier test has left over the page would point at a patch.
         driver.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": 1, "y": 1})
+
+    def resize(self, width: int, height: int) -> None:
+        """Give the window another size, in pixels."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+    def prefer(self, scheme: str) -> None:
+        """Let the reader's system prefer another scheme."""
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
 
     def until(self, condition: str, *args: Any) -> Any:
         """Wait until a JavaScript expression of `args[0]`, ... is true; its value."""
@@ -94,22 +101,48 @@ class Page:
         self.settle()
         return self.js(f"{self.figure(name, panel)}.data[0].z")
 
+    def plot(self, name: str, panel: int = 0) -> WebElement:
+        return self.js(self.figure(name, panel))
+
+    def small_pictures(self, name: str, count: int, grid: tuple[int, int]) -> list[list[list[float]]]:
+        """What each of the small pictures of a figure shows."""
+        (height, width), values = grid, self.values(name)
+        columns = (len(values[0]) + 1) // (width + 1)
+        corners = [(place // columns * (height + 1), place % columns * (width + 1)) for place in range(count)]
+        return [[line[left : left + width] for line in values[top : top + height]] for top, left in corners]
+
     def text(self, selector: str, panel: int = 0) -> str:
+        """Of the first such element of a panel, or of the page if it has an id."""
         self.settle()
-        return self.js(f"document.querySelectorAll('.panel')[{panel}].querySelector('{selector}').textContent")
+        root = "document" if selector.startswith("#") else f"document.querySelectorAll('.panel')[{panel}]"
+        return self.js(f"{root}.querySelector('{selector}').textContent")
 
     def point(self, name: str, row: float, column: float, shape: tuple[int, int], panel: int = 0) -> ActionChains:
         """Move the mouse to a cell of a heat map of `shape` cells."""
         area = self.js(f"{self.figure(name, panel)}.querySelector('.nsewdrag')")
         box = self.js("(({width, height}) => [width, height])(args[0].getBoundingClientRect())", area)
         # Selenium counts from the element's centre
-        x, y = (size * ((place + 0.5) / count - 0.5) for size, place, count in zip(box, (column, row), shape[::-1], strict=True))
+        x, y = (
+            size * ((place + 0.5) / count - 0.5)
+            for size, place, count in zip(box, (column, row), shape[::-1], strict=True)
+        )
         chain = ActionChains(self.driver).move_to_element_with_offset(area, round(x), round(y))
         chain.perform()
         return chain
 
     def click(self, name: str, row: float, column: float, shape: tuple[int, int], panel: int = 0) -> None:
         self.point(name, row, column, shape, panel).click().perform()
+
+    def click_small(self, name: str, place: int, count: int, grid: tuple[int, int]) -> None:
+        """Click on one of the small pictures of a figure."""
+        self.settle()
+        edges = "(({ x, y }) => [x, y])(args[0].data[0])"
+        x, y = self.js(edges, self.plot(name))
+        columns = len(x) // (grid[1] + 1)
+        row, column = divmod(place, columns)
+        shape = self.js("[args[0].layout.yaxis.range[0], args[0].layout.xaxis.range[1]]", self.plot(name))
+        at = [y[row * (grid[0] + 1)] + grid[0] / 2, x[column * (grid[1] + 1)] + grid[1] / 2]
+        self.click(name, at[0] - 0.5, at[1] - 0.5, shape)
 
     def press(self, *keys: str) -> None:
         for key in keys:

@@ -1,10 +1,11 @@
 """The page to explore positions: what is written into it, and what it does in a real browser."""
 
 import json
-import math
 import re
 from base64 import b64decode
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from zlib import decompress
 
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select
 from torch import Tensor
 
 from figures import explore
@@ -102,7 +105,7 @@ def test_values_are_kept_less_finely_only_as_far_as_the_page_would_be_too_large(
     assert 2 / 65535 < steps[1] < 2 / 255
 
 
-def test_a_name_stays_text(tmp_path: Path) -> None:
+def test_a_name_stays_text() -> None:
     name = "</script><script>alert(1)</script>&amp;{{data}}"
     page = explore_page([exhibit(view("bias"), name=name)]).decode()
     assert data_of(page.encode())[0]["name"] == name
@@ -112,19 +115,13 @@ def test_a_name_stays_text(tmp_path: Path) -> None:
 
 # ---- in a browser
 
-pytest_browser = [
-    pytest.mark.browser,
-    pytest.mark.skipif(find_browser() is None, reason="needs Chromium or Chrome, and chromedriver"),
-]
+Open = Callable[..., Page]
 
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     with open_browser(tmp_path_factory.mktemp("profile")) as driver:
         yield driver
-
-
-Open = Callable[..., Page]
 
 
 @pytest.fixture
@@ -142,16 +139,269 @@ def open_page(driver, tmp_path: Path) -> Iterator[Open]:
     assert driver.execute_script("return performance.getEntriesByType('resource')") == []
 
 
-class TestInBrowser:
-    pytestmark = pytest_browser
+def in_browser(test: Callable) -> Callable:
+    """Run a test where there is a browser."""
+    missing = find_browser() is None
+    return pytest.mark.browser(pytest.mark.skipif(missing, reason="needs Chromium or Chrome, and chromedriver")(test))
 
-    @pytest.mark.parametrize("by_offset", [False, True])
-    def test_pointing_at_a_patch_shows_its_relation_to_all_others(self, open_page: Open, by_offset: bool) -> None:
-        shown = view("bias", by_offset=by_offset)
-        page = open_page(exhibit(shown))
-        np.testing.assert_allclose(page.values("map"), token_map(shown, 0, 0, (2, 3), GRID), atol=2e-5)
-        for patch in ((0, 0), (3, 5), (1, 4)):
-            page.point("map", *patch, GRID)
-            page.until("args[0] in document.querySelector('.reading').textContent.split(':')" if 0 else
-                       "document.querySelector('.reading').textContent.startsWith(args[0])", f"row {patch[0]}, column {patch[1]}:")
-            np.testing.assert_allclose(page.values("map"), token_map(shown, 0, 0, patch, GRID), atol=2e-5)
+
+def assert_shown(page: Page, figure: str, expected: Tensor, panel: int = 0) -> None:
+    np.testing.assert_allclose(page.values(figure, panel), expected, rtol=0, atol=2e-5)
+
+
+def reading(page: Page, start: str, panel: int = 0) -> str:
+    """The line that reads out values, once it starts so."""
+    line = f"document.querySelectorAll('.panel')[{panel}].querySelector('.reading').textContent"
+    page.until(f"{line}.startsWith(args[0])", start)
+    return page.js(line)
+
+
+def number(text: str) -> float:
+    return float(text.replace("\N{MINUS SIGN}", "-"))
+
+
+@in_browser
+def test_pointing_at_a_patch_shows_its_relation_to_all_patches(open_page: Open) -> None:
+    pairs, offsets = view("bias"), view("offsets", by_offset=True)
+    page = open_page(exhibit(pairs, offsets))
+    assert_shown(page, "map", token_map(pairs, 0, 0, (2, 3), GRID))
+    for shown, patch in ((pairs, (0, 0)), (pairs, (3, 5)), (offsets, (1, 4)), (offsets, (3, 0))):
+        Select(page.find(".pick-view select")).select_by_visible_text(shown.title)
+        page.point("map", *patch, GRID)
+        line = reading(page, f"row {patch[0]}, column {patch[1]}: ")
+        expected = token_map(shown, 0, 0, patch, GRID)
+        assert_shown(page, "map", expected)
+        assert_shown(page, "whole", shown.values[0][0])
+        itself, most, least = (number(text) for text in re.findall(r"(\S+) to ", line))
+        own = expected[patch].item()
+        others = [value for value in expected.flatten().tolist() if value != own]
+        assert [itself, most, least] == pytest.approx([own, max(others), min(others)], abs=1e-4)
+
+
+@in_browser
+def test_a_pinned_patch_stays_and_the_others_values_are_read_off(open_page: Open) -> None:
+    shown = view("bias")
+    page = open_page(exhibit(shown))
+    page.click("map", 1, 2, GRID)
+    page.until("document.getElementById('pin').ariaPressed === 'true'")
+    page.point("map", 3, 0, GRID)
+    line = reading(page, "row 1, column 2 to row 3, column 0: ")
+    value = token_map(shown, 0, 0, (1, 2), GRID)[3, 0].item()
+    assert re.fullmatch(r".*: \N{MINUS SIGN}?\d\.\d{4}", line)
+    assert number(line.split(": ")[1]) == pytest.approx(value, abs=1e-4)
+    assert_shown(page, "map", token_map(shown, 0, 0, (1, 2), GRID))
+    page.click("map", 1, 2, GRID)
+    page.until("document.getElementById('pin').ariaPressed === 'false'")
+    page.point("map", 0, 5, GRID)
+    reading(page, "row 0, column 5: ")
+
+
+@in_browser
+def test_pointing_at_the_whole_picture_reads_off_its_cell(open_page: Open) -> None:
+    pairs, offsets = view("bias"), view("offsets", by_offset=True)
+    page = open_page(exhibit(pairs, offsets))
+    page.point("whole", 8, 21, (24, 24))
+    line = reading(page, "row 1, column 2 to row 3, column 3: ")
+    assert number(line.split(": ")[1]) == pytest.approx(pairs.values[0][0, 8, 21].item(), abs=1e-4)
+    page.press("v")
+    page.point("whole", 1, 7, (7, 11))
+    line = reading(page, "rows \N{MINUS SIGN}2, columns 2 from the query: ")
+    assert number(line.split(": ")[1]) == pytest.approx(offsets.values[0][0, 1, 7].item(), abs=1e-4)
+
+
+@in_browser
+def test_layer_head_and_patch_are_chosen_by_controls_and_by_small_pictures(open_page: Open) -> None:
+    shown = view("bias")
+    page = open_page(exhibit(shown))
+    page.find("#layer").send_keys(Keys.ARROW_RIGHT)
+    page.find("#head").send_keys(Keys.END)
+    assert_shown(page, "map", token_map(shown, 1, 3, (2, 3), GRID))
+    assert_shown(page, "whole", shown.values[1][3])
+    assert (page.text("#layer-name"), page.text("#head-name")) == ("block 1, LaPE", "head 3")
+    for name, value in (("row", "0"), ("column", "5")):
+        page.js("args[0].select()", page.find(f"#{name}"))
+        page.find(f"#{name}").send_keys(value, Keys.ENTER)
+    assert_shown(page, "map", token_map(shown, 1, 3, (0, 5), GRID))
+    page.click_small("layers", 2, LAYERS, GRID)
+    page.until("document.getElementById('layer').value === '2'")
+    page.click_small("heads", 1, HEADS, GRID)
+    page.until("document.getElementById('head').value === '1'")
+    assert_shown(page, "map", token_map(shown, 2, 1, (0, 5), GRID))
+
+
+@in_browser
+def test_small_pictures_show_the_patch_in_every_layer_and_head(open_page: Open) -> None:
+    shown = view("bias")
+    page = open_page(exhibit(shown))
+    page.press("]")
+    for name, places in (("layers", [(i, 0) for i in range(LAYERS)]), ("heads", [(1, i) for i in range(HEADS)])):
+        expected = [token_map(shown, layer, head, (2, 3), GRID) for layer, head in places]
+        for tile, values in zip(page.small_pictures(name, len(places), GRID), expected, strict=True):
+            np.testing.assert_allclose(tile, values, rtol=0, atol=2e-5)
+
+
+@in_browser
+def test_keys_move_the_patch_and_change_layer_head_and_view(open_page: Open) -> None:
+    pairs, offsets = view("bias"), view("offsets", by_offset=True)
+    page = open_page(exhibit(pairs, offsets))
+    for keys, shown, layer, head, patch in (
+        ([Keys.ARROW_UP, Keys.ARROW_LEFT], pairs, 0, 0, (1, 2)),
+        ([Keys.ARROW_DOWN] * 5 + [Keys.ARROW_RIGHT] * 2, pairs, 0, 0, (3, 4)),
+        (["]", "]", "]", "]"], pairs, 1, 0, (3, 4)),
+        ([Keys.PAGE_DOWN, "["], pairs, 1, 0, (3, 4)),
+        ([Keys.PAGE_UP, ","], pairs, 0, 3, (3, 4)),
+        ([".", "."], pairs, 0, 1, (3, 4)),
+        (["v"], offsets, 0, 1, (3, 4)),
+    ):
+        page.press(*keys)
+        assert_shown(page, "map", token_map(shown, layer, head, patch, GRID))
+    page.until("document.getElementById('live').textContent.includes('block 0, LaPE, head 1. row 3, column 4: ')")
+    page.press(Keys.ENTER)
+    assert page.js("document.getElementById('pin').ariaPressed") == "true"
+    page.press(Keys.ESCAPE)
+    assert page.js("document.getElementById('pin').ariaPressed") == "false"
+    page.press("?")
+    assert page.js("document.getElementById('help').open")
+    page.press(Keys.ESCAPE)
+    assert not page.js("document.getElementById('help').open")
+
+
+@in_browser
+def test_every_control_is_named_and_reached_by_tab_with_a_visible_focus(open_page: Open) -> None:
+    page = open_page(exhibit(view("bias"), view("other")))
+    assert page.js("[...document.querySelectorAll('input, select')].every((input) => input.labels.length === 1)")
+    seen = []
+    for _ in range(9):
+        page.press(Keys.TAB)
+        focus = "document.activeElement"
+        assert page.js(f"getComputedStyle({focus}).outlineStyle") == "solid"
+        seen.append(page.js(f"{focus}.id || {focus}.closest('label, figure').className"))
+    assert seen == ["keys", "theme", "layer", "play", "head", "row", "column", "pin", "pick-view"]
+    page.press(Keys.TAB, Keys.ARROW_LEFT)
+    assert page.js(f"{focus}.closest('figure').className") == "map"
+    assert page.js(f"{focus}.ariaLabel") == "From row 2, column 2 to every patch"
+
+
+@in_browser
+def test_space_plays_through_the_layers_and_pauses(open_page: Open) -> None:
+    page = open_page(exhibit(view("bias")))
+    page.js("""(window.seen = new Set(), new MutationObserver(([{ target }]) => window.seen.add(target.textContent))
+        .observe(document.getElementById('layer-name'), { childList: true }))""")
+    page.press(" ")
+    assert page.text("#play") == "Pause"
+    page.until("window.seen.size === 3")
+    page.press(" ")
+    assert page.text("#play") == "Play"
+
+
+@in_browser
+def test_the_theme_follows_the_system_until_it_is_switched(open_page: Open) -> None:
+    page = open_page(exhibit(view("bias")), scheme="dark")
+
+    def colours() -> list[str]:
+        page.settle()
+        plot = page.plot("map")
+        return [
+            page.js("getComputedStyle(document.body).backgroundColor"),
+            *page.js("[args[0].data[0].colorscale[20][1], args[0].layout.font.color]", plot),
+        ]
+
+    dark = colours()
+    page.prefer("light")
+    light = colours()
+    assert all(one != other for one, other in zip(dark, light, strict=True))
+    page.find("#theme").click()
+    assert colours() == dark
+    page.press("t")
+    assert colours() == light
+    page.prefer("dark")
+    assert colours() == light
+
+
+@in_browser
+def test_two_checkpoints_stand_side_by_side_at_the_same_place_of_the_image_and_on_one_scale(open_page: Open) -> None:
+    first = [view("bias"), view("kernel", by_offset=True)]
+    second = [view("kernel", OTHER_GRID, layers=2, heads=1, by_offset=True), view("bias", OTHER_GRID, heads=2)]
+    second[1] = replace(second[1], limits=(-3.0, 3.0))
+    page = open_page(exhibit(*first), exhibit(*second, name="runs/b.pth", grid=OTHER_GRID))
+    assert [page.text("h2", panel) for panel in range(2)] == ["runs/a.pth", "runs/b.pth"]
+    tops = [page.js(f"{page.figure('map', panel)}.getBoundingClientRect().top") for panel in range(2)]
+    assert tops[0] == tops[1]
+    Select(page.find(".pick-view select")).select_by_visible_text("the bias")
+    page.point("map", 3, 5, GRID)
+    reading(page, "row 7, column 2: ", panel=1)
+    assert_shown(page, "map", token_map(first[0], 0, 0, (3, 5), GRID))
+    assert_shown(page, "map", token_map(second[1], 0, 0, (7, 2), OTHER_GRID), panel=1)
+    assert [page.js(f"{page.figure('map', panel)}.data[0].zmax") for panel in range(2)] == [3, 3]
+    page.press("v", Keys.PAGE_UP, ",")  # the other view, last layer, last head: as far as each has them
+    assert_shown(page, "map", token_map(first[1], 2, 3, (3, 5), GRID))
+    assert_shown(page, "map", token_map(second[0], 1, 0, (7, 2), OTHER_GRID), panel=1)
+
+
+@in_browser
+def test_of_more_than_two_checkpoints_two_are_chosen(open_page: Open) -> None:
+    shown = [view("bias", layers=1, heads=1 + place) for place in range(3)]
+    page = open_page(*(exhibit(one, name=f"runs/{place}.pth") for place, one in enumerate(shown)))
+    page.press(".")
+    choices = page.driver.find_elements(By.CSS_SELECTOR, ".pick-checkpoint select")
+    assert len(choices) == 2
+    Select(choices[1]).select_by_visible_text("runs/2.pth")
+    assert_shown(page, "map", token_map(shown[0], 0, 0, (2, 3), GRID))
+    assert_shown(page, "map", token_map(shown[2], 0, 1, (2, 3), GRID), panel=1)
+
+
+@in_browser
+def test_a_checkpoint_without_positions_says_so_in_one_line(open_page: Open) -> None:
+    name = "runs/<b>bold</b>.pth"
+    page = open_page(exhibit(name=name), exhibit(view("bias")))
+    assert page.text("h2") == name
+    assert "Nothing to draw" in page.text(".nothing")
+    assert_shown(page, "map", token_map(view("bias"), 0, 0, (2, 3), GRID), panel=1)
+    alone = open_page(exhibit(name=name))
+    alone.until("document.querySelector('.nothing').checkVisibility()")
+    assert not alone.js("document.getElementById('controls').checkVisibility()")
+
+
+@in_browser
+def test_nothing_reaches_beyond_a_window_of_any_width(open_page: Open) -> None:
+    long = exhibit(view("bias"), name="/".join(["a-long-folder"] * 20))
+    page = open_page(long, exhibit(view("bias", (14, 3)), grid=(14, 3)))
+    for width in (1280, 700, 360):
+        page.resize(width, 800)
+        page.settle()
+        assert page.js("document.documentElement.scrollWidth") <= width
+        for panel, figure in product(range(2), ("map", "whole", "layers", "heads")):
+            plot = page.plot(figure, panel)
+            right = "args[0].{}.getBoundingClientRect().right"
+            inner, outer = (page.js(right.format(part), plot) for part in ("querySelector('svg')", "parentElement"))
+            assert inner <= outer
+
+
+@in_browser
+def test_every_view_of_every_encoding_is_shown_as_it_is(open_page: Open) -> None:
+    models = [tiny(pe, legal_joins(pe)[-1], img_size=(32, 24)) for pe in encodings.ENCODINGS]
+    shown = [Exhibit(model.pe, "", model.patch_embed.grid_size, position_views(model)) for model in models]
+    page = open_page(*shown)
+    for place, one in enumerate(shown):
+        Select(page.find(".pick-checkpoint select")).select_by_index(place)
+        for expected in one.views:
+            Select(page.find(".pick-view select")).select_by_visible_text(expected.title)
+            values = expected.values[0][0]
+            step = (expected.values[0].max() - expected.values[0].min()).item() / 65535
+            np.testing.assert_allclose(page.values("whole"), values, rtol=0, atol=step, err_msg=expected.name)
+            assert page.js(f"{page.figure('map')}.checkVisibility()") == (not expected.rows)
+
+
+@in_browser
+def test_the_largest_page_stays_within_ten_megabytes_and_is_soon_drawn(open_page: Open, tmp_path: Path) -> None:
+    grid = (14, 14)
+    shown = view("bias", grid, layers=12, heads=12)
+    page = open_page(exhibit(shown, grid=grid))
+    size = (tmp_path / "explore.html").stat().st_size
+    assert size <= 10_000_000
+    page.settle()
+    drawn = page.js("performance.getEntriesByName('drawn')[0].startTime")
+    print(f"{size / 1e6:.2f} MB, first picture after {drawn:.0f} ms")
+    assert drawn < 10_000  # 2 s where nothing else runs
+    page.press(*["]"] * 11, *["."] * 5)
+    np.testing.assert_allclose(page.values("whole"), shown.values[11][5], rtol=0, atol=1 / 255)

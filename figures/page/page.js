@@ -11,6 +11,7 @@ const state = {
 const panels = [];
 let timer = null; // while the layers play
 let awaiting = false;
+let news = false; // whether what is shown is to be said, too
 const late = new Set(); // figures to draw after those that follow the mouse
 
 // ---- drawing
@@ -36,13 +37,22 @@ function drawLate() {
   const [index, name] = next.split(" ");
   panels[index].drawLater(name);
   if (late.size) setTimeout(drawLate);
-  else if (!awaiting && !isUnpacking()) byId("panels").setAttribute("aria-busy", false);
+  else if (!awaiting && !isUnpacking()) finish();
+}
+
+/** All is drawn: say what has changed, for those who cannot see the pictures. */
+function finish() {
+  byId("panels").setAttribute("aria-busy", false);
+  if (!news) return;
+  news = false;
+  const tell = (panel) => `${panel.layer.title}, ${panel.headName()}. ${panel.reading()}.`;
+  byId("live").textContent = drawable().map(tell).join(" ");
 }
 
 function set(changes, announce = false) {
   Object.assign(state, changes);
+  news ||= announce;
   schedule();
-  if (announce) setTimeout(() => (byId("live").textContent = spoken()), 100);
 }
 
 function showControls() {
@@ -74,9 +84,6 @@ function showControls() {
     byId(id).textContent = texts[Number(on)];
   }
 }
-
-/** For those who cannot see the pictures. */
-const spoken = () => drawable().map((panel) => `${panel.layer.title}, ${panel.headName()}. ${panel.reading()}.`).join(" ");
 
 // ---- choosing
 
@@ -113,6 +120,7 @@ function playOrPause() {
 /** Show a view in every panel whose checkpoint has it. */
 function showView(name, panel) {
   for (const each of new Set([panel, ...drawable()])) each.showView(each.named(name) ?? each.view);
+  set({ pointed: null }, true);
 }
 
 function nextView() {

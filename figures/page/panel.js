@@ -25,7 +25,7 @@ class Panel {
     for (const part of ["pick-view", "scale", "reading", "pictures"]) this.find(`.${part}`).hidden = !views.length;
     this.find(".nothing").hidden = views.length > 0;
     this.find(".pick-view select").replaceChildren(...views.map((view) => new Option(view.title, view.name)));
-    this.showView(this.named(this.view?.name) ?? views[0]);
+    this.showView(this.named((this.view ?? leading()?.view)?.name) ?? views[0]);
   }
 
   named(name) {

@@ -3,6 +3,7 @@
 const MARGIN = { left: 30, right: 8, top: 8, bottom: 24 };
 const LABEL = 15; // height of a small picture's label, in pixels
 const GAP = 8; // between small pictures
+const FRAME = 3; // what the frame of the first of them needs to its left
 const CONFIG = { displayModeBar: false, doubleClick: false, showTips: false };
 
 /** Pixels of a cell such that the picture fits the width that there is, and most windows' height. */
@@ -87,7 +88,7 @@ function contactSheet(images, names, selected, limits, width, height) {
   const [H, W] = [images[0].length, images[0][0].length];
   const cellWith = (columns) => {
     const rows = Math.ceil(images.length / columns);
-    return Math.min((width - GAP * columns) / (columns * W), (height / rows - LABEL - GAP) / H);
+    return Math.min((width - FRAME - GAP * columns) / (columns * W), (height / rows - LABEL - GAP) / H);
   };
   const columns = images.map((_, i) => i + 1).reduce((best, n) => (cellWith(n) > cellWith(best) ? n : best), 1);
   const [rows, cell] = [Math.ceil(images.length / columns), cellWith(columns)];
@@ -112,7 +113,7 @@ function contactSheet(images, names, selected, limits, width, height) {
   };
   const axis = { visible: false, fixedrange: true };
   const layout = {
-    ...baseLayout(columns * stepX * cell, rows * stepY * cell, { l: 2, r: 0, t: LABEL, b: 0 }),
+    ...baseLayout(columns * stepX * cell, rows * stepY * cell, { l: FRAME, r: 0, t: LABEL, b: 0 }),
     xaxis: { ...axis, range: [0, columns * stepX] },
     yaxis: { ...axis, range: [rows * stepY, 0] },
     shapes: [box(...corner(selected), W, H)],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lape_vit.encodings import Grid
-from lape_vit.encodings.views import LayerView, cosine_similarity
+from lape_vit.encodings.views import LayerView, cosine_similarity, mean_by_offset
 from lape_vit.vit import Attention, Block, VisionTransformer, VisionTransformerDistilled
 
 Model = VisionTransformer | VisionTransformerDistilled
@@ -75,7 +75,8 @@ def over_layers(views: Sequence[LayerView], layers: list[str]) -> PositionView:
     for layer, view in zip(layers, views, strict=True):
         if not view.values.isfinite().all():
             raise ValueError(f"{layer}: the {view.title} holds NaN or infinite values")
-    values, first = [view.values for view in views], views[0]
+    first, most = views[0], max(len(view.values) for view in views)  # heads may agree in some layers only
+    values = [view.values.expand(most, -1, -1) for view in views]
     largest = 1.0 if first.bounded else max(value.abs().max().item() for value in values)
     limits = (-largest, largest) if largest else (-1.0, 1.0)
     return PositionView(
@@ -92,6 +93,50 @@ def plane_frequencies(model: Model) -> list[Tensor]:
     """
     found = [attn.encoding.plane_frequencies() for attn in attentions(model) if attn.encoding is not None]
     return [frequencies for frequencies in found if frequencies is not None]
+
+
+def mean_by_distance(view: PositionView, grid: Grid) -> tuple[list[int], Tensor]:
+    """How a quantity between patches falls or rises with their distance: what is local in it.
+
+    Args:
+        view: of patches or by offset.
+        grid: (H, W) of the view.
+
+    Returns:
+        Distances, in patches, rounded; and the mean over all pairs of different patches that lie so far apart, and over
+        heads, in float64: (L, distances).
+    """
+    height, width = grid
+    dy, dx = (torch.arange(1 - side, side)[:, None].abs() for side in grid)
+    dx = dx.T
+    pairs = ((height - dy) * (width - dx)).flatten().double()
+    bins = (dy**2 + dx**2).double().sqrt().round().long().flatten()
+    pairs[bins == 0] = 0
+    means = []
+    for values in view.values:
+        offsets = values if view.by_offset else mean_by_offset(values, grid)
+        sums = bins.bincount(offsets.double().mean(dim=0).flatten() * pairs)
+        means.append(sums / bins.bincount(pairs))
+    distances = sorted(set(bins.tolist()) - {0})
+    return distances, torch.stack(means)[:, distances]
+
+
+def layer_correlations(view: PositionView) -> Tensor:
+    """Pearson's correlation of a quantity between successive layers, over all heads and pairs of different places.
+
+    Returns:
+        (L - 1,), in float64; NaN where a layer is constant. The nearer to 1, the less the layers adapt.
+    """
+    _, rows, columns = view.values[0].shape
+    same = torch.zeros(rows, columns, dtype=torch.bool)
+    if view.by_offset:
+        same[rows // 2, columns // 2] = True
+    else:
+        same.fill_diagonal_(True)
+    layers = torch.stack([values[:, ~same].flatten() for values in view.values]).double()
+    layers = layers - layers.mean(dim=1, keepdim=True)
+    lengths = layers.norm(dim=1)
+    return (layers[:-1] * layers[1:]).sum(dim=1) / (lengths[:-1] * lengths[1:])
 
 
 def attentions(model: Model) -> list[Attention]:
@@ -149,25 +194,38 @@ def layer_positions(model: Model, grid: Grid | None = None) -> list[Tensor]:
     return positions
 
 
-def token_map(similarity: Tensor, grid: Grid, token: tuple[int, int]) -> Tensor:
-    """One patch's similarity to every patch, laid out as the patches are.
+@torch.no_grad()
+def encoding_tables(model: Model) -> Tensor | None:
+    """The absolute encoding itself, before any layer: (T, H*W, D) of its T tables; None where there is none."""
+    height, width = grid = model.patch_embed.grid_size
+    encoding = model.join.encoding
+    return encoding(grid, model.pos_embed)[:, -height * width :] if encoding is not None else None
+
+
+def token_map(values: Tensor, grid: Grid, token: tuple[int, int]) -> Tensor:
+    """What one patch, as the query, has with every patch, laid out as the patches are.
 
     Args:
-        similarity: (H*W, H*W).
+        values: (..., H*W, H*W).
         grid: (H, W).
         token: (row, column) of the patch, from 0.
 
     Returns:
-        (H, W).
+        (..., H, W).
 
     Raises:
         ValueError: the token lies outside the grid.
     """
+    assert values.shape[-2:] == (grid[0] * grid[1], grid[0] * grid[1])
+    check_token(token, grid)
+    return values[..., token[0] * grid[1] + token[1], :].unflatten(-1, grid)
+
+
+def check_token(token: tuple[int, int], grid: Grid) -> None:
+    """Raise ValueError where a patch (row, column) lies outside the grid (H, W)."""
     (row, column), (height, width) = token, grid
-    assert similarity.shape == (height * width, height * width)
     if not (0 <= row < height and 0 <= column < width):
         raise ValueError(
             f"token {row},{column} lies outside the grid of {height} x {width} patches: "
             f"rows are 0 to {height - 1}, columns 0 to {width - 1}"
         )
-    return similarity[row * width + column].unflatten(0, grid)

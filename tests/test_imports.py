@@ -37,7 +37,8 @@ BENEATH: dict[str, tuple[str, ...]] = {
     "training": (),
     "engine": ("training",),
     "datasets": ("training",),
-    "commands": ("models_lape", "engine", "datasets"),
+    "figures": ("models_lape", "training"),
+    "commands": ("figures", "engine", "datasets"),
 }
 """Layer: the layers directly beneath it. A module may import its own layer and all that lies beneath."""
 
@@ -53,7 +54,7 @@ def layer_of(module: str) -> str:
             return "encodings/*"
         case ["lape_vit", ("joins" | "vit") as name]:
             return name
-        case [("lape_vit" | "models_lape" | "training" | "engine" | "datasets") as name, *_]:
+        case [("lape_vit" | "models_lape" | "training" | "engine" | "datasets" | "figures") as name, *_]:
             return name
         case _:
             return "commands"
@@ -187,6 +188,8 @@ def tree_of(root: Path, files: dict[str, str]) -> Path:
         "training/setup.py": "",
         "engine.py": "from training import setup",
         "datasets.py": "",
+        "figures/__init__.py": "",
+        "figures/sheet.py": "import models_lape\nfrom training import setup",
         "main.py": "import datasets, engine, models_lape\nfrom training.setup import device",
         "tests/test_main.py": "import main\nassert main.pe == 'LaPE'",
     }
@@ -252,6 +255,10 @@ def test_a_tree_that_keeps_the_rules_has_no_faults(tmp_path: Path) -> None:
         ("engine.py", "from lape_vit import joins"),
         ("datasets.py", "import engine"),
         ("datasets.py", "import lape_vit"),
+        ("figures/sheet.py", "import main"),
+        ("figures/sheet.py", "import datasets"),
+        ("lape_vit/similarity.py", "from figures import sheet"),
+        ("training/setup.py", "import figures"),
     ],
 )
 def test_an_upward_import_is_a_fault(tmp_path: Path, file: str, text: str) -> None:

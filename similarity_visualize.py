@@ -21,6 +21,7 @@ from torch import Tensor
 from datasets import build_transform
 from figures import attention, comparison, positions
 from figures.checkpoints import FLAGS, full_name, load_model
+from figures.explore import explore_page
 from figures.positions import Positions
 from lape_vit import VisionTransformer
 from lape_vit.attention_maps import attention_maps, why_no_split
@@ -82,6 +83,7 @@ def build_parser() -> Parser:
     add("--token", type=pair, metavar="ROW,COLUMN", help="the patch to draw alone, counted from 0; default: the centre")
     add("--format", choices=("png", "pdf", "svg"), default="png", help="of the pictures; default: png")
     add("--image", metavar="FILE", help="draw attention over this image too, as seen from the patch of --token")
+    add("--html", action="store_true", help="write explore.html, too: all of it on one page, to explore in a browser")
     group = parser.add_argument_group("for a checkpoint that does not say what model it holds")
     add = group.add_argument
     add("--model_name", "--model-name", dest="model", metavar="NAME",
@@ -156,6 +158,8 @@ def draw(args: argparse.Namespace) -> None:
     elif shown[0].views:
         write(folder, args.format, positions.pictures(shown[0]))
         save_values(folder / "positions.npz", positions.raw_values(shown[0]))
+    if args.html and any(one.views for one in shown):
+        save_page(folder / "explore.html", shown)
     for seen in maps:
         write(folder, args.format, attention.pictures(seen))
         save_values(folder / "attention.npz", attention.raw_values(seen))
@@ -170,7 +174,7 @@ def read(path: str, args: argparse.Namespace) -> Checkpoint:
     flags = {name: getattr(args, name) for name in (*FLAGS, *all_options())}
     model, description = load_model(path, flags)
     shown = positions.measure(model, path, description["model"], args.token)
-    if args.token is not None and not shown.uses_token and args.image is None:
+    if args.token is not None and not shown.uses_token and args.image is None and not args.html:
         _logger.warning("--token: what pe=%r shows is alike for every patch", shown.pe)
     return Checkpoint(model, description, shown)
 
@@ -215,6 +219,13 @@ def write(folder: Path, file_format: str, pictures: Iterable[tuple[str, Figure]]
         figure.savefig(folder / names[-1], dpi=DPI)
     rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
     _logger.info("%s: %s%s", folder, names[0], rest)
+
+
+def save_page(path: Path, shown: Sequence[Positions]) -> None:
+    """The page to explore what is shown."""
+    page = explore_page(shown)
+    path.write_bytes(page)
+    _logger.info("%s: %.1f MB, opens in any browser", path, len(page) / 1e6)
 
 
 def save_values(path: Path, values: dict[str, Any]) -> None:

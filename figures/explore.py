@@ -9,7 +9,6 @@ import re
 import zlib
 from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 from plotly.offline import get_plotlyjs
 from torch import Tensor
 
-from lape_vit.encodings import Grid
+from figures.positions import Positions
 from lape_vit.similarity import PositionView
 
 FOLDER = Path(__file__).parent / "page"
@@ -29,35 +28,18 @@ FINEST, COARSEST = 16, 8
 """Bits of a value."""
 
 
-@dataclass(frozen=True)
-class Exhibit:
-    """A checkpoint on the page.
-
-    Attributes:
-        name: where it lies.
-        caption: what it holds, in a line.
-        grid: (H, W) patches.
-        views: what there is to see of it; may be empty.
-    """
-
-    name: str
-    caption: str
-    grid: Grid
-    views: Sequence[PositionView]
-
-
-def explore_page(exhibits: Sequence[Exhibit]) -> bytes:
+def explore_page(shown: Sequence[Positions]) -> bytes:
     """The page, in UTF-8; the first two checkpoints stand side by side, others can be chosen in their place."""
     parts = {
-        "title": escape(", ".join(exhibit.name for exhibit in exhibits)),
+        "title": escape(", ".join(one.source for one in shown)),
         "style": read("page.css"),
         "script": "\n".join(map(read, SCRIPTS)),
         "plotly": pack(get_plotlyjs().encode()),
         "data": "",
     }
-    room = LIMIT - len(fill(parts))
-    packed = iter(pack_views([view for exhibit in exhibits for view in exhibit.views], room))
-    data = {"checkpoints": [describe(exhibit, [next(packed) for _ in exhibit.views]) for exhibit in exhibits]}
+    views = [views_of(one) for one in shown]
+    packed = iter(pack_views([view for of_one in views for view in of_one], LIMIT - len(fill(parts))))
+    data = [describe(one, [next(packed) for _ in of_one]) for one, of_one in zip(shown, views, strict=True)]
     # "<" would let a checkpoint's name end the script element
     parts["data"] = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return fill(parts)
@@ -72,16 +54,22 @@ def fill(parts: dict[str, str]) -> bytes:
     return re.sub(r"{{(\w+)}}", lambda slot: parts[slot[1]], read("page.html")).encode()
 
 
-def describe(exhibit: Exhibit, views: list[dict[str, Any]]) -> dict[str, Any]:
+def views_of(one: Positions) -> list[PositionView]:
+    """What there is to see of a checkpoint; last, of an absolute encoding, the tables themselves."""
+    if one.encoding is None:
+        return one.views
+    tables = list(one.encoding[:, None])
+    titles = [f"table {table}" for table in range(len(tables))] if len(tables) > 1 else ["the table"]
+    title = "cosine similarity of the encoding itself"
+    return [*one.views, PositionView("encoding", title, tables, False, (-1.0, 1.0), titles)]
+
+
+def describe(one: Positions, views: list[dict[str, Any]]) -> dict[str, Any]:
     """What the page is told of a checkpoint."""
-    nothing = "" if views else "Nothing to draw: this model has no positional encoding."
-    return {
-        "name": exhibit.name,
-        "caption": exhibit.caption,
-        "grid": exhibit.grid,
-        "nothing": nothing,
-        "views": views,
-    }
+    nothing = "" if views else f"Nothing to draw: pe={one.pe!r} has no positions."
+    source, caption = one.heading
+    texts = {"name": source, "caption": caption, "nothing": nothing}
+    return {**texts, "grid": one.grid, "token": one.token, "views": views}
 
 
 def pack_views(views: Sequence[PositionView], room: int) -> list[dict[str, Any]]:

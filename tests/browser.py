@@ -64,6 +64,7 @@ class Page:
         self.driver = driver
         self.resize(*size)
         self.prefer(scheme)
+        driver.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
         driver.get(file.as_uri())
         # Else a mouse that an earlier test has left over the page would point at a patch.
         driver.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": 1, "y": 1})
@@ -77,6 +78,15 @@ class Page:
         """Let the reader's system prefer another scheme."""
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+
+    def processor_time(self) -> float:
+        """Seconds that the page's main thread has computed since it was opened."""
+        (time,) = (
+            metric["value"]
+            for metric in self.driver.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+            if metric["name"] == "ThreadTime"
+        )
+        return time
 
     def until(self, condition: str, *args: Any) -> Any:
         """Wait until a JavaScript expression of `args[0]`, ... is true; its value."""

@@ -19,12 +19,13 @@ from selenium.webdriver.support.ui import Select
 from torch import Tensor
 
 from figures import explore
-from figures.explore import Exhibit, explore_page, quantise
+from figures.explore import explore_page, quantise
+from figures.positions import Positions, measure
 from lape_vit import encodings
 from lape_vit.joins import legal_joins
-from lape_vit.similarity import PositionView, position_views
+from lape_vit.similarity import PositionView
 from tests.browser import Page, find_browser, open_browser
-from tests.models import tiny
+from tests.models import DEIT, tiny
 
 GRID = (4, 6)
 OTHER_GRID = (8, 3)
@@ -47,8 +48,9 @@ def view(
     return PositionView(name, f"the {name}", values, by_offset, (-1.0, 1.0), titles)
 
 
-def exhibit(*views: PositionView, name: str = "runs/a.pth", grid: tuple[int, int] = GRID) -> Exhibit:
-    return Exhibit(name, "a model", grid, views)
+def positions(*views: PositionView, source: str = "runs/a.pth", grid: tuple[int, int] = GRID) -> Positions:
+    token = grid[0] // 2, grid[1] // 2
+    return Positions(source, "deit", "a_pe", "a_join", grid, token, list(views), frequencies=[], encoding=None)
 
 
 def token_map(shown: PositionView, layer: int, head: int, patch: tuple[int, int], grid: tuple[int, int]) -> Tensor:
@@ -66,7 +68,7 @@ def token_map(shown: PositionView, layer: int, head: int, patch: tuple[int, int]
 def data_of(page: bytes) -> list[dict]:
     """The checkpoints as the page is told of them."""
     (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.decode())
-    return json.loads(text)["checkpoints"]
+    return json.loads(text)
 
 
 def unpack(layer: dict, shape: tuple[int, ...]) -> NDArray[np.float64]:
@@ -94,11 +96,11 @@ def test_values_are_kept_less_finely_only_as_far_as_the_page_would_be_too_large(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     small, large = view("small", heads=1), view("large", heads=40)
-    free = explore_page([exhibit(small, large)])
+    free = explore_page([positions(small, large)])
     steps = [data_of(free)[0]["views"][i]["layers"][0]["step"] for i in range(2)]
     assert steps == pytest.approx([2 / 65535] * 2, rel=0.02)
     monkeypatch.setattr(explore, "LIMIT", len(free) - 20_000)
-    page = explore_page([exhibit(small, large)])
+    page = explore_page([positions(small, large)])
     assert len(page) <= explore.LIMIT
     steps = [data_of(page)[0]["views"][i]["layers"][0]["step"] for i in range(2)]
     assert steps[0] == pytest.approx(2 / 65535, rel=0.02)
@@ -107,9 +109,9 @@ def test_values_are_kept_less_finely_only_as_far_as_the_page_would_be_too_large(
 
 def test_a_name_stays_text() -> None:
     name = "</script><script>alert(1)</script>&amp;{{data}}"
-    page = explore_page([exhibit(view("bias"), name=name)]).decode()
+    page = explore_page([positions(view("bias"), source=name)]).decode()
     assert data_of(page.encode())[0]["name"] == name
-    assert page.count("<script") == explore_page([exhibit(view("bias"))]).decode().count("<script")
+    assert page.count("<script") == explore_page([positions(view("bias"))]).decode().count("<script")
     assert "<title>&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;&amp;amp;{{data}}</title>" in page
 
 
@@ -128,9 +130,9 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
 def open_page(driver, tmp_path: Path) -> Iterator[Open]:
     """Open a page of some checkpoints; whatever the browser had to complain about it is a failure."""
 
-    def open_(*exhibits: Exhibit, **options) -> Page:
+    def open_(*shown: Positions, **options) -> Page:
         file = tmp_path / "explore.html"
-        file.write_bytes(explore_page(exhibits))
+        file.write_bytes(explore_page(shown))
         return Page(driver, file, **options)
 
     driver.get_log("browser")
@@ -163,7 +165,7 @@ def number(text: str) -> float:
 @in_browser
 def test_pointing_at_a_patch_shows_its_relation_to_all_patches(open_page: Open) -> None:
     pairs, offsets = view("bias"), view("offsets", by_offset=True)
-    page = open_page(exhibit(pairs, offsets))
+    page = open_page(positions(pairs, offsets))
     assert_shown(page, "map", token_map(pairs, 0, 0, (2, 3), GRID))
     for shown, patch in ((pairs, (0, 0)), (pairs, (3, 5)), (offsets, (1, 4)), (offsets, (3, 0))):
         Select(page.find(".pick-view select")).select_by_visible_text(shown.title)
@@ -181,7 +183,7 @@ def test_pointing_at_a_patch_shows_its_relation_to_all_patches(open_page: Open) 
 @in_browser
 def test_a_pinned_patch_stays_and_the_others_values_are_read_off(open_page: Open) -> None:
     shown = view("bias")
-    page = open_page(exhibit(shown))
+    page = open_page(positions(shown))
     page.click("map", 1, 2, GRID)
     page.until("document.getElementById('pin').ariaPressed === 'true'")
     page.point("map", 3, 0, GRID)
@@ -199,7 +201,7 @@ def test_a_pinned_patch_stays_and_the_others_values_are_read_off(open_page: Open
 @in_browser
 def test_pointing_at_the_whole_picture_reads_off_its_cell(open_page: Open) -> None:
     pairs, offsets = view("bias"), view("offsets", by_offset=True)
-    page = open_page(exhibit(pairs, offsets))
+    page = open_page(positions(pairs, offsets))
     page.point("whole", 8, 21, (24, 24))
     line = reading(page, "row 1, column 2 to row 3, column 3: ")
     assert number(line.split(": ")[1]) == pytest.approx(pairs.values[0][0, 8, 21].item(), abs=1e-4)
@@ -212,7 +214,7 @@ def test_pointing_at_the_whole_picture_reads_off_its_cell(open_page: Open) -> No
 @in_browser
 def test_layer_head_and_patch_are_chosen_by_controls_and_by_small_pictures(open_page: Open) -> None:
     shown = view("bias")
-    page = open_page(exhibit(shown))
+    page = open_page(positions(shown))
     page.find("#layer").send_keys(Keys.ARROW_RIGHT)
     page.find("#head").send_keys(Keys.END)
     assert_shown(page, "map", token_map(shown, 1, 3, (2, 3), GRID))
@@ -232,7 +234,7 @@ def test_layer_head_and_patch_are_chosen_by_controls_and_by_small_pictures(open_
 @in_browser
 def test_small_pictures_show_the_patch_in_every_layer_and_head(open_page: Open) -> None:
     shown = view("bias")
-    page = open_page(exhibit(shown))
+    page = open_page(positions(shown))
     page.press("]")
     for name, places in (("layers", [(i, 0) for i in range(LAYERS)]), ("heads", [(1, i) for i in range(HEADS)])):
         expected = [token_map(shown, layer, head, (2, 3), GRID) for layer, head in places]
@@ -243,7 +245,7 @@ def test_small_pictures_show_the_patch_in_every_layer_and_head(open_page: Open) 
 @in_browser
 def test_keys_move_the_patch_and_change_layer_head_and_view(open_page: Open) -> None:
     pairs, offsets = view("bias"), view("offsets", by_offset=True)
-    page = open_page(exhibit(pairs, offsets))
+    page = open_page(positions(pairs, offsets))
     for keys, shown, layer, head, patch in (
         ([Keys.ARROW_UP, Keys.ARROW_LEFT], pairs, 0, 0, (1, 2)),
         ([Keys.ARROW_DOWN] * 5 + [Keys.ARROW_RIGHT] * 2, pairs, 0, 0, (3, 4)),
@@ -268,7 +270,7 @@ def test_keys_move_the_patch_and_change_layer_head_and_view(open_page: Open) -> 
 
 @in_browser
 def test_every_control_is_named_and_reached_by_tab_with_a_visible_focus(open_page: Open) -> None:
-    page = open_page(exhibit(view("bias"), view("other")))
+    page = open_page(positions(view("bias"), view("other")))
     assert page.js("[...document.querySelectorAll('input, select')].every((input) => input.labels.length === 1)")
     seen = []
     for _ in range(9):
@@ -284,7 +286,7 @@ def test_every_control_is_named_and_reached_by_tab_with_a_visible_focus(open_pag
 
 @in_browser
 def test_space_plays_through_the_layers_and_pauses(open_page: Open) -> None:
-    page = open_page(exhibit(view("bias")))
+    page = open_page(positions(view("bias")))
     page.js("""(window.seen = new Set(), new MutationObserver(([{ target }]) => window.seen.add(target.textContent))
         .observe(document.getElementById('layer-name'), { childList: true }))""")
     page.press(" ")
@@ -296,7 +298,7 @@ def test_space_plays_through_the_layers_and_pauses(open_page: Open) -> None:
 
 @in_browser
 def test_the_theme_follows_the_system_until_it_is_switched(open_page: Open) -> None:
-    page = open_page(exhibit(view("bias")), scheme="dark")
+    page = open_page(positions(view("bias")), scheme="dark")
 
     def colours() -> list[str]:
         page.settle()
@@ -323,7 +325,7 @@ def test_two_checkpoints_stand_side_by_side_at_the_same_place_of_the_image_and_o
     first = [view("bias"), view("kernel", by_offset=True)]
     second = [view("kernel", OTHER_GRID, layers=2, heads=1, by_offset=True), view("bias", OTHER_GRID, heads=2)]
     second[1] = replace(second[1], limits=(-3.0, 3.0))
-    page = open_page(exhibit(*first), exhibit(*second, name="runs/b.pth", grid=OTHER_GRID))
+    page = open_page(positions(*first), positions(*second, source="runs/b.pth", grid=OTHER_GRID))
     assert [page.text("h2", panel) for panel in range(2)] == ["runs/a.pth", "runs/b.pth"]
     tops = [page.js(f"{page.figure('map', panel)}.getBoundingClientRect().top") for panel in range(2)]
     assert tops[0] == tops[1]
@@ -341,7 +343,7 @@ def test_two_checkpoints_stand_side_by_side_at_the_same_place_of_the_image_and_o
 @in_browser
 def test_of_more_than_two_checkpoints_two_are_chosen(open_page: Open) -> None:
     shown = [view("bias", layers=1, heads=1 + place) for place in range(3)]
-    page = open_page(*(exhibit(one, name=f"runs/{place}.pth") for place, one in enumerate(shown)))
+    page = open_page(*(positions(one, source=f"runs/{place}.pth") for place, one in enumerate(shown)))
     page.press(".")
     choices = page.driver.find_elements(By.CSS_SELECTOR, ".pick-checkpoint select")
     assert len(choices) == 2
@@ -353,19 +355,19 @@ def test_of_more_than_two_checkpoints_two_are_chosen(open_page: Open) -> None:
 @in_browser
 def test_a_checkpoint_without_positions_says_so_in_one_line(open_page: Open) -> None:
     name = "runs/<b>bold</b>.pth"
-    page = open_page(exhibit(name=name), exhibit(view("bias")))
+    page = open_page(positions(source=name), positions(view("bias")))
     assert page.text("h2") == name
     assert "Nothing to draw" in page.text(".nothing")
     assert_shown(page, "map", token_map(view("bias"), 0, 0, (2, 3), GRID), panel=1)
-    alone = open_page(exhibit(name=name))
+    alone = open_page(positions(source=name))
     alone.until("document.querySelector('.nothing').checkVisibility()")
     assert not alone.js("document.getElementById('controls').checkVisibility()")
 
 
 @in_browser
 def test_nothing_reaches_beyond_a_window_of_any_width(open_page: Open) -> None:
-    long = exhibit(view("bias"), name="/".join(["a-long-folder"] * 20))
-    page = open_page(long, exhibit(view("bias", (14, 3)), grid=(14, 3)))
+    long = positions(view("bias"), source="/".join(["a-long-folder"] * 20))
+    page = open_page(long, positions(view("bias", (14, 3)), grid=(14, 3)))
     for width in (1280, 700, 360):
         page.resize(width, 800)
         page.settle()
@@ -380,7 +382,7 @@ def test_nothing_reaches_beyond_a_window_of_any_width(open_page: Open) -> None:
 @in_browser
 def test_every_view_of_every_encoding_is_shown_as_it_is(open_page: Open) -> None:
     models = [tiny(pe, legal_joins(pe)[-1], img_size=(32, 24)) for pe in encodings.ENCODINGS]
-    shown = [Exhibit(model.pe, "", model.patch_embed.grid_size, position_views(model)) for model in models]
+    shown = [measure(model, f"{model.pe}.pth", DEIT) for model in models]
     page = open_page(*shown)
     for place, one in enumerate(shown):
         Select(page.find(".pick-checkpoint select")).select_by_index(place)
@@ -396,12 +398,14 @@ def test_every_view_of_every_encoding_is_shown_as_it_is(open_page: Open) -> None
 def test_the_largest_page_stays_within_ten_megabytes_and_is_soon_drawn(open_page: Open, tmp_path: Path) -> None:
     grid = (14, 14)
     shown = view("bias", grid, layers=12, heads=12)
-    page = open_page(exhibit(shown, grid=grid))
+    page = open_page(positions(shown, grid=grid))
     size = (tmp_path / "explore.html").stat().st_size
     assert size <= 10_000_000
+    page.until("performance.getEntriesByName('drawn').length")
+    used = page.processor_time()
     page.settle()
-    drawn = page.js("performance.getEntriesByName('drawn')[0].startTime")
-    print(f"{size / 1e6:.2f} MB, first picture after {drawn:.0f} ms")
-    assert drawn < 10_000  # 2 s where nothing else runs
+    drawn = page.js("performance.getEntriesByName('drawn')[0].startTime / 1000")
+    print(f"{size / 1e6:.2f} MB, first picture after {drawn:.2f} s and {used:.2f} s of a processor")
+    assert min(drawn, used) < 3  # 2 s on a machine that has nothing else to do; this one may be shared, or slow
     page.press(*["]"] * 11, *["."] * 5)
     np.testing.assert_allclose(page.values("whole"), shown.values[11][5], rtol=0, atol=1 / 255)

@@ -4,7 +4,7 @@ const SECONDS_PER_LAYER = 0.7;
 const state = {
   layer: 0,
   head: 0,
-  place: [0.5, 0.5], // the chosen patch, as shares of the image's height and width: it means the same in every grid
+  place: [0, 0], // the chosen patch, as shares of the image's height and width: it means the same in every grid
   pinned: false,
   pointed: null, // what the mouse points at: {panel, patch}, or {panel, cell} of its whole picture
 };
@@ -200,6 +200,7 @@ async function start() {
   byId("panels").append(...panels.map((panel) => panel.root));
   listen();
   showTheme();
+  if (leading()) choose(leading().checkpoint.token, leading().grid);
 }
 
 if ("DecompressionStream" in window) await start();

@@ -118,9 +118,9 @@ class Panel {
     this.drawMap();
   }
 
-  /** Draw a figure that may come a moment later. */
+  /** Draw a figure that may come a moment later: not before this layer is unpacked, lest others be unpacked first. */
   drawLater(name) {
-    if (!this.view) return;
+    if (!this.view || !levelsOf(this.layer)) return;
     if (name === "whole") this.drawWhole();
     else this.drawSheet(name);
   }
@@ -131,7 +131,7 @@ class Panel {
     const div = figure.querySelector(".plot");
     figure.querySelector("figcaption").textContent = caption;
     div.setAttribute("aria-label", caption);
-    const width = figure.clientWidth;
+    const width = Math.floor(figure.getBoundingClientRect().width);
     const content = JSON.stringify([this.checkpoint.name, this.view.name, theme(), width, window.innerHeight, signature]);
     if (this.shown.get(name) === content || width === 0) return;
     const made = make(width);

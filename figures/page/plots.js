@@ -113,7 +113,7 @@ function contactSheet(images, names, selected, limits, width, height) {
   };
   const axis = { visible: false, fixedrange: true };
   const layout = {
-    ...baseLayout(columns * stepX * cell, rows * stepY * cell, { l: FRAME, r: 0, t: LABEL, b: 0 }),
+    ...baseLayout(Math.floor(columns * stepX * cell), rows * stepY * cell, { l: FRAME, r: 0, t: LABEL, b: 0 }),
     xaxis: { ...axis, range: [0, columns * stepX] },
     yaxis: { ...axis, range: [rows * stepY, 0] },
     shapes: [box(...corner(selected), W, H)],

@@ -6,7 +6,7 @@
 
 const byId = (id) => document.getElementById(id);
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
-const { checkpoints } = JSON.parse(byId("data").textContent);
+const checkpoints = JSON.parse(byId("data").textContent);
 
 // ---- unpacking
 

@@ -61,18 +61,18 @@ def pictures(shown: TokenAttention) -> Iterator[tuple[str, Figure]]:
     row, column = shown.positions.token
     heading = [*shown.positions.heading, f"{shown.file}, seen from the patch in row {row}, column {column}"]
     heads = f"{len(shown.parts['attention'][0])} heads, row by row"
-    sheets = [Sheet(heading, [image_band(shown.pixels, shown.positions)], box=2.4)]
+    sheets = [Sheet([], [image_band(shown.pixels, shown.positions)], box=2.4)]
     drawn = [name for name in TITLES if name in shown.parts]
     for name in drawn:
         band = layers_band(f"{TITLES[name]}: {heads}", shown.layers, shown.parts[name], scale(shown, name))
-        sheets.append(Sheet(["", "", ""], [band], per_row=4))
-    yield "attention", draw_sheets(sheets)
+        sheets.append(Sheet([], [band], per_row=4))
+    yield "attention", draw_sheets(sheets, heading)
     for layer, title in enumerate(shown.layers):
         sheets = []
         for name in drawn:
             band = heads_band(f"{title}: {TITLES[name]}", shown, name, layer)
-            sheets.append(single(["", "", ""] if sheets else heading, band))
-        yield f"{shown.positions.join_type}_layer{layer}_attention", draw_sheets(sheets)
+            sheets.append(single([], band))
+        yield f"{shown.positions.join_type}_layer{layer}_attention", draw_sheets(sheets, heading)
 
 
 def scale(shown: TokenAttention, name: str) -> Colours:

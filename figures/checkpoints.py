@@ -9,8 +9,9 @@ import timm
 from timm.layers import to_2tuple
 
 import models_lape  # noqa: F401  (registers the models)
-from lape_vit import convert_checkpoint
+from lape_vit import VisionTransformer, convert_checkpoint
 from lape_vit.encodings import all_options, canonical_name
+from lape_vit.timm_similarity import timm_grid
 from training.checkpoint import description_of, load_checkpoint, load_weights
 from training.options import flag_of
 
@@ -44,7 +45,8 @@ def load_model(path: str, flags: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
         checkpoint says, with the flags; the key `model` is always there.
 
     Raises:
-        ValueError, OSError: no checkpoint, a flag that contradicts it, something that neither says, other weights.
+        ValueError, OSError: no checkpoint, a flag that contradicts it, something that neither says, other weights, a
+            model of timm's whose positions cannot be seen.
     """
     checkpoint = load_checkpoint(path)
     description = complete(description_of(checkpoint), flags, path)
@@ -65,6 +67,8 @@ def load_model(path: str, flags: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
         model = timm.create_model(name, num_classes=len(head), **({"img_size": size} if size else {}), **build)
     except TypeError as error:
         raise ValueError(f"{name} cannot be built: {error}") from error
+    if not isinstance(model, VisionTransformer):
+        timm_grid(model)
     own = {key: str(getattr(model, key)) for key in ("pe", "join_type") if hasattr(model, key)}
     load_weights(model, state_dict, path, f"{name} ({', '.join(own.values())})" if own else name)
     if untold := own.keys() - build.keys():

@@ -1,8 +1,9 @@
 """Checkpoints side by side, and how their positions change over depth."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from string import ascii_uppercase
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -31,7 +32,8 @@ def side_by_side(checkpoints: Sequence[Positions]) -> Figure:
     sheets = []
     for letter, positions in zip(ascii_uppercase, on_common_scales(checkpoints), strict=False):
         sheet = overview(positions)
-        sheets.append(replace(sheet, heading=[f"{letter}: {sheet.heading[0]}", *sheet.heading[1:]]))
+        heading = [f"{letter}: {sheet.heading[0]}", *sheet.heading[1:]]
+        sheets.append(replace(sheet, heading=heading if sheet.bands else [*heading, "nothing to draw"]))
     return draw_sheets(sheets)
 
 
@@ -63,29 +65,32 @@ def curve_views(checkpoints: Sequence[Positions]) -> list[str]:
 
 def draw_curves(checkpoints: Sequence[Positions]) -> Figure:
     """A row for each quantity: its mean by distance in each checkpoint, and the correlation of successive layers."""
-    names = curve_views(checkpoints)
-    columns = len(checkpoints) + 1
-    figure = Figure(figsize=(3.1 * columns, 0.5 + 2.7 * len(names)), layout="constrained")
-    grid = figure.subplots(len(names), columns, squeeze=False)
-    for row, name in zip(grid, names, strict=True):
-        drawn: list[Axes] = []
-        for axes, positions, label in zip(row, checkpoints, labels(checkpoints), strict=False):
-            view = view_named(positions, name)
-            if view is None:
-                axes.set_axis_off()
-                continue
+    rows = {name: views_named(checkpoints, name) for name in curve_views(checkpoints)}
+    columns = max(map(len, rows.values())) + 1
+    figure = Figure(figsize=(3.1 * columns, 3.1 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for row, views in zip(grid, rows.values(), strict=True):
+        for axes, (label, (positions, view)) in zip(row, views.items(), strict=False):
+            axes.sharey(row[0])
             draw_locality(axes, label, positions.grid, view)
-            if drawn:
-                axes.sharey(drawn[0])
-            drawn.append(axes)
-        draw_correlations(row[-1], checkpoints, name)
-    for axes in grid.flat:
-        axes.tick_params(labelsize=SIZES["tick"])
+        draw_correlations(row[len(views)], views)
+        for axes in row[: len(views) + 1]:
+            axes.tick_params(labelsize=SIZES["tick"])
+            axes.set_xlabel("block", fontsize=SIZES["panel"])
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for axes in row[len(views) + 1 :]:
+            axes.remove()
     return figure
 
 
-def view_named(positions: Positions, name: str) -> PositionView | None:
-    return next((view for view in positions.views if view.name == name), None)
+def views_named(checkpoints: Sequence[Positions], name: str) -> dict[str, tuple[Positions, PositionView]]:
+    """Of each checkpoint that has the view, by a short name of the checkpoint."""
+    return {
+        label: (positions, view)
+        for label, positions in zip(labels(checkpoints), checkpoints, strict=True)
+        for view in positions.views
+        if view.name == name
+    }
 
 
 def draw_locality(axes: Axes, label: str, grid: Grid, view: PositionView) -> None:
@@ -97,33 +102,40 @@ def draw_locality(axes: Axes, label: str, grid: Grid, view: PositionView) -> Non
         colour = colormaps["viridis"](0.9 * place / max(1, len(shown) - 1))
         axes.plot(range(len(means)), means[:, index], ".-", color=colour, label=str(distances[index]))
     axes.set_title(label, fontsize=SIZES["panel"], loc="left")
-    axes.set_xlabel("block", fontsize=SIZES["panel"])
     axes.set_ylabel(f"mean {view.title}".replace("mean mean", "mean"), fontsize=SIZES["tick"])
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(title="patches apart", fontsize=SIZES["tick"], title_fontsize=SIZES["tick"], ncols=2)
+    legend_below(axes, len(shown), "patches apart")
 
 
-def draw_correlations(axes: Axes, checkpoints: Sequence[Positions], name: str) -> None:
+def draw_correlations(axes: Axes, views: Mapping[str, tuple[Positions, PositionView]]) -> None:
     """The correlation of each layer with the one before it, a line for each checkpoint."""
-    colours = colormaps["viridis"]
-    for place, (label, positions) in enumerate(zip(labels(checkpoints), checkpoints, strict=True)):
-        view = view_named(positions, name)
-        if view is not None and len(view.layers) > 1:
-            correlations = layer_correlations(view)
-            colour = colours(0.8 * place / max(1, len(checkpoints) - 1))
-            axes.plot(range(1, len(view.layers)), correlations, ".-", color=colour, label=label)
+    for place, (label, (_, view)) in enumerate(views.items()):
+        colour = colormaps["viridis"](0.8 * place / max(1, len(views) - 1))
+        axes.plot(range(1, len(view.layers)), layer_correlations(view), ".-", color=colour, label=label)
     axes.set_title("correlation with the block before", fontsize=SIZES["panel"], loc="left")
-    axes.set_xlabel("block", fontsize=SIZES["panel"])
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(fontsize=SIZES["tick"])
+    legend_below(axes, 1)
 
 
-def raw_curves(checkpoints: Sequence[Positions]) -> dict[str, NDArray]:
+def legend_below(axes: Axes, columns: int, title: str | None = None) -> None:
+    """Where it covers no line."""
+    axes.legend(
+        title=title,
+        ncols=columns,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.16),
+        frameon=False,
+        handlelength=1.0,
+        columnspacing=1.0,
+        fontsize=SIZES["tick"],
+        title_fontsize=SIZES["tick"],
+    )
+
+
+def raw_curves(checkpoints: Sequence[Positions]) -> dict[str, NDArray[Any]]:
     """All numbers behind the curves; `0/similarity/by_distance` is of the first checkpoint's view `similarity`."""
-    values: dict[str, NDArray] = {"checkpoints": np.array([positions.source for positions in checkpoints])}
+    values: dict[str, NDArray[Any]] = {"checkpoints": np.array([positions.source for positions in checkpoints])}
     for number, positions in enumerate(checkpoints):
-        for view in (view_named(positions, name) for name in curve_views([positions])):
-            assert view is not None
+        names = curve_views([positions])
+        for view in (view for view in positions.views if view.name in names):
             distances, means = mean_by_distance(view, positions.grid)
             stem = f"{number}/{view.name}"
             values[f"{stem}/distances"], values[f"{stem}/by_distance"] = np.array(distances), means.numpy()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from figures.panels import Token, encoding_band, frequency_band, layer_band, token_band, varies_by_patch, view_bands
-from figures.sheet import Band, Sheet, draw_sheets
+from figures.sheet import Band, Sheet, draw_sheets, single
 from lape_vit import VisionTransformer
 from lape_vit.encodings import Grid
 from lape_vit.encodings.learnable import Learnable

@@ -128,26 +128,33 @@ def text_width(text: str, kind: str) -> float:
     return TextPath((0, 0), text, size=SIZES[kind], prop=properties).get_extents().width / 72
 
 
-def draw_sheets(sheets: Sequence[Sheet]) -> Figure:
-    """Sheets side by side on one page; save it without trimming."""
+def draw_sheets(sheets: Sequence[Sheet], heading: Sequence[str] = ()) -> Figure:
+    """Sheets side by side on one page, under a heading of all; save it without trimming."""
     sizes = [sheet.size for sheet in sheets]
-    figure = Figure(figsize=(sum(width for width, _ in sizes), max(height for _, height in sizes)))
+    top = MARGIN + LINE * len(heading) if heading else 0.0
+    widest = max((text_width(line, "heading") + 2 * MARGIN for line in heading), default=0.0)
+    width = max(sum(width for width, _ in sizes), widest)
+    figure = Figure(figsize=(width, top + max(height for _, height in sizes)))
+    _write_lines(figure, MARGIN, MARGIN, heading)
     left = 0.0
     for sheet, (width, _) in zip(sheets, sizes, strict=True):
-        _draw_sheet(figure, sheet, left + MARGIN)
+        _draw_sheet(figure, sheet, left + MARGIN, top + (0 if heading else MARGIN))
         left += width
     return figure
 
 
-def _draw_sheet(figure: Figure, sheet: Sheet, left: float) -> None:
-    top = MARGIN
-    for number, line in enumerate(sheet.heading):
-        _write(figure, left, top, line, "heading", weight="normal" if number else "bold")
-        top += LINE
+def _draw_sheet(figure: Figure, sheet: Sheet, left: float, top: float) -> None:
+    _write_lines(figure, left, top, sheet.heading)
+    top += LINE * len(sheet.heading)
     for band in sheet.bands:
         _write(figure, left, top + BEFORE_BAND, band.title, "band", weight="bold")
         _draw_band(figure, sheet, band, left, top + BEFORE_BAND + LINE)
         top += sheet.band_height(band)
+
+
+def _write_lines(figure: Figure, left: float, top: float, lines: Sequence[str]) -> None:
+    for number, line in enumerate(lines):
+        _write(figure, left, top + number * LINE, line, "heading", weight="normal" if number else "bold")
 
 
 def _draw_band(figure: Figure, sheet: Sheet, band: Band, left: float, top: float) -> None:

@@ -130,7 +130,7 @@ class AttentionEncoding(Encoding):
         kernel = self.kernel(grid)
         if kernel is not None:
             title = "mean q.k of equal q and k by offset"
-            views.append(LayerView("kernel", title, kernel, by_offset=True, bounded=True))
+            views.append(LayerView("kernel", title, kernel, by_offset=True))
         bias = self.bias(self.rotate(queries, queries, grid)[0], grid)
         if bias is not None:
             P, N = self.num_prefix_tokens, queries.shape[2]

@@ -13,7 +13,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+BROWSERS = ("google-chrome", "google-chrome-stable", "chromium", "chromium-browser")
 DRIVER = "chromedriver"
 FLAGS = (
     "--headless=new",

@@ -5,12 +5,14 @@ import re
 from base64 import b64decode
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from zlib import decompress
 
 import numpy as np
 import pytest
+import timm
 import torch
 from numpy.typing import NDArray
 from selenium.webdriver.common.by import By
@@ -18,6 +20,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 from torch import Tensor
 
+import similarity_visualize
 from figures import explore
 from figures.explore import explore_page, quantise
 from figures.positions import Positions, measure
@@ -25,7 +28,8 @@ from lape_vit import encodings
 from lape_vit.joins import legal_joins
 from lape_vit.similarity import PositionView
 from tests.browser import Page, find_browser, open_browser
-from tests.models import DEIT, tiny
+from tests.models import COMPACT, DEIT, tiny
+from training.checkpoint import save_checkpoint
 
 GRID = (4, 6)
 OTHER_GRID = (8, 3)
@@ -113,6 +117,52 @@ def test_a_name_stays_text() -> None:
     assert data_of(page.encode())[0]["name"] == name
     assert page.count("<script") == explore_page([positions(view("bias"))]).decode().count("<script")
     assert "<title>&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;&amp;amp;{{data}}</title>" in page
+
+
+# ---- the command
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict] | None]:
+    """Run `similarity_visualize.py` without its pictures on checkpoints of these encodings; what the page is told."""
+
+    def run(*encodings: str, flags: tuple[str, ...] = ("--html",)) -> list[dict] | None:
+        for pe in encodings:
+            model = timm.create_model(COMPACT, pe=pe, join_type="basic", depth=2)
+            description = {"model": COMPACT, "pe": pe, "join_type": "basic", "num_classes": 10, "input_size": 32}
+            save_checkpoint(tmp_path / f"{pe}.pth", {"model": model.state_dict(), "description": description})
+        files = [str(tmp_path / f"{pe}.pth") for pe in encodings]
+        source = ["--compare", *files] if len(files) > 1 else ["--ckpt_path", *files]
+        assert similarity_visualize.main([*source, "--save_dir", str(tmp_path / "out"), *flags]) == 0
+        page = tmp_path / "out" / "explore.html"
+        return data_of(page.read_bytes()) if page.exists() else None
+
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, depth=2))
+    monkeypatch.setattr(similarity_visualize, "write", lambda folder, *_: folder.mkdir(parents=True, exist_ok=True))
+    return run
+
+
+def test_the_command_writes_a_page_only_if_it_is_asked_to(command: Callable) -> None:
+    assert command("learnable", flags=()) is None
+    (shown,) = command("learnable", flags=("--html", "--token", "1,2"))
+    assert shown["name"].endswith("learnable.pth")
+    assert shown["caption"] == f"{COMPACT}, pe=learnable, join_type=basic, 8 x 8 patches"
+    assert shown["token"] == [1, 2]
+    assert [view["name"] for view in shown["views"]] == ["similarity", "encoding"]
+
+
+def test_the_page_of_a_comparison_has_all_checkpoints_also_those_without_positions(command: Callable) -> None:
+    shown = command("none", "rope_mixed", "2D_RPE")
+    assert [Path(one["name"]).stem for one in shown] == ["none", "rope_mixed", "2D_RPE"]
+    assert [len(one["views"]) for one in shown] == [0, 1, 2]
+    assert shown[0]["nothing"] == "Nothing to draw: pe='none' has no positions."
+
+
+def test_where_nothing_is_to_be_seen_there_is_no_page_but_a_line(
+    command: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("none") is None
+    assert "nothing to draw" in capsys.readouterr().out
 
 
 # ---- in a browser

@@ -330,6 +330,7 @@ def test_every_control_is_named_and_reached_by_tab_with_a_visible_focus(open_pag
         seen.append(page.js(f"{focus}.id || {focus}.closest('label, figure').className"))
     assert seen == ["keys", "theme", "layer", "play", "head", "row", "column", "pin", "pick-view"]
     page.press(Keys.TAB, Keys.ARROW_LEFT)
+    assert page.js(f"getComputedStyle({focus}).outlineStyle") == "solid"
     assert page.js(f"{focus}.closest('figure').className") == "map"
     assert page.js(f"{focus}.ariaLabel") == "From row 2, column 2 to every patch"
 
@@ -416,7 +417,7 @@ def test_a_checkpoint_without_positions_says_so_in_one_line(open_page: Open) -> 
 
 @in_browser
 def test_nothing_reaches_beyond_a_window_of_any_width(open_page: Open) -> None:
-    long = positions(view("bias"), source="/".join(["a-long-folder"] * 20))
+    long = positions(replace(view("bias"), title="a long title " * 10), source="/".join(["a-long-folder"] * 20))
     page = open_page(long, positions(view("bias", (14, 3)), grid=(14, 3)))
     for width in (1280, 700, 360):
         page.resize(width, 800)

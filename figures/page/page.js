@@ -188,6 +188,7 @@ function listen() {
     });
   }
   prefersDark.addEventListener("change", showTheme);
+  window.addEventListener("resize", schedule);
   new ResizeObserver(schedule).observe(byId("panels"));
 }
 

@@ -156,8 +156,8 @@ class Panel {
       const layout = gridLayout(cell, H, W, spread(H, 7).map((i) => [i, i]), spread(W, 7).map((i) => [i, i]));
       if (other) layout.shapes = [box(other[1] - 0.5, other[0] - 0.5, 1, 1)];
       const gap = cell > 12 ? 1 : 0;
-      const traces = [heat(z, this.limits, { xgap: gap, ygap: gap, ...numbers(z, cell, this.limits, patch) }), patchMark(patch, cell, state.pinned)];
-      return { traces, layout };
+      const tiles = heat(z, this.limits, { xgap: gap, ygap: gap });
+      return { traces: [tiles, ...numbers(z, cell, this.limits, patch), patchMark(patch, cell, state.pinned)], layout };
     };
     const signature = [this.layerIndex, this.head, patch, state.pinned, other];
     this.plot("map", `From ${patchName(patch)} to every patch`, signature, make, (div) => {
@@ -184,7 +184,7 @@ class Panel {
       // of all offsets, those that reach a patch from the chosen one, and none at all
       if (view.byOffset) layout.shapes = [box(W - 1.5 - patch[1], H - 1.5 - patch[0], W, H), box(W - 1.5, H - 1.5, 1, 1)];
       const marks = view.byOffset || !patch ? [] : [rowMark(patch[0] * W + patch[1])];
-      return { traces: [heat(z, this.limits, numbers(z, cell, this.limits)), ...marks], layout };
+      return { traces: [heat(z, this.limits), ...numbers(z, cell, this.limits), ...marks], layout };
     };
     const caption = view.byOffset ? "By offset from query to key" : patch ? "From every patch to every patch" : "From every row to every row";
     this.plot("whole", caption, [this.layerIndex, this.head, patch], make, (div) => {

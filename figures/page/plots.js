@@ -45,10 +45,22 @@ function heat(z, limits, more = {}) {
 
 /** The values themselves, where cells are large enough for them; not in the cell that bears the mark. */
 function numbers(z, cell, limits, marked = []) {
-  if (cell < 40) return {};
-  const show = (value, ...place) => (String(place) === String(marked) ? "" : format(value, digitsFor(limits, 2)));
-  const text = z.map((values, row) => values.map((value, column) => show(value, row, column)));
-  return { text, texttemplate: "%{text}" };
+  if (cell < 40) return [];
+  const largest = Math.max(...limits.map(Math.abs));
+  const cells = z.flatMap((values, y) => values.map((value, x) => ({ value, x, y })));
+  const shown = cells.filter(({ x, y }) => y !== marked[0] || x !== marked[1]);
+  const onStrong = theme() === "dark" ? "black" : "white";
+  const ink = ({ value }) => (Math.abs(value) > 0.5 * largest ? onStrong : styleColour("--ink"));
+  return [
+    {
+      mode: "text",
+      hoverinfo: "skip",
+      x: shown.map(({ x }) => x),
+      y: shown.map(({ y }) => y),
+      text: shown.map(({ value }) => format(value, digitsFor(limits, 2))),
+      textfont: { color: shown.map(ink) },
+    },
+  ];
 }
 
 /** Ticks of the offsets -size + 1 .. size - 1, which lie at 0 .. 2 size - 2. */

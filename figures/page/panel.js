@@ -93,7 +93,7 @@ class Panel {
     else choose(patch, this.grid, { pointed: null });
   }
 
-  /** It is over a cell of the whole picture; where that has a query patch, it becomes the chosen one unless one is pinned. */
+  /** It is over a cell of the whole picture; its query patch, if any, becomes the chosen one likewise. */
   pointAtCell(cell) {
     const pointed = { panel: this, cell };
     if (state.pinned || this.view.byOffset || this.view.rows.length) set({ pointed });
@@ -125,14 +125,15 @@ class Panel {
     else this.drawSheet(name);
   }
 
-  /** Draw a figure, unless it shows the same already. `make(width)` gives Plotly's input, or nothing before it is unpacked. */
+  /** Draw a figure, unless it shows the same already. `make(width)` gives Plotly's input, if all is unpacked for it. */
   plot(name, caption, signature, make, listen) {
     const figure = this.find(`.${name}`);
     const div = figure.querySelector(".plot");
     figure.querySelector("figcaption").textContent = caption;
     div.setAttribute("aria-label", caption);
     const width = Math.floor(figure.getBoundingClientRect().width);
-    const content = JSON.stringify([this.checkpoint.name, this.view.name, theme(), width, window.innerHeight, signature]);
+    const room = [width, window.innerHeight];
+    const content = JSON.stringify([this.checkpoint.name, this.view.name, theme(), room, signature]);
     if (this.shown.get(name) === content || width === 0) return;
     const made = make(width);
     if (!made) return;
@@ -181,12 +182,15 @@ class Panel {
       if (view.byOffset) [down, across] = [H, W].map((size) => offsetTicks(size));
       if (view.rows.length) down = across = view.rows.map((row, i) => [i, plain(row)]);
       const layout = gridLayout(cell, height, width, down, across, view.rows.length ? side : 0);
-      // of all offsets, those that reach a patch from the chosen one, and none at all
-      if (view.byOffset) layout.shapes = [box(W - 1.5 - patch[1], H - 1.5 - patch[0], W, H), box(W - 1.5, H - 1.5, 1, 1)];
+      if (view.byOffset) {
+        const [x, y] = [W - 1.5, H - 1.5]; // the corner of no offset at all
+        layout.shapes = [box(x - patch[1], y - patch[0], W, H), box(x, y, 1, 1)]; // what the chosen patch reaches
+      }
       const marks = view.byOffset || !patch ? [] : [rowMark(patch[0] * W + patch[1])];
       return { traces: [heat(z, this.limits), ...numbers(z, cell, this.limits), ...marks], layout };
     };
-    const caption = view.byOffset ? "By offset from query to key" : patch ? "From every patch to every patch" : "From every row to every row";
+    const what = view.rows.length ? "row" : "patch";
+    const caption = view.byOffset ? "By offset from query to key" : `From every ${what} to every ${what}`;
     this.plot("whole", caption, [this.layerIndex, this.head, patch], make, (div) => {
       div.on("plotly_hover", ({ points }) => this.pointAtCell([points[0].y, points[0].x]));
       div.on("plotly_unhover", () => set({ pointed: null }));
@@ -213,7 +217,9 @@ class Panel {
       this.columns = { ...this.columns, [name]: made.columns };
       return made;
     };
-    const caption = ofLayers ? `Every layer${view.heads > 1 ? `, ${this.headName()}` : ""}` : `Every ${view.panels.length ? "table" : "head"}, ${this.layer.title}`;
+    const headName = view.heads > 1 ? `, ${this.headName()}` : "";
+    const head = view.panels.length ? "table" : "head";
+    const caption = ofLayers ? `Every layer${headName}` : `Every ${head}, ${this.layer.title}`;
     this.plot(name, caption, [this.layerIndex, this.head, patch, view.heads, this.sheetHeight()], make, (div) => {
       div.on("plotly_click", ({ points }) => {
         const [H, W] = this.patch ? this.grid : this.view.shape;
@@ -240,26 +246,33 @@ class Panel {
     return String(Number((this.layer.step / 2).toPrecision(1)));
   }
 
-  /** What the numbers are. */
+  /** What the numbers are: of the cell that the mouse points at, else of the chosen patch. */
   reading() {
     const { view, layer, patch, other } = this;
+    if (!levelsOf(layer)) return "";
     const cell = this.pointed?.cell;
-    const say = (value) => format(value, decimals(view, layer));
-    const z = patchPicture(view, layer, this.head, this.grid, patch);
-    if (!z) return "";
-    if (!patch) return cell ? `${view.rows[cell[0]]} to ${view.rows[cell[1]]}: ${say(z[cell[0]][cell[1]])}` : "Point at a cell to read its value.";
-    if (cell && view.byOffset) {
-      const value = wholePicture(view, layer, this.head)[cell[0]][cell[1]];
+    if (!patch && !cell) return "Point at a cell to read its value.";
+    if (cell && (view.byOffset || !patch)) {
       const [down, right] = this.offset(cell).map((places) => format(places, 0));
-      return `rows ${down}, columns ${right} from the query: ${say(value)}`;
+      const rows = cell.map((row) => view.rows[row]);
+      const where = patch ? `rows ${down}, columns ${right} from the query` : rows.join(" to ");
+      return `${where}: ${this.say(wholePicture(view, layer, this.head)[cell[0]][cell[1]])}`;
     }
-    if (other) return `${patchName(patch)} to ${patchName(other)}: ${say(z[other[0]][other[1]])}`;
-    const all = z.flat();
-    const itself = patch[0] * this.grid[1] + patch[1];
-    const elsewhere = all.map((_, i) => i).filter((i) => i !== itself);
-    const at = (i) => `${say(all[i])} to ${patchName(this.patchAt(i))}`;
-    const most = elsewhere.reduce((best, i) => (all[i] > all[best] ? i : best), elsewhere[0]);
-    const least = elsewhere.reduce((best, i) => (all[i] < all[best] ? i : best), elsewhere[0]);
-    return `${patchName(patch)}: ${say(all[itself])} to itself` + (elsewhere.length ? `; elsewhere at most ${at(most)}, at least ${at(least)}` : "");
+    const z = patchPicture(view, layer, this.head, this.grid, patch);
+    if (other) return `${patchName(patch)} to ${patchName(other)}: ${this.say(z[other[0]][other[1]])}`;
+    return `${patchName(patch)}: ${this.say(z[patch[0]][patch[1]])} to itself${this.extremes(z.flat())}`;
+  }
+
+  /** Where the chosen patch's values, row by row, are greatest and least, itself left out. */
+  extremes(values) {
+    const itself = this.patch[0] * this.grid[1] + this.patch[1];
+    const others = [...values.keys()].filter((i) => i !== itself).sort((i, j) => values[j] - values[i]);
+    if (!others.length) return "";
+    const tell = (i) => `${this.say(values[i])} to ${patchName(this.patchAt(i))}`;
+    return `; elsewhere at most ${tell(others[0])}, at least ${tell(others.at(-1))}`;
+  }
+
+  say(value) {
+    return format(value, decimals(this.view, this.layer));
   }
 }

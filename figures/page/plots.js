@@ -93,8 +93,8 @@ const box = (x, y, width, height) => ({
 const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
 
 /**
- * Small pictures in rows, as large as a width and height (in pixels) admit, as one heat map; the selected one is framed.
- * The picture at place [r, c] of its z is number floor(r / (H + 1)) * columns + floor(c / (W + 1)).
+ * Small pictures in rows, as large as a width and height (in pixels) admit, as one heat map; the selected one is
+ * framed. The picture at place [r, c] of its z is number floor(r / (H + 1)) * columns + floor(c / (W + 1)).
  */
 function contactSheet(images, names, selected, limits, width, height) {
   const [H, W] = [images[0].length, images[0][0].length];
@@ -105,13 +105,12 @@ function contactSheet(images, names, selected, limits, width, height) {
   const columns = images.map((_, i) => i + 1).reduce((best, n) => (cellWith(n) > cellWith(best) ? n : best), 1);
   const [rows, cell] = [Math.ceil(images.length / columns), cellWith(columns)];
   const [stepX, stepY] = [W + GAP / cell, H + (LABEL + GAP) / cell];
-  const edges = (count, size, step) => Array.from({ length: count * (size + 1) }, (_, i) => Math.floor(i / (size + 1)) * step + (i % (size + 1)));
-  const blank = Array(W + 1).fill(null);
-  const z = Array.from({ length: rows * (H + 1) - 1 }, (_, r) =>
-    Array.from({ length: columns }, (_, c) => [...(images[Math.floor(r / (H + 1)) * columns + c]?.[r % (H + 1)] ?? blank.slice(1)), null])
-      .flat()
-      .slice(0, -1),
-  );
+  const list = (count, item) => Array.from({ length: count }, (_, i) => item(i));
+  const gap = Array(W).fill(null);
+  const line = (r, c) => images[Math.floor(r / (H + 1)) * columns + c]?.[r % (H + 1)] ?? gap;
+  const z = list(rows * (H + 1) - 1, (r) => list(columns, (c) => [...line(r, c), null]).flat().slice(0, -1));
+  const edges = (count, size, step) => list(count, (i) => list(size + 1, (edge) => i * step + edge)).flat();
+  const [x, y] = [edges(columns, W, stepX), edges(rows, H, stepY)];
   const corner = (i) => [(i % columns) * stepX, Math.floor(i / columns) * stepY];
   const labels = {
     mode: "text",
@@ -130,5 +129,5 @@ function contactSheet(images, names, selected, limits, width, height) {
     yaxis: { ...axis, range: [rows * stepY, 0] },
     shapes: [box(...corner(selected), W, H)],
   };
-  return { traces: [heat(z, limits, { x: edges(columns, W, stepX), y: edges(rows, H, stepY) }), labels], layout, columns };
+  return { traces: [heat(z, limits, { x, y }), labels], layout, columns };
 }

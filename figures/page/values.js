@@ -1,8 +1,8 @@
 // The page's data, and how its values are unpacked, told and coloured.
 //
-// Shapes: a grid has H rows and W columns of patches. A view has, per layer, some pictures (of heads, one for all heads, or
-// of tables), each of M x M values (query patch by key patch, or table row by table row) or, by offset, of (2H - 1) x
-// (2W - 1) values of the key's place relative to the query's. A patch is [row, column].
+// Shapes: a grid has H rows and W columns of patches; a patch is [row, column]. A view has, per layer, some pictures (of
+// heads, one for all heads, or of tables), each of M x M values (query patch by key patch, or table row by table row) or,
+// by offset, of (2H - 1) x (2W - 1) values of the key's place relative to the query's.
 
 const byId = (id) => document.getElementById(id);
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
@@ -36,7 +36,7 @@ function levelsOf(layer) {
 
 const isUnpacking = () => [...unpacked.values()].includes(undefined);
 
-/** Rows of values; undefined until the layer is unpacked. `index(row, column)` is a value's place in the stored picture. */
+/** Rows of values; undefined until the layer is unpacked. `index(row, column)` is a value's place as it is stored. */
 function picture(view, layer, head, height, width, index) {
   const levels = levelsOf(layer);
   if (!levels) return undefined;
@@ -91,8 +91,8 @@ function spread(count, most) {
 
 const PALETTES = {
   // from the most negative value to the most positive one; the middle is zero
-  light: ["#053061", "#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f7", "#fddbc7", "#f4a582", "#d6604d", "#b2182b", "#67001f"],
-  dark: ["#cfe8ff", "#8cc8fb", "#539fdd", "#3574ad", "#264a6e", "#20252c", "#6b3428", "#a84a35", "#dc6c4a", "#f9a27f", "#ffdccb"],
+  light: "#053061 #2166ac #4393c3 #92c5de #d1e5f0 #f7f7f7 #fddbc7 #f4a582 #d6604d #b2182b #67001f".split(" "),
+  dark: "#cfe8ff #8cc8fb #539fdd #3574ad #264a6e #20252c #6b3428 #a84a35 #dc6c4a #f9a27f #ffdccb".split(" "),
 };
 const prefersDark = window.matchMedia("(prefers-color-scheme: dark)");
 const theme = () => document.documentElement.dataset.theme || (prefersDark.matches ? "dark" : "light");

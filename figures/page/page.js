@@ -94,10 +94,12 @@ const headCount = () => Math.max(1, ...drawable().map((panel) => panel.view.head
 const patchOf = (grid) => grid.map((size, axis) => Math.floor(state.place[axis] * size));
 const patchName = ([row, column]) => `row ${row}, column ${column}`;
 
+const placeOf = (patch, grid) => patch.map((index, axis) => (index + 0.5) / grid[axis]);
+
 /** Choose a patch, or the nearest that the grid has. */
 function choose(patch, grid, changes = {}) {
-  const place = patch.map((index, axis) => (clamp(index, 0, grid[axis] - 1) + 0.5) / grid[axis]);
-  set({ place, ...changes }, true);
+  const nearest = patch.map((index, axis) => clamp(index, 0, grid[axis] - 1));
+  set({ place: placeOf(nearest, grid), ...changes }, true);
 }
 
 function move(rows, columns) {

@@ -89,15 +89,14 @@ class Panel {
 
   /** It is over a patch, which becomes the chosen one unless one is pinned. */
   pointAtPatch(patch) {
-    if (state.pinned) set({ pointed: { panel: this, patch } });
-    else choose(patch, this.grid, { pointed: null });
+    set(state.pinned ? { pointed: { panel: this, patch } } : { place: placeOf(patch, this.grid), pointed: null });
   }
 
   /** It is over a cell of the whole picture; its query patch, if any, becomes the chosen one likewise. */
   pointAtCell(cell) {
-    const pointed = { panel: this, cell };
-    if (state.pinned || this.view.byOffset || this.view.rows.length) set({ pointed });
-    else choose(this.patchAt(cell[0]), this.grid, { pointed });
+    const stays = state.pinned || this.view.byOffset || this.view.rows.length;
+    const place = stays ? state.place : placeOf(this.patchAt(cell[0]), this.grid);
+    set({ place, pointed: { panel: this, cell } });
   }
 
   pin(patch) {
@@ -258,8 +257,9 @@ class Panel {
       const where = patch ? `rows ${down}, columns ${right} from the query` : rows.join(" to ");
       return `${where}: ${this.say(wholePicture(view, layer, this.head)[cell[0]][cell[1]])}`;
     }
-    const z = patchPicture(view, layer, this.head, this.grid, patch);
-    if (other) return `${patchName(patch)} to ${patchName(other)}: ${this.say(z[other[0]][other[1]])}`;
+    const from = cell ? this.patchAt(cell[0]) : patch; // which differ if one is pinned
+    const z = patchPicture(view, layer, this.head, this.grid, from);
+    if (other) return `${patchName(from)} to ${patchName(other)}: ${this.say(z[other[0]][other[1]])}`;
     return `${patchName(patch)}: ${this.say(z[patch[0]][patch[1]])} to itself${this.extremes(z.flat())}`;
   }
 

@@ -1,8 +1,8 @@
 // The page's data, and how its values are unpacked, told and coloured.
 //
-// Shapes: a grid has H rows and W columns of patches; a patch is [row, column]. A view has, per layer, some pictures (of
-// heads, one for all heads, or of tables), each of M x M values (query patch by key patch, or table row by table row) or,
-// by offset, of (2H - 1) x (2W - 1) values of the key's place relative to the query's.
+// Shapes: a grid has H rows and W columns of patches; a patch is [row, column]. A view has, per layer, some pictures
+// (of heads, one for all heads, or of tables), each of M x M values (query patch by key patch, or table row by table
+// row) or, by offset, of (2H - 1) x (2W - 1) values of the key's place relative to the query's.
 
 const byId = (id) => document.getElementById(id);
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);

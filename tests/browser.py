@@ -97,6 +97,8 @@ class Page:
 
     def settle(self) -> None:
         """Wait until every figure shows what it should."""
+        # the browser tells of a new size or scheme with its next frame
+        self.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
         self.until("document.getElementById('panels').ariaBusy === 'false'")
 
     def find(self, selector: str) -> WebElement:

@@ -122,7 +122,7 @@ def show_offsets(axes: Axes, values: Tensor, colours: Colours, grid: Grid) -> No
     (rows, row_names), (columns, column_names) = (offset_ticks(side, max(grid)) for side in grid)
     axes.set_xticks(columns, column_names)
     axes.set_yticks(rows, row_names)
-    axes.set(xlabel="columns from query to key", ylabel="rows from query to key")
+    axes.set(xlabel="columns to the key", ylabel="rows to the key")
 
 
 def offset_ticks(side: int, longer_side: int) -> tuple[list[int], list[str]]:
@@ -241,7 +241,7 @@ def frequency_band(layers: list[str], frequencies: list[Tensor], with_ticks: boo
         Panel(layer, partial(show_frequencies, points=points, colours=colours, reach=reach, with_ticks=with_ticks))
         for layer, points in zip(layers, frequencies, strict=True)
     ]
-    title = "frequencies in the plane, in radians per patch to the right (across) and per patch down (down)"
+    title = "frequencies in the plane (radians per patch to the right and down)"
     return Band(title, panels, 1.0, colours if heads > 1 else None, with_ticks)
 
 

@@ -6,6 +6,7 @@ All lengths are in inches, from the top left corner of the sheet.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -14,6 +15,7 @@ from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
+from matplotlib.ticker import MaxNLocator
 
 MARGIN, GAP = 0.2, 0.14
 LINE = 0.19
@@ -23,7 +25,10 @@ TICKS = (0.62, 0.48)
 """Room left of and below a panel with ticks and names of its axes."""
 BAR = (0.13, 0.62)
 """Width of a colour bar, and of what is written beside it."""
-TALLEST_BAR = 3.2
+SHORTEST_BAR, TALLEST_BAR = 0.6, 3.2
+TICKS_PER_INCH = 4
+HINTING = 1.04
+"""How much wider a line of text may be on pixels than its outlines say."""
 SIZES = {"heading": 9.5, "band": 9.0, "panel": 8.0, "tick": 7.0}
 """Of text, in points."""
 
@@ -98,7 +103,7 @@ class Sheet:
         return [band.panels[first : first + self.per_row] for first in range(0, len(band.panels), self.per_row)]
 
     def band_height(self, band: Band) -> float:
-        return BEFORE_BAND + LINE + self.pitch(band)[1] * len(self.rows(band))
+        return BEFORE_BAND + LINE + max(self.pitch(band)[1] * len(self.rows(band)), SHORTEST_BAR + LINE + GAP)
 
     @property
     def size(self) -> tuple[float, float]:
@@ -120,12 +125,13 @@ def single(heading: list[str], band: Band) -> Sheet:
     return Sheet(heading, [band], box=4.4 if count == 1 else 2.2, per_row=columns)
 
 
+@cache
 def text_width(text: str, kind: str) -> float:
     """How wide a line of text is drawn, at most."""
     if not text:
         return 0.0
     properties = FontProperties(weight="normal" if kind == "panel" else "bold")
-    return TextPath((0, 0), text, size=SIZES[kind], prop=properties).get_extents().width / 72
+    return TextPath((0, 0), text, size=SIZES[kind], prop=properties).vertices[:, 0].max() / 72 * HINTING
 
 
 def draw_sheets(sheets: Sequence[Sheet], heading: Sequence[str] = ()) -> Figure:
@@ -171,12 +177,21 @@ def _draw_band(figure: Figure, sheet: Sheet, band: Band, left: float, top: float
             axes.xaxis.label.set_fontsize(SIZES["panel"])
             axes.yaxis.label.set_fontsize(SIZES["panel"])
             panel.draw(axes)
+            _name_only_what_fits(axes, width, height)
     if band.colours is None:
         return
     most = min(sheet.per_row, len(band.panels))
     rows = len(sheet.rows(band))
     tall = min(TALLEST_BAR, rows * down - LINE - GAP - (TICKS[1] if band.with_ticks else 0.0))
-    _draw_bar(figure, band.colours, left + most * across, top + LINE, max(tall, 0.7))
+    _draw_bar(figure, band.colours, left + most * across, top + LINE, max(tall, SHORTEST_BAR))
+
+
+def _name_only_what_fits(axes: Axes, width: float, height: float) -> None:
+    """Leave out the name of an axis that is shorter than it, as on grids of a few patches by many."""
+    if text_width(axes.get_xlabel(), "panel") > width:
+        axes.set_xlabel("")
+    if text_width(axes.get_ylabel(), "panel") > height:
+        axes.set_ylabel("")
 
 
 def _draw_bar(figure: Figure, colours: Colours, left: float, top: float, height: float) -> None:
@@ -185,6 +200,9 @@ def _draw_bar(figure: Figure, colours: Colours, left: float, top: float, height:
     bar = figure.colorbar(ScalarMappable(Normalize(*colours.limits), colours.cmap), cax=axes)
     if colours.ticks is not None:
         bar.set_ticks(list(colours.ticks), labels=colours.tick_labels)
+    else:
+        bar.locator = MaxNLocator(max(2, int(height * TICKS_PER_INCH)), steps=(1, 2, 2.5, 5, 10))
+        bar.update_ticks()
     bar.ax.tick_params(labelsize=SIZES["tick"], length=2)
     bar.outline.set_linewidth(0.5)
     bar.set_label(colours.label, fontsize=SIZES["tick"])

@@ -414,6 +414,7 @@ def test_a_checkpoint_without_positions_says_so_in_one_line(open_page: Open) -> 
     name = "runs/<b>bold</b>.pth"
     page = open_page(positions(source=name), positions(view("bias")))
     assert page.text("h2") == name
+    assert page.js("document.querySelector('main b')") is None
     assert "Nothing to draw" in page.text(".nothing")
     assert_shown(page, "map", token_map(view("bias"), 0, 0, (2, 3), GRID), panel=1)
     alone = open_page(positions(source=name))

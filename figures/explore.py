@@ -26,6 +26,8 @@ LIMIT = 10_000_000
 """Bytes of a page that is not to be exceeded while values can be kept less finely."""
 FINEST, COARSEST = 16, 8
 """Bits of a value."""
+FREQUENCIES = "frequencies"
+"""The name of the one view that has no patches but points in the plane."""
 
 
 def explore_page(shown: Sequence[Positions]) -> bytes:
@@ -55,13 +57,18 @@ def fill(parts: dict[str, str]) -> bytes:
 
 
 def views_of(one: Positions) -> list[PositionView]:
-    """What there is to see of a checkpoint; last, of an absolute encoding, the tables themselves."""
-    if one.encoding is None:
-        return one.views
-    tables = list(one.encoding[:, None])
-    titles = [f"table {table}" for table in range(len(tables))] if len(tables) > 1 else ["the table"]
-    title = "cosine similarity of the encoding itself"
-    return [*one.views, PositionView("encoding", title, tables, False, (-1.0, 1.0), titles)]
+    """What there is to see of a checkpoint; last, an absolute encoding's own tables or a rotary one's frequencies."""
+    views = [*one.views]
+    if one.encoding is not None:
+        tables = list(one.encoding[:, None])
+        titles = [f"table {table}" for table in range(len(tables))] if len(tables) > 1 else ["the table"]
+        title = "cosine similarity of the encoding itself"
+        views.append(PositionView("encoding", title, tables, False, (-1.0, 1.0), titles))
+    if one.frequencies:
+        reach = max(points.abs().max().item() for points in one.frequencies) or 1.0
+        title = "frequencies in the plane (radians per patch)"
+        views.append(PositionView(FREQUENCIES, title, one.frequencies, False, (-reach, reach), one.layers))
+    return views
 
 
 def describe(one: Positions, views: list[dict[str, Any]]) -> dict[str, Any]:
@@ -93,6 +100,7 @@ def pack_view(view: PositionView, bits: int) -> dict[str, Any]:
         "name": view.name,
         "title": view.title,
         "byOffset": view.by_offset,
+        "points": view.name == FREQUENCIES,
         "panels": view.panels,
         "rows": view.rows,
         "limits": view.limits,

@@ -68,6 +68,7 @@ class Page:
         driver.get(file.as_uri())
         # Else a mouse that an earlier test has left over the page would point at a patch.
         driver.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": 1, "y": 1})
+        self.settle()
 
     def resize(self, width: int, height: int) -> None:
         """Give the window another size, in pixels."""

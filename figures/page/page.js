@@ -26,7 +26,7 @@ function schedule() {
     showControls();
     for (const panel of panels) panel.draw();
     if (!late.size) setTimeout(drawLate);
-    for (const name of ["whole", "layers", "heads"]) panels.forEach((_, i) => late.add(`${i} ${name}`));
+    for (const name of ["whole", "plane", "layers", "heads"]) panels.forEach((_, i) => late.add(`${i} ${name}`));
   });
 }
 

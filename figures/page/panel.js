@@ -58,9 +58,9 @@ class Panel {
     return this.view.panels[this.head] ?? (this.view.heads > 1 ? `head ${this.head}` : "all heads alike");
   }
 
-  /** The chosen patch; none where values are between rows of tables. */
+  /** The chosen patch; none where values are between rows of tables, or no values of patches at all. */
   get patch() {
-    return this.view.rows.length ? null : patchOf(this.grid);
+    return this.view.rows.length || this.view.points ? null : patchOf(this.grid);
   }
 
   /** The other patch that the mouse points at; null if there is none. */
@@ -110,6 +110,7 @@ class Panel {
   draw() {
     if (!this.view) return;
     this.limits = limitsOf(this.view.name);
+    this.find(".scale").hidden = this.view.points;
     const [low, bar, high] = this.find(".scale").children;
     [low.textContent, high.textContent] = this.limits.map(brief);
     bar.style.background = `linear-gradient(to right, ${colourScale(this.limits).map(([, c]) => c)})`;
@@ -121,6 +122,7 @@ class Panel {
   drawLater(name) {
     if (!this.view || !levelsOf(this.layer)) return;
     if (name === "whole") this.drawWhole();
+    else if (name === "plane") this.drawPlane();
     else this.drawSheet(name);
   }
 
@@ -169,6 +171,8 @@ class Panel {
 
   drawWhole() {
     const { patch, view } = this;
+    this.find(".whole").hidden = view.points;
+    if (view.points) return;
     const [H, W] = this.grid;
     const [height, width] = view.shape;
     const make = (available) => {
@@ -199,13 +203,32 @@ class Panel {
     });
   }
 
+  /** Frequencies as points in the plane, of all heads; a click on one chooses its head. */
+  drawPlane() {
+    const { view, layer } = this;
+    this.find(".plane").hidden = !view.points;
+    if (!view.points) return;
+    const heads = Array.from({ length: view.heads }, (_, head) => wholePicture(view, layer, head));
+    const make = (width) => scatter(heads, this.head, this.limits[1], cellSize(width, 1, 1));
+    const caption = `Right and down, of every head, ${layer.title}`;
+    this.plot("plane", caption, [this.layerIndex, this.head], make, (div) => {
+      div.on("plotly_hover", ({ points }) => {
+        const [{ curveNumber: head, pointIndex: pair }] = points;
+        set({ pointed: { panel: this, head, pair } });
+      });
+      div.on("plotly_unhover", () => set({ pointed: null }));
+      div.on("plotly_click", ({ points }) => set({ head: points[0].curveNumber }, true));
+    });
+  }
+
   /** Small pictures of all layers or of all heads; a click goes there. */
   drawSheet(name) {
     const { view, grid, patch } = this;
     const ofLayers = name === "layers";
     const count = ofLayers ? view.layers.length : view.heads;
-    this.find(`.${name}`).hidden = count === 1;
-    if (count === 1) return;
+    const hidden = count === 1 || view.points;
+    this.find(`.${name}`).hidden = hidden;
+    if (hidden) return;
     const selected = ofLayers ? this.layerIndex : this.head;
     const make = (width) => {
       const source = (i) => (ofLayers ? [view.layers[i], this.head] : [this.layer, i]);
@@ -250,6 +273,7 @@ class Panel {
     const { view, layer, patch, other } = this;
     if (!levelsOf(layer)) return "";
     const cell = this.pointed?.cell;
+    if (view.points) return this.frequency();
     if (!patch && !cell) return "Point at a cell to read its value.";
     if (cell && (view.byOffset || !patch)) {
       const [down, right] = this.offset(cell).map((places) => format(places, 0));
@@ -261,6 +285,13 @@ class Panel {
     const z = patchPicture(view, layer, this.head, this.grid, from);
     if (other) return `${patchName(from)} to ${patchName(other)}: ${this.say(z[other[0]][other[1]])}`;
     return `${patchName(patch)}: ${this.say(z[patch[0]][patch[1]])} to itself${this.extremes(z.flat())}`;
+  }
+
+  frequency() {
+    if (!this.pointed) return "Point at a frequency to read it, click on it to choose its head.";
+    const { head, pair } = this.pointed;
+    const [right, down] = wholePicture(this.view, this.layer, head)[pair].map((value) => this.say(value));
+    return `head ${head}, pair ${pair}: ${right} to the right, ${down} down`;
   }
 
   /** Where the chosen patch's values, row by row, are greatest and least, itself left out. */

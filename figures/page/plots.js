@@ -69,6 +69,27 @@ function offsetTicks(size) {
   return [...offsets].map((offset) => [offset + size - 1, format(offset, 0)]);
 }
 
+/** Points [right, down] of each head about the origin, as far as `reach`; one head stands out. */
+function scatter(heads, selected, reach, side) {
+  const colour = (head) => styleColour(head === selected ? "--accent" : "--quiet");
+  const traces = heads.map((points, head) => ({
+    mode: "markers",
+    hoverinfo: "none",
+    x: points.map(([right]) => right),
+    y: points.map(([, down]) => down),
+    marker: { color: colour(head), size: head === selected ? 9 : 6, opacity: head === selected ? 1 : 0.45 },
+    zorder: head === selected ? 1 : 0,
+  }));
+  const line = { zerolinecolor: styleColour("--line"), linecolor: styleColour("--line") };
+  const axis = { ...line, fixedrange: true, showgrid: false, nticks: 7, mirror: true, showline: true };
+  const layout = {
+    ...baseLayout(side, side, { l: 40, r: MARGIN.right, t: MARGIN.top, b: MARGIN.bottom }),
+    xaxis: { ...axis, range: [-1.08 * reach, 1.08 * reach] },
+    yaxis: { ...axis, range: [1.08 * reach, -1.08 * reach] },
+  };
+  return { traces, layout };
+}
+
 const mark = (x, y, marker) => ({ x: [x], y: [y], mode: "markers", hoverinfo: "skip", cliponaxis: false, marker });
 
 /** The chosen patch: a ring, filled once it is pinned. */

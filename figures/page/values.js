@@ -2,7 +2,8 @@
 //
 // Shapes: a grid has H rows and W columns of patches; a patch is [row, column]. A view has, per layer, some pictures
 // (of heads, one for all heads, or of tables), each of M x M values (query patch by key patch, or table row by table
-// row) or, by offset, of (2H - 1) x (2W - 1) values of the key's place relative to the query's.
+// row) or, by offset, of (2H - 1) x (2W - 1) values of the key's place relative to the query's, or, of points, of pairs
+// x 2 values: how far each pair of channels turns per patch to the right and per patch down.
 
 const byId = (id) => document.getElementById(id);
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);

@@ -172,10 +172,13 @@ def test_raw_values_hold_every_number() -> None:
 # ---- comparisons
 
 
-def test_checkpoints_stand_side_by_side_on_common_scales() -> None:
-    first, second, third = of("2D_RPE", "basic"), of("2D_RPE", "LaPE", depth=3), of("none", "basic")
-    figure = comparison.side_by_side([first, second, third])
-    widest = max(view_of(positions, "bias").limits[1] for positions in (first, second))
+@pytest.mark.parametrize("order", [1, -1])
+def test_checkpoints_stand_side_by_side_on_common_scales(order: int) -> None:
+    checkpoints = [of("2D_RPE", "basic"), of("2D_RPE", "LaPE", depth=3)][::order]
+    figure = comparison.side_by_side([*checkpoints, of("none", "basic")])
+    limits = {view_of(positions, "bias").limits[1] for positions in checkpoints}
+    assert len(limits) == 2
+    widest = max(limits)
     of_bias = [axes for axes in panels(figure) if shown_values(axes).shape[1:] == (16, 16)]
     scales = {axes.images[0].get_clim() for axes in of_bias}
     assert (-widest, widest) in scales

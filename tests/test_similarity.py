@@ -348,7 +348,7 @@ def test_frequencies_say_what_rotation_makes_of_q_and_k_in_a_real_forward_pass(p
 def test_the_tables_of_relative_positions_show_which_rows_are_alike() -> None:
     model = build("relative", "basic", max_relative_distance=3)
     shown = view(model, "table")
-    assert shown.rows == ("prefix", "-3", "-2", "-1", "+0", "+1", "+2", "+3")
+    assert shown.rows == ("prefix", "-3", "-2", "-1", "0", "+1", "+2", "+3")
     assert shown.panels == ("key x", "key y", "value x", "value y")
     for values, block in zip(shown.values, model.blocks, strict=True):
         assert torch.equal(values[2], cosine_similarity(block.attn.encoding.value_x))

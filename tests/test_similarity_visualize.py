@@ -248,7 +248,9 @@ def golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return json.loads((GOLDEN / "index.json").read_text(encoding="utf-8"))[name], state
 
 
-@pytest.mark.parametrize("name", ["lape-learnable-LaPE", "lape-learnable-unshare", "lape-2D_sin-share"])
+@pytest.mark.parametrize(
+    "name", ["lape-learnable-LaPE", "lape-learnable-unshare", "lape-2D_sin-share", "lape-2D_RPE-LaPE"]
+)
 def test_an_original_says_what_it_holds_in_its_namespace(name: str, tmp_path: Path) -> None:
     entry, state_dict = golden(name)
     args = {"model": DEIT, "pe": entry["pe"], "join_type": entry["join_type"], "input_size": entry["img_size"]}

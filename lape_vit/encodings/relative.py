@@ -87,7 +87,7 @@ class Relative(AttentionEncoding):
         tables = {"key x": self.key_x, "key y": self.key_y, "value x": self.value_x, "value y": self.value_y}
         similarities = torch.stack([cosine_similarity(table) for table in tables.values()])
         k = self.max_relative_distance
-        rows = ("prefix", *(f"{offset:+d}" for offset in range(-k, k + 1)))
+        rows = ("prefix", *(f"{offset:+d}" if offset else "0" for offset in range(-k, k + 1)))
         title = "cosine similarity of table rows"
         table = LayerView("table", title, similarities, bounded=True, panels=tuple(tables), rows=rows)
         return [table, *super().views(queries, grid)]

@@ -6,6 +6,7 @@ Shapes: grid (H, W) of patches, V values side by side (heads or tables), L layer
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from matplotlib import colormaps
@@ -90,16 +91,19 @@ def show_mosaic(axes: Axes, values: Tensor, colours: Colours, mark: Token | None
         )
         axes.add_patch(Rectangle((left, top), width, height, fill=False, linewidth=0.5, clip_on=False))
         if mark is not None:
-            draw_mark(axes, left + mark[1] + 0.5, top + mark[0] + 0.5, 3)
+            draw_mark(axes, left + mark[1] + 0.5, top + mark[0] + 0.5, 6 / (1 + columns))
     right, bottom = (count * (1 + TILE_GAP) - TILE_GAP for count in (columns, rows))
     axes.set(xlim=(0, right * width), ylim=(bottom * height, 0))
     axes.spines[:].set_visible(False)
 
 
 def draw_mark(axes: Axes, x: float, y: float, points: float) -> None:
-    axes.plot(
-        x, y, marker="o", markersize=points, markerfacecolor="white", markeredgecolor="black", markeredgewidth=0.8
-    )
+    style: dict[str, Any] = {
+        "markerfacecolor": "white",
+        "markeredgecolor": "black",
+        "markeredgewidth": 0.2 + points / 6,
+    }
+    axes.plot(x, y, marker="o", markersize=points, **style)
 
 
 def show_matrix(axes: Axes, values: Tensor, colours: Colours, grid: Grid) -> None:

@@ -354,6 +354,11 @@ def test_the_tables_of_relative_positions_show_which_rows_are_alike() -> None:
         assert torch.equal(values[2], cosine_similarity(block.attn.encoding.value_x))
 
 
+def test_a_bias_that_depends_on_the_query_says_of_which() -> None:
+    assert view(build("relative", "basic"), "bias").title == "bias of queries without content (logits)"
+    assert view(build("2D_RPE", "basic"), "bias").title == "bias (logits)"
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_view_of_weights_that_are_not_finite_is_refused_with_its_block_named(value: float) -> None:
     model = build("2D_RPE", "basic")

@@ -131,11 +131,13 @@ class AttentionEncoding(Encoding):
         if kernel is not None:
             title = "mean q.k of equal q and k by offset"
             views.append(LayerView("kernel", title, kernel, by_offset=True))
-        bias = self.bias(self.rotate(queries, queries, grid)[0], grid)
-        if bias is not None:
+        q, _ = self.rotate(queries, queries, grid)
+        bias, without_query = self.bias(q, grid), self.bias(torch.zeros_like(q), grid)
+        if bias is not None and without_query is not None:
+            title = "bias" if torch.equal(bias, without_query) else "bias of queries without content"
             P, N = self.num_prefix_tokens, queries.shape[2]
             patches = bias.expand(1, self.num_heads, N, N)[0, :, P:, P:]
-            views += pairs_and_offsets("bias", "bias", patches, grid)
+            views += pairs_and_offsets("bias", title, patches, grid)
         return views
 
     def kernel(self, grid: Grid) -> Tensor | None:

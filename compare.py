@@ -15,7 +15,7 @@ from comparison.pictures import draw_comparison
 from comparison.plan import Plan, make_plan
 from comparison.screen import Screen, print_table
 from comparison.sizes import evaluations, write_sizes
-from comparison.tables import COLUMNS, heading, outcomes, table_cells, write_tables
+from comparison.tables import heading, outcomes, table_rows, write_tables
 from lape_vit.encodings import all_options
 from lape_vit.joins import Basic
 from training.checkpoint import atomic_write
@@ -91,7 +91,8 @@ def build_parser() -> Parser:
         help="receives a folder per run, table.md, table.csv and compare.png; runs of other calls in it, made with the "
              "same options, are in the tables too")
     add("--jobs", type=whole(1), default=1, metavar="N",
-        help="runs at a time, on one GPU, on all GPUs in turn, or each on its share of the cores; default: 1")
+        help="runs at a time: they share out the cores and, unless --num-workers is given, the processes that load "
+             "data; with several GPUs each run has one; default: 1")
     add("--sizes", nargs="+", type=whole(1), default=[], metavar="S",
         help="evaluate every trained model at these sides of its input, too: sizes.md, sizes.csv and sizes.png")
     add("--dry-run", action="store_true",
@@ -125,14 +126,10 @@ def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def show_plan(plan: Plan, jobs: int) -> None:
     """Log what there is to do."""
     done = sum(run.is_finished() for run in plan.runs)
-    pairs = len({run.pair for run in plan.runs})
-    workers = plan.common["num_workers"]
-    _logger.info(
-        "%s: %d pairs, %d runs, %d of them finished; %d at a time on %s, each with %d processes to load data",
-        heading(plan), pairs, len(plan.runs), done, jobs, plan.common["device"], workers,
-    )  # fmt: skip
+    counts = f"{len({run.pair for run in plan.runs})} pairs, {len(plan.runs)} runs, {done} of them finished"
+    _logger.info("%s: %s; %d at a time on %s", heading(plan), counts, jobs, plan.common["device"])
     if plan.illegal:
-        _logger.info("skipped as illegal: %s", "; ".join(map(", ".join, plan.illegal)))
+        _logger.info("skipped, as the join cannot carry the encoding: %s", "; ".join(map(", ".join, plan.illegal)))
     if plan.others:
         _logger.info("in the tables too: %d runs of earlier calls", len(plan.others))
 
@@ -196,7 +193,7 @@ def write_results(plan: Plan, failures: dict[str, str]) -> None:
 
 def show_results(plan: Plan, console: Console) -> None:
     """Print the table."""
-    print_table(console, heading(plan), COLUMNS, table_cells(plan, outcomes(plan)))
+    print_table(console, heading(plan), table_rows(plan, outcomes(plan)))
     _logger.info("%s: table.md, table.csv and compare.png", plan.folder)
 
 

@@ -14,24 +14,13 @@ import main
 import run_setup
 from comparison.plan import Plan, Run, count_cores
 from comparison.screen import print_table
-from comparison.tables import heading
+from comparison.tables import NAMES, Row, heading
 from model_setup import count_parameters
 from training.distributed import World
 from training.logs import Loop, LoopDisplay, clock
 
 _logger = getLogger(__name__)
 
-COLUMNS = (
-    "encoding",
-    "join",
-    "parameters",
-    "images/s",
-    "waiting for data",
-    "epoch",
-    "run",
-    "finished",
-    "epochs to do",
-)
 WARM_UP = 2
 """Steps that are not measured."""
 SECONDS = 4.0
@@ -119,26 +108,27 @@ def forecast(plan: Plan, jobs: int, console: Console) -> int:
     """
     if jobs > 1:
         torch.set_num_threads(max(1, count_cores() // jobs))
-    rows: list[list[str]] = []
+    rows: list[Row] = []
     total, code = 0.0, 0
     for pair in dict.fromkeys(run.pair for run in plan.runs):
         runs = [run for run in plan.runs if run.pair == pair]
-        epochs = [run.epochs - len(run.rows()) for run in runs if not run.is_finished()]
-        counts = [f"{len(runs) - len(epochs)} of {len(runs)}", f"{sum(epochs):,}"]
+        left = [run.epochs - len(run.rows()) for run in runs if not run.is_finished()]
+        row = dict(zip(NAMES, pair, strict=True)) | {"finished": f"{len(runs) - len(left)} of {len(runs)}"}
+        row |= {"epochs left": f"{sum(left):,}"}
         _logger.info("measuring %s", ", ".join(pair))
         try:
             with warnings_only():
                 cost = measure(runs[0])
         except (ValueError, OSError, RuntimeError) as error:
-            rows.append([*pair, "cannot start", *[""] * 4, *counts])
             _logger.error("%s cannot start: %s", ", ".join(pair), " ".join(str(error).split()))
             code = 1
-            continue
-        total += sum(epochs) * cost.epoch
-        speed = [f"{cost.speed:,.0f}", f"{100 * cost.waiting:.0f} %"]
-        times = [f"{cost.epoch:.1f} s", clock(cost.epoch * runs[0].epochs)]
-        rows.append([*pair, f"{cost.parameters:,}", *speed, *times, *counts])
-    print_table(console, heading(plan), COLUMNS, rows)
+        else:
+            total += sum(left) * cost.epoch
+            row |= {"parameters": f"{cost.parameters:,}", "images/s": f"{cost.speed:,.0f}"}
+            row |= {"waiting for data": f"{100 * cost.waiting:.0f} %"}
+            row |= {"an epoch": f"{cost.epoch:.1f} s", "a run": clock(cost.epoch * runs[0].epochs)}
+        rows.append(row)
+    print_table(console, heading(plan), rows)
     each = f", if {jobs} at a time are each as fast as one alone on {plan.common['device']}" if jobs > 1 else ""
     _logger.info("about %s in all%s", clock(total / jobs), each)
     return code

@@ -54,7 +54,9 @@ def _draw_accuracies(axes: Axes, done: Mapping[Pair, Sequence[Outcome]], colours
             va="center",
             fontsize=8.5,
         )
-    axes.set_yticks(range(len(ranked)), [", ".join(pair) for pair in ranked], fontsize=9)
+    one_join = len({join_type for _, join_type in ranked}) == 1
+    labels = [pe if one_join else f"{pe}, {join_type}" for pe, join_type in ranked]
+    axes.set_yticks(range(len(ranked)), labels, fontsize=9)
     axes.set_ylim(-0.6, len(ranked) - 0.4)
     axes.margins(x=0.16)
     axes.set_xlabel("test accuracy of the best epoch (%)")
@@ -74,6 +76,10 @@ def _draw_curves(axes: Axes, done: Mapping[Pair, Sequence[Outcome]], colours: Ma
         axes.plot(epochs, numbers.mean(0), color=colours[pe], linestyle=line, linewidth=1.5, marker=shown, markersize=4)
         if len(numbers) > 1:
             axes.fill_between(epochs, numbers.min(0), numbers.max(0), color=colours[pe], alpha=0.12, linewidth=0)
+    late = [number for of_pair in done.values() for one in of_pair for number in one.accuracies[len(one.rows) // 10 :]]
+    if max(late) > min(late):  # the first tenth is steep, and would squeeze the rest
+        margin = 0.05 * (max(late) - min(late))
+        axes.set_ylim(min(late) - margin, max(late) + margin)
     axes.set_xlabel("epoch")
     axes.set_ylabel("test accuracy (%)")
     several = any(len(of_pair) > 1 for of_pair in done.values())
@@ -121,6 +127,7 @@ def draw_sizes(
             fontsize=8.5,
             color="grey",
         )
+    axes.margins(y=0.1)
     axes.set_xticks(sizes)
     axes.set_xlabel("side of the input (pixels)")
     axes.set_ylabel("test accuracy (%)")
@@ -147,4 +154,4 @@ def _explain(figure: Figure, axes: Axes, pairs: Sequence[Pair], colours: Mapping
             Line2D([], [], color="black", linestyle=LOOKS[join][0], marker=LOOKS[join][1], markersize=5, label=join)
             for join in joins
         ]
-    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9, handlelength=3)
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9, handlelength=5)

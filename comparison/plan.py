@@ -88,7 +88,7 @@ class Run:
         return (
             len(rows) > 0
             and rows[-1]["epoch"] >= self.epochs
-            and checkpoint.exists()
+            and checkpoint.is_file()
             and checkpoint.stat().st_mtime >= log.stat().st_mtime
         )
 
@@ -219,7 +219,7 @@ def check_options(runs: Sequence[Run], common: dict[str, Any], parser: OptionPar
         if not path.exists():
             continue
         now, was = {**run.options, **common}, {**parser.defaults, **read_config(path)}
-        for name in now.keys() & was.keys():
+        for name in sorted(now.keys() & was.keys()):
             if now[name] == was[name]:
                 continue
             if name not in HARMLESS:

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from comparison.jobs import FAILED, FINISHED, RUNNING, WAITING, Job
+from comparison.tables import NAMES, NOT_YET, Row, columns_of, markdown
 from training.logs import LINES_PER_LOOP, clock
-from training.options import WIDTH
 
 _logger = getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Screen:
         self.trains = trains
         self.trainings = {job.name: Training(job) for job in jobs}
         self.states = {job.name: WAITING for job in jobs}
-        self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal and jobs else None
 
     def __enter__(self) -> "Screen":
         for training in self.trainings.values():
@@ -86,8 +86,8 @@ class Screen:
         return self
 
     def __exit__(self, *raised: object) -> None:
+        self.watch()
         if self.live is not None:
-            self.watch()
             self.live.stop()
 
     def watch(self) -> None:
@@ -129,14 +129,15 @@ class Screen:
         counts = Counter(job.state for job in self.jobs)
         states = ", ".join(f"{counts[state]} {state}" for state in ORDER if counts[state])
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column(self.title, no_wrap=True)
+        table.add_column(self.title, no_wrap=True, min_width=max(len(job.name) for job in self.jobs))
         for column in ("epoch", "best %", "last %") if self.trains else ():
             table.add_column(column, justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True, overflow="ellipsis")
+        table.add_column("")  # the only one to shrink
         ordered = sorted(self.jobs, key=lambda job: ORDER.index(job.state))
         room = max(1, self.console.height - LINES_AROUND)
         for job in ordered[:room]:
-            table.add_row(job.name, *self._progress(job), style=STYLES[job.state])
+            *numbers, remark = self._progress(job)
+            table.add_row(job.name, *numbers, Text(remark, no_wrap=True, overflow="ellipsis"), style=STYLES[job.state])
         hidden = [Text(f"... and {len(ordered) - room} more")] if len(ordered) > room else []
         return Group(table, *hidden, Text(f"{states}{self._left()}", style="bold"))
 
@@ -155,11 +156,16 @@ def best(rows: Sequence[dict[str, Any]]) -> float:
     return max(row["test_acc1"] for row in rows)
 
 
-def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table whose first two columns are names, and the others numbers."""
+def print_table(console: Console, title: str, rows: Sequence[Row]) -> None:
+    """Print a table; as Markdown where it is no terminal."""
+    if not console.is_terminal:
+        _logger.info("\n%s\n\n%s", title, markdown(rows))
+        return
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place < 2 else "right", no_wrap=place >= 2)
+    columns = columns_of(rows)
+    for column in columns:
+        widest = max(len(row.get(column, NOT_YET)) for row in rows) if column in NAMES else None
+        table.add_column(column, justify="left" if column in NAMES else "right", min_width=widest)
     for row in rows:
-        table.add_row(*row)
-    console.print(table, highlight=False, markup=False, width=None if console.is_terminal else WIDTH)
+        table.add_row(*(row.get(column, NOT_YET) for column in columns))
+    console.print(table, highlight=False)

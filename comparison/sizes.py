@@ -8,7 +8,7 @@ from typing import Any
 from comparison.jobs import Job
 from comparison.pictures import draw_sizes
 from comparison.plan import Plan, Run
-from comparison.tables import NOT_YET, Pair, Spread, csv_text, failed, heading, markdown
+from comparison.tables import NAMES, NOT_YET, Pair, Spread, csv_text, failed, heading, markdown
 from training.checkpoint import atomic_write
 from training.files import write_text
 
@@ -55,16 +55,18 @@ def measured(plan: Plan, sizes: Sequence[int]) -> Measured:
 def write_sizes(plan: Plan, sizes: Sequence[int], failures: Mapping[str, str]) -> None:
     """Write `sizes.md`, `sizes.csv` and `sizes.png`."""
     found, trained_at = measured(plan, sizes), plan.common["input_size"]
-    rows = [
-        [*pair, *(str(Spread.of(accuracies)) if accuracies else NOT_YET for accuracies in by_size.values())]
-        for pair, by_size in found.items()
-    ]
-    columns = ["encoding", "join", *(f"{size} (trained)" if size == trained_at else str(size) for size in sizes)]
+    rows = []
+    for pair, by_size in found.items():
+        row = dict(zip(NAMES, pair, strict=True))
+        for size, numbers in by_size.items():
+            column = f"{size} (trained)" if size == trained_at else str(size)
+            row[column] = str(Spread.of(numbers)) if numbers else NOT_YET
+        rows.append(row)
     remark = (
         f"\nTest accuracy (%) of each run's best epoch by the side of the input in pixels; trained at {trained_at}: "
         "mean ± standard deviation over seeds.\n"
     )
-    text = f"# {heading(plan)}, at other sizes\n\n{markdown(columns, rows, left=2)}{remark}{failed(failures)}"
+    text = f"# {heading(plan)}, at other sizes\n\n{markdown(rows)}{remark}{failed(failures)}"
     write_text(plan.folder / "sizes.md", text)
     write_text(plan.folder / "sizes.csv", csv_text(list(csv_rows(found))))
     if any(accuracies for by_size in found.values() for accuracies in by_size.values()):

@@ -12,18 +12,11 @@ from training.files import write_text
 
 Pair = tuple[str, str]
 
-COLUMNS = (
-    "encoding",
-    "join",
-    "best (%)",
-    "last (%)",
-    "best epoch",
-    "epochs",
-    "parameters",
-    "images/s",
-    "waiting for data",
-    "seeds",
-)
+Row = dict[str, str]
+"""Cells by their columns."""
+NAMES = ("encoding", "join")
+"""Columns that hold no numbers."""
+BEST = "best (%)"
 NOT_YET = "-"
 
 
@@ -55,6 +48,11 @@ class Outcome:
     def last(self) -> float:
         return self.accuracies[-1]
 
+    @property
+    def averages(self) -> list[float]:
+        """Accuracies of the averaged weights; none without `--model-ema`."""
+        return [row["test_ema_acc1"] for row in self.rows if "test_ema_acc1" in row]
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -85,12 +83,12 @@ def write_tables(plan: Plan, found: Mapping[Pair, Sequence[Outcome]], failures: 
     Args:
         failures: why a run failed, by its name.
     """
-    cells = table_cells(plan, found)
-    best = max((Spread.of([one.best for one in of_pair]).mean for of_pair in found.values() if of_pair), default=None)
-    for row, of_pair in zip(cells, found.values(), strict=True):
-        if of_pair and Spread.of([one.best for one in of_pair]).mean == best:
-            row[2] = f"**{row[2]}**"
-    text = f"# {heading(plan)}\n\n{markdown(COLUMNS, cells, left=2)}\n{remarks(plan, found)}{failed(failures)}"
+    rows = table_rows(plan, found)
+    means = [Spread.of([one.best for one in of_pair]).mean if of_pair else -1.0 for of_pair in found.values()]
+    for row, mean_of_pair in zip(rows, means, strict=True):
+        if BEST in row and mean_of_pair == max(means):
+            row[BEST] = f"**{row[BEST]}**"
+    text = f"# {heading(plan)}\n\n{markdown(rows)}{remarks(plan)}{failed(failures)}"
     write_text(plan.folder / "table.md", text)
     write_text(plan.folder / "table.csv", csv_text(csv_rows(found, failures, plan)))
 
@@ -98,33 +96,35 @@ def write_tables(plan: Plan, found: Mapping[Pair, Sequence[Outcome]], failures: 
 def heading(plan: Plan) -> str:
     """Of the tables and pictures."""
     common = plan.common
-    return f"{common['model']} on {common['data_set']}, {common['epochs']} epochs"
+    epochs = f"{common['epochs']} epoch{'s' * (common['epochs'] > 1)}"
+    return f"{common['model']} on {common['data_set']}, {epochs}"
 
 
-def table_cells(plan: Plan, found: Mapping[Pair, Sequence[Outcome]]) -> list[list[str]]:
-    """A row of `COLUMNS` for each pair."""
+def table_rows(plan: Plan, found: Mapping[Pair, Sequence[Outcome]]) -> list[Row]:
+    """The table, a row for each pair; one without a finished run has no numbers."""
     wanted = [run.pair for run in plan.all_runs]
-    rows = []
-    for pair, of_pair in found.items():
-        seeds = f"{len(of_pair)} of {wanted.count(pair)}"
-        if not of_pair:
-            rows.append([*pair, *[NOT_YET] * (len(COLUMNS) - 3), seeds])
-            continue
-        epochs = sorted(one.best_epoch for one in of_pair)
-        rows.append(
-            [
-                *pair,
-                str(Spread.of([one.best for one in of_pair])),
-                str(Spread.of([one.last for one in of_pair])),
-                f"{epochs[0]}" + (f"-{epochs[-1]}" if epochs[-1] > epochs[0] else ""),
-                str(of_pair[0].run.epochs),
-                f"{of_pair[0].rows[-1]['n_parameters']:,}",
-                f"{speed(of_pair):,.0f}",
-                f"{100 * waiting(of_pair):.0f} %",
-                seeds,
-            ]
-        )
-    return rows
+    return [
+        {**dict(zip(NAMES, pair, strict=True)), **cells(of_pair), "seeds": f"{len(of_pair)} of {wanted.count(pair)}"}
+        for pair, of_pair in found.items()
+    ]
+
+
+def cells(of_pair: Sequence[Outcome]) -> Row:
+    """What a pair came to, by column."""
+    if not of_pair:
+        return {}
+    epochs = sorted(one.best_epoch for one in of_pair)
+    averages = [max(one.averages) for one in of_pair if one.averages]
+    return {
+        BEST: str(Spread.of([one.best for one in of_pair])),
+        "last (%)": str(Spread.of([one.last for one in of_pair])),
+        **({"best of averaged weights (%)": str(Spread.of(averages))} if averages else {}),
+        "best epoch": f"{epochs[0]}" + (f"-{epochs[-1]}" if epochs[-1] > epochs[0] else ""),
+        "epochs": str(of_pair[0].run.epochs),
+        "parameters": f"{of_pair[0].rows[-1]['n_parameters']:,}",
+        "images/s": f"{speed(of_pair):,.0f}",
+        "waiting for data": f"{100 * waiting(of_pair):.0f} %",
+    }
 
 
 def csv_rows(found: Mapping[Pair, Sequence[Outcome]], failures: Mapping[str, str], plan: Plan) -> list[dict[str, Any]]:
@@ -136,10 +136,14 @@ def csv_rows(found: Mapping[Pair, Sequence[Outcome]], failures: Mapping[str, str
             f"seed {run.seed}: {failures[run.name]}" for run in plan.runs if run.pair == pair and run.name in failures
         ]
         row |= {"failed": len(reasons), "reasons": "; ".join(reasons)}
-        for name in ("best", "last"):
-            spread = Spread.of([getattr(one, name) for one in of_pair]) if of_pair else None
-            row[f"{name}_acc1_mean"] = spread and spread.mean
-            row[f"{name}_acc1_std"] = spread and spread.deviation
+        numbers = {
+            "best_acc1": [one.best for one in of_pair],
+            "last_acc1": [one.last for one in of_pair],
+            "best_ema_acc1": [max(one.averages) for one in of_pair if one.averages],
+        }
+        for name, values in numbers.items():
+            spread = Spread.of(values) if values else None
+            row[f"{name}_mean"], row[f"{name}_std"] = spread and spread.mean, spread and spread.deviation
         row |= {
             "best_epochs": " ".join(str(one.best_epoch) for one in of_pair),
             "epochs": plan.common["epochs"],
@@ -161,7 +165,7 @@ def waiting(of_pair: Sequence[Outcome]) -> float:
     return median(row["waiting_share"] for one in of_pair for row in one.rows)
 
 
-def remarks(plan: Plan, found: Mapping[Pair, Sequence[Outcome]]) -> str:
+def remarks(plan: Plan) -> str:
     """What a reader of the table has to know."""
     common = plan.common
     lines = [
@@ -170,7 +174,7 @@ def remarks(plan: Plan, found: Mapping[Pair, Sequence[Outcome]]) -> str:
         f"over the epochs, several runs at a time included ({common['device']}, {common['amp_dtype']}).",
     ]
     if plan.illegal:
-        lines.append(f"Skipped, as no join of that kind can carry them: {'; '.join(map(', '.join, plan.illegal))}.")
+        lines.append(f"Not trained, as the join cannot carry the encoding: {'; '.join(map(', '.join, plan.illegal))}.")
     return "".join(f"\n{line}\n" for line in lines)
 
 
@@ -179,18 +183,27 @@ def failed(failures: Mapping[str, str]) -> str:
     return "\nFailed:\n\n" + "".join(f"- {name}: {reason}\n" for name, reason in failures.items()) if failures else ""
 
 
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """A table whose first `left` columns are aligned to the left, the others to the right."""
-    widths = [max(3, *(len(row[place]) for row in [columns, *rows])) for place in range(len(columns))]
-    rule = [("-" * width if place < left else "-" * (width - 1) + ":") for place, width in enumerate(widths)]
-    lines = [columns, rule, *rows]
-    return "".join(
-        "| " + " | ".join(
-            cell.ljust(width) if place < left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ) + " |\n"
-        for line in lines
-    )  # fmt: skip
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """Of the fullest row."""
+    fullest = max(rows, key=len)
+    return list(fullest)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table with names aligned to the left, and numbers to the right."""
+    columns = columns_of(rows)
+    widths = {column: max(3, len(column), *(len(row.get(column, NOT_YET)) for row in rows)) for column in columns}
+
+    def line(cells: Row) -> str:
+        aligned = (
+            text.ljust(widths[column]) if column in NAMES else text.rjust(widths[column])
+            for column, text in cells.items()
+        )
+        return f"| {' | '.join(aligned)} |\n"
+
+    rule = {column: "-" * width if column in NAMES else "-" * (width - 1) + ":" for column, width in widths.items()}
+    body = ({column: row.get(column, NOT_YET) for column in columns} for row in rows)
+    return "".join(map(line, (dict(zip(columns, columns, strict=True)), rule, *body)))
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:

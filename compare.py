@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from logging import getLogger
 from typing import NoReturn
 
@@ -36,21 +36,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     console = start_logging(is_main=True)
     try:
-        try:
-            args, rest = read_options(sys.argv[1:] if argv is None else argv)
-            plan = make_plan(args, rest)
-            show_plan(plan, args.jobs)
-            if args.dry_run:
-                return forecast(plan, args.jobs, console)
-        except (ValueError, OSError) as error:
-            return _end(f"error: {error}", 2)
-        with alone_in(plan.folder), defer_interrupts():
-            return compare(plan, args, console)
+        with ExitStack() as stack:
+            try:
+                args, rest = read_options(sys.argv[1:] if argv is None else argv)
+                plan = make_plan(args, rest)
+                show_plan(plan, args.jobs)
+                if args.dry_run:
+                    return forecast(plan, args.jobs, console)
+                stack.enter_context(alone_in(plan.folder))
+            except (ValueError, OSError) as error:
+                return _end(f"error: {error}", 2)
+            with defer_interrupts():
+                return compare(plan, args, console)
     except (ValueError, OSError) as error:
         return _end(f"error: {error}", 1)
     except Interrupted as interrupt:
-        done = len(plan.finished())
-        return _end(f"{interrupt}; {done} runs are finished; the same command goes on", interrupt.exit_code)
+        done = sum(run.is_finished() for run in plan.runs)
+        where = f"{done} of {len(plan.runs)} runs are finished; the same command goes on"
+        return _end(f"{interrupt}; {where}", interrupt.exit_code)
     except KeyboardInterrupt:
         return _end("interrupted; the same command goes on", 130)
 

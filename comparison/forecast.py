@@ -112,7 +112,7 @@ def forecast(plan: Plan, jobs: int, console: Console) -> int:
     total, code = 0.0, 0
     for pair in dict.fromkeys(run.pair for run in plan.runs):
         runs = [run for run in plan.runs if run.pair == pair]
-        left = [run.epochs - len(run.rows()) for run in runs if not run.is_finished()]
+        left = [run.epochs - run.epochs_done() for run in runs if not run.is_finished()]
         row = dict(zip(NAMES, pair, strict=True)) | {"finished": f"{len(runs) - len(left)} of {len(runs)}"}
         row |= {"epochs left": f"{sum(left):,}"}
         _logger.info("measuring %s", ", ".join(pair))

@@ -82,15 +82,15 @@ class Run:
         """Its `log.txt` so far, a row per epoch."""
         return read_log(self.folder / "log.txt", self.epochs)
 
+    def epochs_done(self) -> int:
+        """Those that need not be trained again."""
+        rows = self.rows()
+        return rows[-1]["epoch"] if rows and (self.folder / CHECKPOINTS[0]).is_file() else 0
+
     def is_finished(self) -> bool:
         """Whether all epochs are in its log, and in its checkpoint, which is written after the log."""
-        rows, log, checkpoint = self.rows(), self.folder / "log.txt", self.folder / CHECKPOINTS[0]
-        return (
-            len(rows) > 0
-            and rows[-1]["epoch"] >= self.epochs
-            and checkpoint.is_file()
-            and checkpoint.stat().st_mtime >= log.stat().st_mtime
-        )
+        log, checkpoint = self.folder / "log.txt", self.folder / CHECKPOINTS[0]
+        return self.epochs_done() >= self.epochs and checkpoint.stat().st_mtime >= log.stat().st_mtime
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Training:
             return False
         epochs, self.rows = len(self.rows), self.job.run.rows()
         self.changed = stamp, time.monotonic()
-        return len(self.rows) != epochs
+        return len(self.rows) > epochs
 
     @property
     def epochs_left(self) -> int:

@@ -244,7 +244,9 @@ def test_a_stopped_comparison_stops_its_runs_and_goes_on(
     assert call(*argv) == 128 + number
     thread.join()
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"compare.py: interrupted by {number.name}; 0 runs are finished; the same command goes on")
+    assert line.startswith(
+        f"compare.py: interrupted by {number.name}; 0 of 2 runs are finished; the same command goes on"
+    )
     before = [len(path.read_text().splitlines()) for path in logs]
     assert all(0 < epochs < 20 for epochs in before)
     time.sleep(0.5)
@@ -291,7 +293,7 @@ def test_sizes_are_evaluated_once_for_each_checkpoint(tmp_path: Path, stand_in: 
     ("flags", "told"),
     [
         (("--pe", "none", "--no-such-flag", "3"), "--no-such-flag"),
-        (("--pe", "none", "stray", "--epochs", "x"), "stray"),
+        (("--pe", "none", "--jobs", "1", "stray"), "stray"),
         (("--pe", "none", "--epochs", "x"), "--epochs"),
         (("--pe", "none", "--recipe", "no_such"), "no_such"),
         (("--pe", "none", "--model", "resnet50"), "resnet50"),

@@ -221,7 +221,7 @@ def test_a_table_is_printed_as_markdown_where_there_is_no_terminal(caplog: pytes
     rows = [{"encoding": "none", "join": "basic", "best (%)": "1.00"}, {"encoding": "rope", "join": "basic"}]
     print_table(Console(file=io.StringIO()), "title", rows)
     (text,) = caplog.messages
-    assert text.splitlines()[2:] == [
+    assert text.splitlines()[3:] == [
         "| encoding | join  | best (%) |",
         "| -------- | ----- | -------: |",
         "| none     | basic |     1.00 |",

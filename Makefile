@@ -5,10 +5,10 @@ PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-oldest clean
+.PHONY: help demo test lint format test-multinode test-oldest clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/.installed ## train with and without LaPE on real digits, compare, and draw (3 minutes on 2 cores)
 	.venv/bin/python demo.py
@@ -25,6 +25,9 @@ lint: .venv/.installed-dev ## lint, format check and types only
 format: .venv/.installed-dev ## let ruff mend what it can
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
+
+test-multinode: .venv/.installed-dev ## two hosts train together and one is killed; needs root and iproute2 (3 minutes)
+	$(ONE_THREAD) .venv/bin/python -m pytest -x -m multinode tests/test_multinode.py
 
 test-oldest: .venv-oldest/.installed-dev ## every test, with the oldest releases that requirements.txt admits
 	$(ONE_THREAD) .venv-oldest/bin/python -m pytest -n auto

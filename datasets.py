@@ -7,10 +7,8 @@ Images reach the model as float32 (3, H, W) of `--input-size`, scaled to 0..1 an
 
 import argparse
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
@@ -20,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.distributed_sampler import RepeatAugSampler
@@ -28,9 +25,8 @@ from timm.data.transforms import ResizeKeepRatio
 from timm.data.transforms_factory import create_transform
 from timm.layers import to_2tuple
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
-from torchvision.datasets.folder import default_loader
 from torchvision.transforms import (
     CenterCrop,
     Compose,
@@ -44,8 +40,11 @@ from torchvision.transforms import (
     ToTensor,
 )
 
+from training.distributed import in_turns
+from training.images import UnreadableImageError, one_line, read_image
 from training.interrupt import leave_signals_to_parent
 from training.seeding import AUGMENTATION, seed_everything
+from training.shards import Shards, ShardStream, open_shards, share_of_shards
 
 _logger = getLogger(__name__)
 
@@ -67,6 +66,7 @@ class DataSet:
     default_data_path: str | None = None
     small: bool = False  # images so small that evaluation takes them whole
     has_categories: bool = False  # classes are of one of several taxonomic ranks, `open`'s argument `category`
+    is_sharded: bool = False  # the test images have a path of their own, and no file names the classes
 
 
 def canonical_data_set(name: str) -> str:
@@ -94,11 +94,15 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> LabelledImages:
             option of the transform is illegal.
     """
     data_set = DATA_SETS[args.data_set]
-    options = {}
+    options: dict[str, Any] = {}
     if data_set.has_categories:
         options["category"] = args.inat_category or "name"
     elif args.inat_category is not None:
         raise ValueError(f"--inat-category {args.inat_category} means nothing to {args.data_set}: leave it out")
+    if data_set.is_sharded:
+        options |= {"eval_data_path": args.eval_data_path, "num_classes": args.num_classes}
+    elif args.eval_data_path is not None:
+        raise ValueError(f"--eval-data-path {args.eval_data_path} means nothing to {args.data_set}: leave it out")
     data_path = args.data_path or data_set.default_data_path
     return data_set.open(is_train, data_path, build_transform(is_train, args), **options)
 
@@ -120,15 +124,8 @@ def _open_folders(is_train: bool, data_path: str | None, transform: Transform) -
     return images, images.classes
 
 
-class UnreadableImageError(ValueError):
-    """A file that cannot be read as an image; the message names it."""
-
-
-def _read_image(path: str) -> Image.Image:
-    try:
-        return default_loader(path)
-    except Exception as error:  # what is no image can fail in any way
-        raise UnreadableImageError(f"{path} cannot be read as an image: {_one_line(error)}") from error
+def _read_image(path: str | Path) -> Image.Image:
+    return read_image(str(path), str(path))
 
 
 def _class_folders(folder: Path) -> set[str]:
@@ -154,7 +151,7 @@ def _first_few(names: Sequence[str], few: int = 5) -> str:
 def _open_cifar(cifar: type[CIFAR10], is_train: bool, data_path: str | None, transform: Transform) -> LabelledImages:
     assert data_path is not None  # DATA_SETS has a default
     folder = Path(data_path).expanduser() / cifar.base_folder
-    with _in_turns() as may_download:
+    with in_turns() as may_download:
         if may_download and not folder.is_dir():
             _logger.info("%s is not in %s: downloading it from %s", cifar.__name__, folder, cifar.url)
         try:
@@ -163,36 +160,10 @@ def _open_cifar(cifar: type[CIFAR10], is_train: bool, data_path: str | None, tra
         except (OSError, HTTPException, RuntimeError) as error:
             raise FileNotFoundError(
                 f"{cifar.__name__} is not complete in {folder}, and its download from {cifar.url} failed "
-                f"({_one_line(error)}): connect to the network, or unpack {cifar.filename} in {folder.parent}, "
+                f"({one_line(error)}): connect to the network, or unpack {cifar.filename} in {folder.parent}, "
                 f"or name by --data-path the folder that holds {cifar.base_folder}"
             ) from error
     return images, images.classes
-
-
-@contextmanager
-def _in_turns() -> Iterator[bool]:
-    """Let rank 0 in first, then one process of each other machine, then all others; tell each whether it may download.
-
-    So a download is made once per disk, whether or not the machines share one, and nobody reads half a download. A
-    process that fails still lets the others in. Without a process group this process is alone.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        yield True
-        return
-    rank = dist.get_rank()
-    is_first_of_machine = int(os.environ.get("LOCAL_RANK", rank)) == 0
-    turn = 0 if rank == 0 else 1 if is_first_of_machine else 2
-    for _ in range(turn):
-        dist.barrier()
-    try:
-        yield turn < 2
-    finally:
-        for _ in range(turn, 2):
-            dist.barrier()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 class Digits(Dataset):
@@ -261,7 +232,7 @@ class INaturalist(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
-        return self.transform(default_loader(path)), label
+        return self.transform(_read_image(path)), label
 
 
 def _read_json(path: Path) -> Any:
@@ -270,7 +241,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {_one_line(error)}") from error
+        raise ValueError(f"{path} is damaged: {one_line(error)}") from error
 
 
 def _open_inaturalist(
@@ -310,6 +281,7 @@ DATA_SETS: dict[str, DataSet] = {
         )
         for name, year in (("INAT", 2018), ("INAT19", 2019))
     },
+    "WDS": DataSet(open_shards, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, recipe="deit", is_sharded=True),
     "CIFAR10": DataSet(
         partial(_open_cifar, CIFAR10),
         mean=(0.4914, 0.4822, 0.4465),
@@ -368,10 +340,15 @@ def _train_transform(args: argparse.Namespace) -> Transform:
     _check_choice("--train-crop", args.train_crop, TRAIN_CROPS)
     _check_choice("--train-interpolation", args.train_interpolation, TRAIN_INTERPOLATIONS)
     _check_choice("--remode", args.remode, ERASING_MODES)
+    if args.scale is not None and not 0 < args.scale[0] <= args.scale[1]:
+        raise ValueError(f"--scale {args.scale}: give the smallest and the largest part of the image's area, above 0")
+    if args.scale is not None and (args.src or args.train_crop != "random-resized"):
+        _logger.warning("--scale %g %g is without effect: it is of --train-crop random-resized", *args.scale)
     height, width = size = to_2tuple(args.input_size)
     crop_and_flip, augment, finish = create_transform(
         size,
         is_training=True,
+        scale=args.scale,
         hflip=args.hflip,
         auto_augment=_timm_policy(args),
         color_jitter=args.color_jitter or 0.0,
@@ -524,17 +501,30 @@ class ImageLoader(DataLoader):
     """Batches of images and labels.
 
     Attributes:
+        num_images: of the data set, of which this process loads its share.
         skips_unreadable: whether the next readable image stands in for an unreadable one; else it is an error.
         num_skipped: unreadable images so far, in the batches that were taken.
     """
 
-    def __init__(self, samples: _Samples, skips_unreadable: bool, **options: Any) -> None:
-        super().__init__(samples, **options)
+    def __init__(
+        self, samples: _Samples | ShardStream, num_images: int, skips_unreadable: bool, **options: Any
+    ) -> None:
+        super().__init__(samples, collate_fn=_collate, worker_init_fn=leave_signals_to_parent, **options)
+        self.num_images = num_images
         self.skips_unreadable = skips_unreadable
         self.num_skipped = 0
 
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Of training: load `epoch` next, without this process's `first` images, which fill whole batches."""
+        order = self.dataset if isinstance(self.dataset, ShardStream) else self.sampler
+        assert isinstance(order, ShardStream | TrainSampler)
+        order.set_epoch(epoch, first)
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator is all that a loop needs
-        for batch, complaints in super().__iter__():
+        for loaded in super().__iter__():
+            if isinstance(loaded, Exception):
+                raise loaded
+            batch, complaints = loaded
             for complaint in filter(None, complaints):
                 # raised here, as an exception from a worker comes with that worker's traceback in its message
                 if not self.skips_unreadable:
@@ -544,45 +534,63 @@ class ImageLoader(DataLoader):
             yield batch
 
 
+def _collate(items: list[Any]) -> Any:
+    """A batch, or the error that stands in the place of an item."""
+    errors = (item for item in items if isinstance(item, Exception))
+    return next(errors, None) or default_collate(items)
+
+
 def build_loader(dataset: Dataset, is_train: bool, args: argparse.Namespace, rank: int, world_size: int) -> ImageLoader:
     """The batches of process `rank` of `world_size`: images (B, 3, H, W) and labels (B,), B = `args.batch_size`.
 
     Training: full batches only, as many as fill whole updates of `args.accum_steps`, in an order and with augmentations
-    that `args.seed` and `loader.sampler.set_epoch(epoch)` decide; `--skip-bad-images` is for training alone.
+    that `args.seed` and `loader.set_epoch(epoch)` decide; `--skip-bad-images` is for training alone.
     Evaluation: batches of up to 1.5 B; the processes share out the data set, each image once, or without
     `args.dist_eval` each process has them all.
 
     While it loads, the random states of `random`, `numpy` and `torch` change in a way that `args.num_workers` decides.
 
     Raises:
-        ValueError: `--batch-size` below 1, or a training set smaller than one update of all processes.
+        ValueError: `--batch-size` below 1, a training set smaller than one update of all processes, or fewer shards
+            than workers.
     """
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size} is too small: give at least 1")
+    if is_train:
+        _check_fills_a_batch(dataset, args, world_size)
+    elif not args.dist_eval:
+        rank, world_size = 0, 1
     load = partial(
         ImageLoader,
-        _Samples(dataset, args.seed),
+        num_images=_size(dataset),
+        skips_unreadable=is_train and args.skip_bad_images,
+        batch_size=args.batch_size if is_train else int(1.5 * args.batch_size),
+        drop_last=is_train,
         num_workers=args.num_workers,
         pin_memory=args.pin_mem,
-        worker_init_fn=leave_signals_to_parent,
     )
+    if isinstance(dataset, Shards):
+        repeats = REPEATS if is_train and args.repeated_aug else 1
+        return load(share_of_shards(dataset, is_train, args, rank, world_size, repeats))
+    samples = _Samples(dataset, args.seed)
     if not is_train:
-        first, step = (rank, world_size) if args.dist_eval else (0, 1)
-        share = [(index, 0, index) for index in range(first, _size(dataset), step)]
-        return load(skips_unreadable=False, sampler=share, batch_size=int(1.5 * args.batch_size))
-    sampler = TrainSampler(_train_order(dataset, args, rank, world_size), args.batch_size * args.accum_steps)
-    return load(skips_unreadable=args.skip_bad_images, sampler=sampler, batch_size=args.batch_size, drop_last=True)
+        return load(samples, sampler=[(index, 0, index) for index in range(rank, _size(dataset), world_size)])
+    order = _train_order(dataset, args, rank, world_size)
+    return load(samples, sampler=TrainSampler(order, args.batch_size * args.accum_steps))
 
 
-def _train_order(
-    dataset: Dataset, args: argparse.Namespace, rank: int, world_size: int
-) -> DistributedSampler | SeededRepeatAugSampler:
+def _check_fills_a_batch(dataset: Dataset, args: argparse.Namespace, world_size: int) -> None:
     if _size(dataset) < args.batch_size * args.accum_steps * world_size:
         times = f" x --accum-steps {args.accum_steps}" if args.accum_steps > 1 else ""
         raise ValueError(
             f"{_size(dataset)} training images do not fill a batch of {args.batch_size}{times} on each of {world_size} "
             "process(es): lower --batch-size or the number of processes"
         )
+
+
+def _train_order(
+    dataset: Dataset, args: argparse.Namespace, rank: int, world_size: int
+) -> DistributedSampler | SeededRepeatAugSampler:
     if args.repeated_aug:
         return SeededRepeatAugSampler(dataset, world_size, rank, args.seed)
     return DistributedSampler(dataset, world_size, rank, seed=args.seed, drop_last=True)

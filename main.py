@@ -9,12 +9,11 @@ import sys
 import time
 from collections.abc import Sequence
 from logging import getLogger
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from datasets import TrainSampler, UnreadableImageError
 from engine import evaluate, train_one_epoch
 from model_setup import count_parameters
 from run_setup import Run, Training, set_up
@@ -23,8 +22,10 @@ from training.checkpoint import atomic_write, save_checkpoint
 from training.curves import draw_curves
 from training.distributed import World
 from training.files import CHECKPOINTS, last_checkpoint, write_text
+from training.images import UnreadableImageError
 from training.interrupt import Interrupted, defer_interrupts
 from training.logs import LoopDisplay, clock, start_logging
+from training.shards import DamagedShardError
 from training.state import Progress
 
 _logger = getLogger(__name__)
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return evaluate_checkpoint(run) if run.training is None else train(run, run.training)
     except UnreadableImageError as error:
         return _end(f"error: {error}; --skip-bad-images trains without such files", 2, world)
+    except DamagedShardError as error:
+        return _end(f"error: {error}", 2, world)
     except (FloatingPointError, OSError) as error:
         return _end(f"error: {error}", 1, world)
     except Interrupted as interrupt:
@@ -103,6 +106,8 @@ def train(run: Run, training: Training) -> int:
             state.rows.append(row)
             left = (time.monotonic() - start) / (state.epoch - epochs_before) * (args.epochs - state.epoch)
             _logger.info("%s  best %.2f %%  %s left", summarise(row, args.epochs), state.best_acc1, clock(left))
+            if training.events is not None:
+                training.events.add(row, state.epoch)
             draws = state.epoch == args.epochs or time.monotonic() - drawn > SECONDS_BETWEEN_DRAWINGS
             save(run, training, CHECKPOINTS[1:2] * is_best + CHECKPOINTS[2:] * ema_is_best, draws)
             if draws:
@@ -116,6 +121,9 @@ def train(run: Run, training: Training) -> int:
         raise Interrupted(interrupt.signal_number, f"{place}; {last_checkpoint(run.output_dir)}") from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f" in epoch {state.epoch + 1}; {last_checkpoint(run.output_dir)}") from None
+    finally:
+        if training.events is not None:
+            training.events.close()
     if training.unsaved:
         raise OSError(f"{training.unsaved}; {last_checkpoint(run.output_dir)}")
     return 0
@@ -128,9 +136,15 @@ def run_epoch(run: Run, training: Training) -> dict[str, Any]:
     epoch = state.epoch + 1
     accuracy = f"  acc@1 {state.rows[-1]['test_acc1']:.2f} %" if state.rows else ""
     done = state.progress.step * args.accum_steps * args.batch_size
-    cast("TrainSampler", loader.sampler).set_epoch(state.epoch, done)
+    loader.set_epoch(state.epoch, done)
+    if state.mixup is not None and args.mixup_off_epoch is not None:
+        state.mixup.mixup_enabled = state.epoch < args.mixup_off_epoch
+    if training.events is not None:
+        training.events.begin_epoch(state.progress)
 
     def after_update() -> None:
+        if training.events is not None:
+            training.events.after_update(state.epoch, state.progress, state.optimizer.param_groups[0]["lr"])
         every = args.checkpoint_steps
         if every and state.progress.step % every == 0 and state.progress.step < training.updates:
             save(run, training)

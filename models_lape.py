@@ -18,6 +18,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from lape_vit import VisionTransformer, VisionTransformerDistilled, warm_start
+from lape_vit.cct import CompactConvolutionalTransformer, ViTLite
 
 __all__: list[str] = []  # register_model adds each entrypoint
 _logger = logging.getLogger(__name__)
@@ -44,24 +45,35 @@ class CompactVisionTransformer(VisionTransformer):
 
 DEIT3 = {"no_embed_class": True, "init_values": 1e-6}
 
+LITE = {
+    "img_size": 32,
+    "embed_dim": 256,
+    "depth": 7,
+    "num_heads": 4,
+    "mlp_ratio": 2.0,
+    "qkv_bias": False,
+    "attn_drop_rate": 0.1,
+    "norm_layer": partial(nn.LayerNorm, eps=1e-5),
+}
+
+CIFAR_CFG = {
+    "num_classes": 10,
+    "input_size": (3, 32, 32),
+    "pool_size": None,
+    "crop_pct": 1.0,
+    "interpolation": "bicubic",
+    "fixed_input_size": True,
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2470, 0.2435, 0.2616),
+    "first_conv": "patch_embed.proj",
+    "classifier": "head",
+    "license": "apache-2.0",
+}
+
 default_cfgs = {
     **timm.models.deit.default_cfgs,
     **generate_default_cfgs(
-        {
-            "vit_compact_patch4_32": {
-                "num_classes": 10,
-                "input_size": (3, 32, 32),
-                "pool_size": None,
-                "crop_pct": 1.0,
-                "interpolation": "bicubic",
-                "fixed_input_size": True,
-                "mean": (0.4914, 0.4822, 0.4465),
-                "std": (0.2470, 0.2435, 0.2616),
-                "first_conv": "patch_embed.proj",
-                "classifier": "head",
-                "license": "apache-2.0",
-            }
-        }
+        dict.fromkeys(("vit_compact_patch4_32", "vit_lite_7_patch4_32", "cct_7_3x1_32"), CIFAR_CFG)
     ),
 }
 
@@ -221,3 +233,17 @@ def vit_compact_patch4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         **kwargs,
     }
     return _create("vit_compact_patch4_32", pretrained, CompactVisionTransformer, **args)
+
+
+@_register
+def vit_lite_7_patch4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-Lite-7/4 for 32 x 32 images, 3.72 M parameters (https://arxiv.org/abs/2104.05704)."""
+    args = {"patch_size": 4, **LITE, **kwargs}
+    return _create("vit_lite_7_patch4_32", pretrained, ViTLite, **args)
+
+
+@_register
+def cct_7_3x1_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CCT-7/3x1 for 32 x 32 images, 3.76 M parameters (https://arxiv.org/abs/2104.05704)."""
+    args = {"patch_size": 2, **LITE, **kwargs}
+    return _create("cct_7_3x1_32", pretrained, CompactConvolutionalTransformer, **args)

@@ -30,6 +30,8 @@ from model_setup import (
 from training import distributed
 from training.checkpoint import description_of, is_ours, load_checkpoint, load_weights
 from training.distributed import World
+from training.download import is_url
+from training.events import Events
 from training.files import find_checkpoint, open_output_dir, read_log, write_text
 from training.logs import LoopDisplay
 from training.optimisation import images_per_update, learning_rate
@@ -44,6 +46,7 @@ from training.options import (
     saved_options,
 )
 from training.seeding import seed_everything
+from training.shards import runs_commands
 from training.state import TrainingState, build_state, restore_progress, restore_state
 
 _logger = getLogger(__name__)
@@ -53,6 +56,7 @@ FIXED = ("model", "pe", "join_type", "input_size", *all_options())
 FOR_EVALUATION = (
     "data_set",
     "data_path",
+    "eval_data_path",
     "inat_category",
     "batch_size",
     "num_workers",
@@ -74,6 +78,7 @@ class Training:
     loader: ImageLoader
     updates: int  # per epoch
     config: dict[str, Any]  # the options to save
+    events: Events | None = None  # for TensorBoard
     unsaved: str = ""  # why the last checkpoint could not be saved
 
 
@@ -107,6 +112,8 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
         checkpoint = load_checkpoint(given["resume"]) if "resume" in given else {}
     description = description_of(checkpoint)
     args, start = resolve_given(parser, given, checkpoint)
+    if args.tensorboard and not args.eval and args.output_dir is None:
+        raise ValueError("--tensorboard needs --output_dir DIR, to write to DIR/tensorboard")
     device = distributed.pick_device(args.device, world)
     resolve_device_options(args, device)
     if args.deterministic:
@@ -145,6 +152,8 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
         if run.training is not None and run.output_dir is not None:
             text = config_text(run.training.config, shlex.join(["main.py", *argv]))
             write_text(run.output_dir / "config.yaml", text)
+    if run.training is not None and args.tensorboard:
+        run.training.events = start_events(run, run.training)
     return run
 
 
@@ -165,6 +174,10 @@ def read_given(parser: OptionParser, argv: Sequence[str]) -> dict[str, Any]:
         raise ValueError("--finetune starts a run and --resume goes on with one: give one of them")
     if "start_epoch" in given and ("resume" in given or given.get("auto_resume")):
         raise ValueError("--start-epoch is for a run that starts; --resume goes on where its checkpoint was")
+    if is_url(given.get("resume", "")) and not given.get("eval") and "output_dir" not in given:
+        raise ValueError(f"--resume {given['resume']} needs --output_dir DIR, where the training goes on")
+    if given.get("eval") and given.get("tensorboard"):
+        raise ValueError("--tensorboard shows how a training goes: leave it out with --eval")
     return given
 
 
@@ -179,7 +192,35 @@ def resolve_given(
     recipe = pick_recipe(parser, given, checkpoint)
     finetune = None if checkpoint else {**recipe, **given}.get("finetune")
     start = load_checkpoint(finetune) if finetune else {}
-    return resolve_options(parser, given, recipe, description_of(checkpoint), description_of(start)), start
+    args = resolve_options(parser, given, recipe, description_of(checkpoint), description_of(start))
+    refuse_foreign_commands(args, given)
+    if args.resplit:
+        raise ValueError(
+            "--resplit spares a clean augmentation split from erasing, but DeiT, whose flag it is, makes no splits: it "
+            "never had an effect, so leave it out"
+        )
+    return args, start
+
+
+def start_events(run: Run, training: Training) -> Events:
+    """What writes for TensorBoard, if this is the main process, from where the training is."""
+    folder = None if run.output_dir is None else run.output_dir / "tensorboard"
+    return Events(folder, training.state.epoch, training.state.progress, training.updates)
+
+
+def refuse_foreign_commands(args: argparse.Namespace, given: dict[str, Any]) -> None:
+    """See that no checkpoint or recipe, which may come from anyone, runs a command.
+
+    Raises:
+        ValueError: one would.
+    """
+    for name in {"data_path", "eval_data_path"} - given.keys():
+        pattern = getattr(args, name)
+        if pattern is not None and DATA_SETS[args.data_set].is_sharded and runs_commands(pattern):
+            raise ValueError(
+                f"{args.recipe} asks for {flag_of(name)} {pattern}: a command is run only if the command line has it: "
+                "repeat it there if you trust it"
+            )
 
 
 def check_same_start(args: argparse.Namespace, checkpoint: dict[str, Any], world: World, device: torch.device) -> None:
@@ -236,6 +277,7 @@ def resolve_options(
     args.data_set = canonical_data_set(args.data_set)
     data_set = DATA_SETS[args.data_set]
     args.data_path = args.data_path or data_set.default_data_path
+    args.num_classes = description.get("num_classes")  # else the data set's
     args.mean, args.std = description.get("mean", data_set.mean), description.get("std", data_set.std)
     return args
 
@@ -247,8 +289,8 @@ def pick_recipe(parser: OptionParser, given: dict[str, Any], checkpoint: dict[st
     if "config" in checkpoint:
         saved = dict(checkpoint["config"])
         if given.get("data_set", saved["data_set"]) != saved["data_set"]:
-            saved |= {"data_path": None, "inat_category": None}  # are of the other data set
-        options = {name: saved[name] for name in FOR_EVALUATION} if given.get("eval") else saved
+            saved |= {"data_path": None, "eval_data_path": None, "inat_category": None}  # are of the other data set
+        options = {name: saved[name] for name in FOR_EVALUATION if name in saved} if given.get("eval") else saved
         return {**options, "recipe": given["resume"]}
     name = DATA_SETS[given.get("data_set", parser.defaults["data_set"])].recipe
     return {**read_recipe(parser, find_recipe(name)), "recipe": name}
@@ -322,7 +364,7 @@ def introduce(run: Run, parser: OptionParser, given: dict[str, Any]) -> None:
     _logger.info(
         "%s: %d images to train, %d to test, %d classes",
         args.data_set,
-        len(run.training.loader.dataset),  # type: ignore[arg-type]
+        run.training.loader.num_images,
         run.num_test_images,
         run.description["num_classes"],
     )

@@ -89,7 +89,7 @@ def measure(run: Run) -> Cost:
         ValueError, OSError, RuntimeError: the run cannot start.
     """
     watch = Stopwatch()
-    ready = run_setup.set_up(run.argv, World(), watch)
+    ready = run_setup.set_up([*run.argv, "--no-tensorboard"], World(), watch)
     assert ready.training is not None  # without --eval it trains
     with suppress(EnoughError):
         main.run_epoch(ready, ready.training)

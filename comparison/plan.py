@@ -38,9 +38,11 @@ HARMLESS = {
     "deterministic",
     "device",
     "dist_eval",
+    "eval_data_path",
     "max_bad_steps",
     "num_workers",
     "pin_mem",
+    "tensorboard",
 }
 """Options that may change between two calls, for a run learns the same under them."""
 MOST_WORKERS = 10

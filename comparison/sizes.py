@@ -25,7 +25,7 @@ def evaluations(plan: Plan, sizes: Sequence[int]) -> list[Job]:
 def evaluation(plan: Plan, run: Run, size: int) -> Job:
     """The evaluation of a run's best checkpoint at a size, where this call has its data."""
     options = {"resume": run.best_checkpoint, "input-size": size, "output-dir": result_of(run, size).parent}
-    here = ("data_path", "device", "num_workers")
+    here = ("data_path", "eval_data_path", "device", "num_workers")
     options |= {name.replace("_", "-"): plan.common[name] for name in here if plan.common[name] is not None}
     argv = ["--eval", *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
     folder = result_of(run, size).parent

@@ -14,9 +14,11 @@ def pytest_configure() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what is marked ``gpu`` where there is none."""
+    """Skip what is marked ``gpu`` where there is none, and what is marked ``multinode`` unless it is asked for."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("multinode") and "multinode" not in item.config.getoption("markexpr"):
+        pytest.skip("needs root: make test-multinode")
 
 
 @pytest.fixture(autouse=True)

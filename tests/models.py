@@ -15,6 +15,7 @@ MODELS = timm.list_models(module="models_lape")
 DEIT = "deit_tiny_patch16_224"
 DISTILLED = "deit_tiny_distilled_patch16_224"
 COMPACT = "vit_compact_patch4_32"
+VIT_LITE, CCT = "vit_lite_7_patch4_32", "cct_7_3x1_32"
 SIZES: dict[str, Any] = {
     "img_size": 32,
     "patch_size": 8,
@@ -25,6 +26,11 @@ SIZES: dict[str, Any] = {
     "num_classes": 5,
 }
 """A grid of 4 x 4 patches and heads of width 8."""
+
+
+def sizes_of(name: str) -> dict[str, Any]:
+    """The same grid for any model; CCT's patches have one size."""
+    return {**SIZES, "img_size": 8, "patch_size": 2} if name == CCT else SIZES
 
 
 def sampled_pairs() -> list[tuple[str, str]]:
@@ -42,7 +48,7 @@ over_encodings = pytest.mark.parametrize("pe", encodings.names())
 def create(pe: str | None = None, join_type: str | None = None, name: str = DEIT, **kwargs: Any) -> Any:
     """A tiny model as it comes from timm, in float32 and training mode; the same at every call."""
     torch.manual_seed(0)
-    return timm.create_model(name, pe=pe, join_type=join_type, **{**SIZES, **kwargs})
+    return timm.create_model(name, pe=pe, join_type=join_type, **{**sizes_of(name), **kwargs})
 
 
 def tiny(pe: str | None = None, join_type: str | None = None, name: str = DEIT, **kwargs: Any) -> Any:

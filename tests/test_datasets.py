@@ -47,6 +47,8 @@ def make_args(**changes) -> Namespace:
     args = Namespace(
         data_set="DIGITS",
         data_path=None,
+        eval_data_path=None,
+        num_classes=None,
         inat_category=None,
         input_size=16,
         mean=(0.5, 0.5, 0.5),
@@ -54,6 +56,7 @@ def make_args(**changes) -> Namespace:
         eval_crop_ratio=0.875,
         interpolation="bicubic",
         train_crop="none",
+        scale=None,
         hflip=0.0,
         aa=None,
         src=False,
@@ -900,6 +903,27 @@ def test_the_simple_random_crop_in_place_of_another_is_told(caplog):
     assert caplog.messages == []
     build_transform(True, make_args(src=True, train_crop="pad"))
     assert caplog.messages == ["--src takes the place of --train-crop pad"]
+
+
+def test_the_scale_bounds_the_part_of_the_image_that_a_crop_takes(caplog):
+    ramp = Image.fromarray(
+        np.tile(np.arange(240, dtype=np.uint8)[None, :, None], (240, 1, 3))
+    )  # 0 to 239, to the right
+    transform = build_transform(True, make_args(train_crop="random-resized", scale=[0.25, 0.25], hflip=0.0))
+    seed_all(0)
+    for _ in range(20):
+        pixels = (transform(ramp) * 0.5 + 0.5)[0, 0] * 255
+        width = (pixels[-1] - pixels[0]).item() * len(pixels) / (len(pixels) - 1)
+        assert 240 * (0.25 * 3 / 4) ** 0.5 - 8 < width < 240 * (0.25 * 4 / 3) ** 0.5 + 8
+    assert caplog.messages == []
+    build_transform(True, make_args(train_crop="pad", scale=[0.25, 0.5]))
+    assert caplog.messages == ["--scale 0.25 0.5 is without effect: it is of --train-crop random-resized"]
+
+
+@pytest.mark.parametrize("scale", [[0.5, 0.25], [0.0, 1.0]])
+def test_an_impossible_scale_is_refused(scale):
+    with pytest.raises(ValueError, match="--scale"):
+        build_transform(True, make_args(train_crop="random-resized", scale=scale))
 
 
 def test_three_augment_makes_each_image_grey_solarised_or_blurred(caplog):

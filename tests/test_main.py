@@ -342,6 +342,8 @@ EFFECTS: dict[str, tuple[tuple[object, ...], tuple[object, ...]]] = {
     "bce_loss": ((), ("--bce-loss",)),
     "cosub": (("--drop-path", 0.5, "--bce-loss"), ("--drop-path", 0.5, "--bce-loss", "--cosub")),
     "src": ((), ("--src",)),
+    "scale": (("--train-crop", "random-resized"), ("--train-crop", "random-resized", "--scale", 0.5, 0.6)),
+    "mixup_off_epoch": (("--mixup", 0.8), ("--mixup", 0.8, "--mixup-off-epoch", 1)),
     "three_augment": ((), ("--three-augment",)),
     "train_mode": (("--drop", 0.9), ("--drop", 0.9, "--no-train-mode")),
     "attn_only": ((), ("--attn-only",)),
@@ -690,13 +692,21 @@ def damaged_data(kind: str, folder: Path) -> Path:
     if kind == "empty":
         root.mkdir()
     else:
-        tiny_run.make_images(root, num_train=2, num_val=3)
-        (root / "val" / "circle").rename(root / "val" / "ellipse")
+        circles = tiny_run.make_images(root, num_train=2, num_val=3) / "val" / "circle"
+        circles.rename(circles.with_name("ellipse") if kind == "other classes" else root / "circles")
+        if kind == "empty class":
+            circles.mkdir()
     return root
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"), [("absent", "nowhere"), ("empty", "train/ and val/"), ("other classes", "ellipse")]
+    ("kind", "words"),
+    [
+        ("absent", "nowhere"),
+        ("empty", "train/ and val/"),
+        ("other classes", "ellipse"),
+        ("empty class", "no image in class folder circle of "),
+    ],
 )
 def test_bad_data_folders_are_refused(
     kind: str, words: str, tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
@@ -743,6 +753,8 @@ BAD_OPTIONS = [
     (("--eval",), ["--resume"]),
     (("--start-epoch", "2"), ["--start-epoch 2", "--epochs 2"]),
     (("--world-size", "3"), ["--world-size 3", "torchrun"]),
+    (("--resplit",), ["--resplit", "leave it out"]),
+    (("--eval-data-path", "x.tar"), ["--eval-data-path x.tar", "FOLDER"]),
 ]
 
 
@@ -754,6 +766,36 @@ def test_bad_options_are_refused_in_one_line(
     line = refused(capsys)
     assert [word for word in words if word not in line] == []
     assert not (tmp_path / "run").exists()
+
+
+MIXERS = {"mixup": ("--mixup", 1), "cutmix": ("--cutmix", 1), "box": ("--cutmix-minmax", 0.2, 0.8)}
+LOSSES = {"one pass": (), "cosub": ("--cosub", "--bce-loss"), "accumulated": ("--accum-steps", 3)}
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
+def test_a_batch_without_pairs_is_refused_where_images_are_mixed_and_the_smallest_pair_is_not(
+    mixer: tuple[object, ...],
+    mode: str,
+    tmp_path: Path,
+    few_images: Path,
+    recipe: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ("--recipe", recipe, "--data-path", few_images, *mixer, "--mixup-mode", mode, "--epochs", 1)
+    for size in (1, 3):
+        assert call(*flags, "--batch-size", size, "--output_dir", tmp_path / "run") == 2
+        assert f"--batch-size {size} is odd: mixup and cutmix need pairs" in refused(capsys)
+        assert not (tmp_path / "run").exists()
+    assert call(*flags, "--batch-size", 2) == 0
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_batch_without_pairs_trains_where_nothing_is_mixed(
+    size: int, loss: tuple[object, ...], few_images: Path, recipe: Path
+) -> None:
+    assert call("--recipe", recipe, "--data-path", few_images, *loss, "--batch-size", size, "--epochs", 1) == 0
 
 
 def test_a_folder_with_a_run_is_not_overwritten(
@@ -910,12 +952,12 @@ def test_a_distilled_run_changes_with_its_teacher_and_is_resumed(
     assert call("--resume", tmp_path / "1" / "checkpoint.pth", "--epochs", 2) == 0
 
 
-def test_a_teacher_that_would_run_code_is_refused(
-    tmp_path: Path, recipe: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("flags", [("--finetune",), (*DISTILLED, "--distillation-type", "hard", "--teacher-path")])
+def test_other_checkpoints_that_would_run_code_are_refused(
+    flags: tuple[str, ...], tmp_path: Path, recipe: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_bad_checkpoint("malicious", tmp_path / "bad.pth", trained / "checkpoint.pth")
-    flags = ("--distillation-type", "hard", "--teacher-path", tmp_path / "bad.pth")
-    assert call("--recipe", recipe, "--input-size", 32, *DISTILLED, *flags) == 2
+    assert call("--recipe", recipe, "--input-size", 32, *flags, tmp_path / "bad.pth") == 2
     assert "more than plain data" in refused(capsys)
     assert not (tmp_path / "touched").exists()
 

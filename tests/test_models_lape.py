@@ -18,11 +18,13 @@ from lape_vit import convert_checkpoint, encodings
 from lape_vit.encodings import ALIASES, ENCODINGS, AbsoluteEncoding, AttentionEncoding, Grid
 from lape_vit.joins import JOINS, legal_pairs
 from tests.models import (
+    CCT,
     COMPACT,
     DEIT,
     DISTILLED,
     MODELS,
     SIZES,
+    VIT_LITE,
     assert_equal,
     create,
     disturb,
@@ -30,9 +32,11 @@ from tests.models import (
     images,
     over_encodings,
     over_sampled_pairs,
+    sizes_of,
     tiny,
 )
 
+FOR_CIFAR = (COMPACT, VIT_LITE, CCT)
 TIMMS = [name for name in MODELS if hasattr(timm.models.deit, name)]
 DROPS = {
     "drop_rate": 0.1,
@@ -192,23 +196,23 @@ import models_lape
 print(json.dumps([before, registry()]))
 """
 
-    def test_of_timm_only_gains_the_compact_model(self) -> None:
+    def test_of_timm_only_gains_the_models_for_cifar(self) -> None:
         root = Path(__file__).resolve().parents[1]
         run = subprocess.run([sys.executable, "-c", self.SCRIPT], cwd=root, capture_output=True, text=True, check=True)
         before, after = json.loads(run.stdout)
-        after["models"].remove(COMPACT)
+        after["models"] = [name for name in after["models"] if name not in FOR_CIFAR]
         assert f"{DEIT}.fb_in1k" in before["configurations"]
         assert after == before
 
     def test_has_the_models_of_the_papers(self) -> None:
         sizes = ["tiny_{}patch16_224", "small_{}patch16_224", "base_{}patch16_224", "base_{}patch16_384"]
         expected = {f"deit_{size.format(kind)}" for size in sizes for kind in ("", "distilled_")}
-        assert {*expected, COMPACT} <= set(MODELS)
+        assert {*expected, *FOR_CIFAR} <= set(MODELS)
 
     @over_models
     def test_makes_our_model(self, name: str) -> None:
-        model = named(name, **SIZES)
-        assert type(model).__module__ in {"lape_vit.vit", "models_lape"}
+        model = named(name, **sizes_of(name))
+        assert type(model).__module__.partition(".")[0] in {"lape_vit", "models_lape"}
         assert (model.pe, model.join_type) == ("learnable", "basic")
 
     @over_timms_models
@@ -272,12 +276,48 @@ class TestParameterCounts:
 
     @over_models
     def test_a_sinusoid_saves_the_trained_table_and_unshare_needs_one_per_layer(self, name: str) -> None:
-        model, sizes = named(name, **SIZES), {**SIZES, "depth": 3}
+        model, sizes = named(name, **sizes_of(name)), {**sizes_of(name), "depth": 3}
         count, table = parameter_count(name, **sizes), model.pos_embed.numel()
         for pe in ("none", "1D_sin", "2D_sin"):
             assert parameter_count(name, pe=pe, **sizes) == count - table
         assert parameter_count(name, join_type="share", **sizes) == count
         assert parameter_count(name, join_type="unshare", **sizes) == count + 2 * table
+
+
+class TestLiteModels:
+    """ViT-Lite-7/4 and CCT-7/3x1, of https://arxiv.org/abs/2104.05704."""
+
+    @pytest.mark.parametrize(("name", "count", "grid"), [(VIT_LITE, 3_716_874, (8, 8)), (CCT, 3_760_139, (16, 16))])
+    def test_have_the_authors_sizes(self, name: str, count: int, grid: tuple[int, int]) -> None:
+        model = on_meta(name)
+        assert parameter_count(name) == count
+        assert model.patch_embed.grid_size == grid
+        assert (model.embed_dim, len(model.blocks), model.blocks[0].attn.num_heads) == (256, 7, 4)
+        assert model.blocks[0].mlp.fc1.out_features == 512
+        assert {block.attn.attn_drop.p for block in model.blocks} == {0.1}
+
+    @pytest.mark.parametrize("name", [VIT_LITE, CCT])
+    def test_trained_positions_start_ten_times_as_large_as_timms(self, name: str) -> None:
+        assert named(name).pos_embed.std().item() == pytest.approx(0.2, rel=0.05)
+
+    def test_cct_pools_its_tokens_by_a_softmax_of_scores(self) -> None:
+        model = tiny(name=CCT)
+        features = model.forward_features(images(2, 8, 8))
+        weights = torch.softmax(features @ model.attn_pool.score.weight[0] + model.attn_pool.score.bias, dim=1)
+        expected = model.head(torch.einsum("bn,bnd->bd", weights, features))
+        torch.testing.assert_close(model(images(2, 8, 8)), expected)
+
+    def test_cct_cannot_change_its_patches(self) -> None:
+        for resize in (lambda: named(CCT, patch_size=4), lambda: named(CCT).set_input_size(patch_size=4)):
+            with pytest.raises(ValueError, match="patch_size=4: the tokenizer of CCT"):
+                resize()
+
+    @pytest.mark.parametrize("name", [VIT_LITE, CCT])
+    def test_take_images_of_another_size_and_another_number_of_classes(self, name: str) -> None:
+        model = named(name, pe="rope", num_classes=3)
+        model.set_input_size((24, 40))
+        model.reset_classifier(7)
+        assert model(torch.randn(1, 3, 24, 40)).shape == (1, 7)
 
 
 class TestCompactModel:
@@ -369,7 +409,7 @@ class TestCompactModel:
 class TestArguments:
     def test_join_type_reaches_the_model(self, name: str) -> None:
         for pe, join_type in [("learnable", "LaPE"), ("2D_sin", "share")]:
-            model = named(name, pe=pe, join_type=join_type, **SIZES)
+            model = named(name, pe=pe, join_type=join_type, **sizes_of(name))
             assert (model.pe, model.join_type) == (pe, join_type)
 
     def test_an_unknown_one_is_a_type_error_that_names_it(self, name: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny_run
 import torch
-from tiny_run import call, differences, load, log_of, timeless, train
+from tiny_run import assert_same_run, call, differences, load, log_of, train
 from torch import Tensor, nn
 
 import engine
@@ -43,16 +43,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
     assert call("--recipe", recipe, *RICH, "--output_dir", folder) == 0
     return folder
-
-
-def assert_same_run(one: Path, other: Path, *different_options: str) -> None:
-    """Same checkpoints and same log, to the bit."""
-    for name in ("checkpoint.pth", "best_checkpoint.pth"):
-        a, b = load(one / name), load(other / name)
-        for option in different_options:
-            del a["config"][option], b["config"][option]
-        assert differences(a, b) == []
-    assert timeless(one) == timeless(other)
 
 
 def at_update(number: int, act: Callable[[], object]) -> Callable[..., bool]:
@@ -179,6 +169,40 @@ def test_a_signal_during_evaluation_loses_nothing_of_the_epoch(
     assert place(tmp_path) == (0, UPDATES)
     assert call("--resume", tmp_path / "checkpoint.pth") == 0
     assert_same_run(tmp_path, undisturbed)
+
+
+ALL = (
+    *("--repeated-aug", "--train-crop", "random-resized", "--aa", "rand-m9-mstd0.5-inc1", "--reprob", 0.5),
+    *("--mixup", 0.8, "--cutmix", 1, "--batch-size", 6, "--accum-steps", 2, "--clip-grad", 1, "--lr-noise", 0.2, 0.9),
+    *("--drop", 0.1, "--drop-path", 0.2, "--model-ema", "--model-ema-decay", 0.9, "--device", "cpu", "--epochs", 3),
+)
+ALSO = {
+    "cosub": ("--join-type", "LaPE", "--opt", "lamb", "--bce-loss", "--cosub", "--sched-on-updates"),
+    "plateau": ("--pe", "learnable+rope_mixed", "--amp-dtype", "bfloat16", "--sched", "plateau", "--smoothing", 0.1),
+    "distillation": (
+        *("--distillation-type", "soft", "--distillation-tau", 2, "--cooldown-epochs", 1, "--opt", "sgd"),
+        *("--model", "deit_tiny_distilled_patch16_224", "--teacher-model", "vit_compact_patch4_32", "--teacher-path"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ALSO)
+def test_with_all_options_on_a_run_stopped_in_mid_epoch_equals_one_that_was_not(
+    kind: str, tmp_path: Path, recipe: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = (undisturbed / "checkpoint.pth",) if kind == "distillation" else ()
+    flags = ("--recipe", recipe, *ALL, *ALSO[kind], *teacher)
+    assert call(*flags, "--output_dir", tmp_path / "whole") == 0
+    usual = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "_update", at_update(UPDATES + 2, lambda: signal.raise_signal(signal.SIGTERM)))
+            assert call(*flags, "--output_dir", tmp_path / "parts") == 143
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+    assert place(tmp_path / "parts") == (1, 3)
+    assert call("--resume", tmp_path / "parts" / "checkpoint.pth") == 0
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
 # ---- found again

@@ -21,8 +21,8 @@ over_pairs = pytest.mark.parametrize(("pe", "join_type"), PAIRS)
 
 
 def model_and_images(pe: str | None = None, join_type: str | None = None, **kwargs: Any) -> tuple[Any, Tensor]:
-    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    return disturb(create(pe, join_type, **kwargs)).eval(), images
+    model = disturb(create(pe, join_type, **kwargs)).eval()
+    return model, torch.randn(3, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -32,7 +32,8 @@ def test_every_model_scripts_and_traces_in_its_default_pair(name: str) -> None:
     torch.testing.assert_close(torch.jit.script(model)(images), model(images))
     extracted = create_feature_extractor(model, return_nodes={"blocks.1": "last"})(images)
     last = model.forward_intermediates(images, [1], output_fmt="NLC", return_prefix_tokens=True)[1][0]
-    torch.testing.assert_close(extracted["last"], torch.cat(last[::-1], dim=1))
+    tokens = torch.cat(last[::-1], dim=1) if model.num_prefix_tokens else last
+    torch.testing.assert_close(extracted["last"], tokens)
 
 
 @over_pairs

@@ -73,7 +73,13 @@ def test_help_ends_with_code_0(capsys: pytest.CaptureFixture[str]) -> None:
 def test_each_flag_is_read_with_dashes_and_with_underscores(name: str) -> None:
     dashes = next(flag for flag, option in PARSER.flags.items() if option == name)
     underscores = "--" + dashes[2:].replace("-", "_")
-    values = {"cutmix_minmax": ["0", "1"], "amp_dtype": ["float32"], "mixup_mode": ["pair"], "sched": ["tanh"]}
+    values = {
+        "cutmix_minmax": ["0", "1"],
+        "scale": ["0", "1"],
+        "amp_dtype": ["float32"],
+        "mixup_mode": ["pair"],
+        "sched": ["tanh"],
+    }
     values |= {"distillation_type": ["soft"], "pin_mem": []}
     value = values.get(name, [] if isinstance(PARSER.defaults[name], bool) else ["1"])
     assert PARSER.read([dashes, *value]) == PARSER.read([underscores, *value])
@@ -208,6 +214,29 @@ def meet(rank: int, url: str) -> None:
     distributed.start(World(rank, 2, rank), torch.device("cpu"), url, 60.0)
     assert distributed.sum_over_ranks(torch.tensor([rank + 1])).item() == 3
     distributed.stop()
+
+
+@pytest.mark.parametrize(
+    ("environment", "warnings"),
+    [
+        ({}, 0),
+        ({"TORCHELASTIC_MAX_RESTARTS": "0"}, 0),
+        ({"TORCHELASTIC_MAX_RESTARTS": "3"}, 1),
+        ({"TORCHELASTIC_MAX_RESTARTS": "3", distributed.UNSHARED_STORE: "1"}, 0),
+    ],
+)
+def test_restarts_that_would_fail_are_told(
+    environment: dict[str, str],
+    warnings: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConnectionError):
+        distributed.start(World(0, 2, 0), torch.device("cpu"), f"file://{tmp_path / 'meeting'}", 0.1)
+    assert len([line for line in caplog.messages if f"{distributed.UNSHARED_STORE}=1" in line]) == warnings
 
 
 def test_a_process_that_waits_in_vain_says_so_in_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,17 @@ warmup-lr: 1e-4
 """
 
 
-def make_images(folder: Path, num_train: int = NUM_TRAIN, num_val: int = NUM_VAL) -> Path:
-    """An ImageFolder tree of noisy 16 x 16 images; returns `folder`."""
+def make_images(
+    folder: Path, num_train: int = NUM_TRAIN, num_val: int = NUM_VAL, classes: Sequence[str] = CLASSES
+) -> Path:
+    """An ImageFolder tree of noisy 16 x 16 images, `num_train` per class and `num_val` in all; returns `folder`."""
     generator = np.random.default_rng(0)
-    for index in range(len(CLASSES) * num_train + num_val):
-        split = "train" if index < len(CLASSES) * num_train else "val"
-        label = index % len(CLASSES)
+    for index in range(len(classes) * num_train + num_val):
+        split = "train" if index < len(classes) * num_train else "val"
+        label = index % len(classes)
         pixels = generator.integers(0, 200, (16, 16, 3))
         pixels[4 * label : 4 * label + 4] += 55
-        path = folder / split / CLASSES[label] / f"{index}.png"
+        path = folder / split / classes[label] / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.astype(np.uint8)).save(path)
     return folder
@@ -91,6 +94,16 @@ def differences(a: object, b: object, at: str = "") -> list[str]:
         return [found for index in range(len(a)) for found in differences(a[index], b[index], f"{at}[{index}]")]
     same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
     return [] if same else [at]
+
+
+def assert_same_run(one: Path, other: Path, *different_options: str) -> None:
+    """Same checkpoints and same log, to the bit."""
+    for name in ("checkpoint.pth", "best_checkpoint.pth"):
+        a, b = load(one / name), load(other / name)
+        for option in different_options:
+            del a["config"][option], b["config"][option]
+        assert differences(a, b) == []
+    assert timeless(one) == timeless(other)
 
 
 def as_original(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
+from training.download import fetch, is_url
+
 FORMAT, VERSION = "lape-vit", 1
 
 
@@ -66,14 +68,19 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 def load_checkpoint(path: str) -> dict[str, Any]:
     """Read a checkpoint, ours or an original's, to the CPU; it cannot run code.
 
+    Args:
+        path: of the file, or the https: URL of one, with its hash (see `training.download.fetch`).
+
     Returns:
         Ours as it was saved; an original's with its state dict under `model`, and its `args`, if it has them.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a checkpoint, a damaged one, one that holds more than data, or one of a later version.
+        ValueError: not a checkpoint, a damaged one, one that holds more than data, one of a later version, or a URL
+            that is refused.
+        OSError: a URL that cannot be downloaded.
     """
-    file = Path(path).expanduser()
+    file = fetch(path) if is_url(path) else Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint file {path}")
     stream = file.open("rb")  # out here, for its errors say what is wrong; those of a damaged file may not

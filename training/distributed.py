@@ -1,7 +1,8 @@
 """One process, or several that torchrun started: who is who, on which device, and sums over all of them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from logging import getLogger
@@ -12,6 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 _logger = getLogger(__name__)
+
+
+UNSHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""What has to be 1 in the environment for torchrun's restarts: else the processes that it starts anew find in its store
+where those before them were, and look for each other there (https://github.com/pytorch/pytorch/issues/135712)."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,8 @@ def start(world: World, device: torch.device, url: str = "env://", seconds: floa
         if url != "env://":
             _logger.warning("--dist-url %s is without effect: this is the only process", url)
         return
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get(UNSHARED_STORE) != "1":
+        _logger.warning("torchrun's --max-restarts fails without %s=1 in the environment", UNSHARED_STORE)
     on_gpu = device.type == "cuda"
     try:
         dist.init_process_group(
@@ -134,6 +142,28 @@ def wait_for_all() -> None:
     """Return when every process has come here."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
+
+
+@contextmanager
+def in_turns() -> Iterator[bool]:
+    """Let rank 0 in first, then one process of each other machine, then all others; tell each whether it may download.
+
+    So a download is made once per disk, whether or not the machines share one, and nobody reads half a download. A
+    process that fails still lets the others in. Without a process group this process is alone.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        yield True
+        return
+    rank = dist.get_rank()
+    is_first_of_machine = int(os.environ.get("LOCAL_RANK", rank)) == 0
+    turn = 0 if rank == 0 else 1 if is_first_of_machine else 2
+    for _ in range(turn):
+        dist.barrier()
+    try:
+        yield turn < 2
+    finally:
+        for _ in range(turn, 2):
+            dist.barrier()
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

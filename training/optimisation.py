@@ -23,6 +23,8 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
         ValueError: a batch of odd size, which timm cannot mix, or a box that is larger at the low end.
     """
     if not (args.mixup or args.cutmix or args.cutmix_minmax):
+        if args.mixup_off_epoch is not None:
+            _logger.warning("--mixup-off-epoch %d is without effect without --mixup or --cutmix", args.mixup_off_epoch)
         return None
     if args.batch_size % 2:
         raise ValueError(f"--batch-size {args.batch_size} is odd: mixup and cutmix need pairs of images")

@@ -173,9 +173,13 @@ def build_parser(encoding_options: Mapping[str, tuple[type, Sequence[str]]]) -> 
 def _run_options(add: Callable[..., None]) -> None:
     add("--output-dir", metavar="DIR",
         help="receives the checkpoints, config.yaml, log.txt and curves.png; default: nothing is written")
+    add("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
+        help="write what log.txt has, and the loss as it goes, for TensorBoard, to tensorboard/ in --output-dir")
     add("--resume", metavar="FILE",
         help="go on with the training of this checkpoint, in its folder and with its options unless others are given;"
-             " with --eval: the checkpoint to evaluate; default: start afresh")
+             " with --eval: the checkpoint to evaluate; here, at --finetune and at --teacher-path, FILE may be an "
+             "https: URL whose name ends in its SHA-256 (NAME-a1311bcf.pth), or URL#sha256=a1311bcf; default: start "
+             "afresh")
     add("--eval", action="store_true", default=False,
         help="evaluate the checkpoint of --resume and end; at another --input-size if one is given")
     add("--eval-ema", action="store_true", default=False, help="with --eval: evaluate the averaged weights")
@@ -229,11 +233,14 @@ def _model_options(add: Callable[..., None]) -> None:
 
 def _data_options(add: Callable[..., None]) -> None:
     add("--data-set", "--dataset", default="IMNET", metavar="NAME",
-        help="IMNET, FOLDER, CIFAR10, CIFAR100, INAT (iNaturalist 2018), INAT19 or DIGITS, in any case")
+        help="IMNET, FOLDER, WDS (tar files), CIFAR10, CIFAR100, INAT (iNaturalist 2018), INAT19 or DIGITS, in any "
+             "case")
     add("--data-path", metavar="DIR",
         help="IMNET, FOLDER: holds train/ and val/, with a folder of images per class; INAT, INAT19: holds the "
-             "annotation files, categories.json and the images; CIFAR: where it is, or is downloaded to; default: "
-             "./data for CIFAR")
+             "annotation files, categories.json and the images; WDS: the tar files to train with, as a pattern in "
+             "quotes, 'shards/train-{0000..0099}.tar', of paths, https: URLs or commands, 'pipe:aws s3 cp URL -'; "
+             "CIFAR: where it is, or is downloaded to; default: ./data for CIFAR")
+    add("--eval-data-path", metavar="PATTERN", help="WDS: the tar files to test with, likewise; default: none")
     add("--inat-category", metavar="NAME",
         help="what makes a class of INAT, INAT19: name, genus, family, order, class, phylum, kingdom or supercategory; "
              "default: name, the species")
@@ -254,6 +261,8 @@ def _data_options(add: Callable[..., None]) -> None:
 def _augmentation_options(add: Callable[..., None]) -> None:
     add("--train-crop", default="random-resized", metavar="HOW",
         help="random-resized; pad, for a crop of the image padded by an eighth of its side; none")
+    add("--scale", type=FRACTION, nargs=2, metavar=("LOW", "HIGH"),
+        help="area of the random resized crop, part of the image's; default: 0.08 1")
     add("--src", action=argparse.BooleanOptionalAction, default=False,
         help="simple random crop of DeiT III, in place of --train-crop: the shorter side resized to the input's, "
              "4 pixels of reflection around, a random crop")
@@ -270,6 +279,8 @@ def _augmentation_options(add: Callable[..., None]) -> None:
     add("--reprob", type=FRACTION, default=0.0, metavar="P", help="probability of random erasing")
     add("--remode", default="pixel", metavar="MODE", help="what erases: const, rand, pixel")
     add("--recount", type=whole(1), default=1, metavar="N", help="erased boxes per image")
+    add("--resplit", action=argparse.BooleanOptionalAction, default=False,
+        help="refused: it spares a clean augmentation split from erasing, and DeiT, whose flag it is, makes no splits")
     add("--repeated-aug", action=argparse.BooleanOptionalAction, default=False,
         help="show a third of the images per epoch, each three times and augmented anew")
     add("--mixup", type=AMOUNT, default=0.0, metavar="ALPHA", help="mixup's alpha; 0: off")
@@ -279,6 +290,8 @@ def _augmentation_options(add: Callable[..., None]) -> None:
     add("--mixup-prob", type=FRACTION, default=1.0, metavar="P",
         help="probability of mixing where mixup or cutmix is on")
     add("--mixup-switch-prob", type=FRACTION, default=0.5, metavar="P", help="probability of cutmix where both are on")
+    add("--mixup-off-epoch", type=whole(1), metavar="N",
+        help="epochs after which mixup and cutmix are off; default: never")
     add("--mixup-mode", choices=("batch", "pair", "elem"), default="batch",
         help="what shares a draw: batch, pair of images, image")
 

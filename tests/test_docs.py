@@ -1,0 +1,58 @@
+"""The commands of `docs/` are understood, and their arithmetic is right."""
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from test_recipes import PARSER, resolve
+from torch.distributed.run import get_args_parser
+
+from training.optimisation import images_per_update, learning_rate
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of shell that start `main.py`, continued lines joined, with their comments."""
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if "main.py" in line or "train.sbatch" in line]
+
+
+ALL = [command for page in PAGES for command in commands(page)]
+TOLD = [command for command in ALL if "#" in command]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_page_has_commands_and_its_links_lead_somewhere(page: Path) -> None:
+    assert commands(page)
+    links = re.findall(r"\]\(((?!https)[^)#]+)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    assert f"(docs/{page.name})" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_every_command_is_understood(command: str) -> None:
+    arguments = re.split(r".*(?:main\.py|train\.sbatch) ", command)[1]
+    assert PARSER.read(shlex.split(arguments, comments=True))
+
+
+@pytest.mark.parametrize("command", TOLD)
+def test_the_images_per_update_and_the_learning_rate_are_those_of_the_command(command: str) -> None:
+    command, told = command.split("#")
+    args = argparse.Namespace(**resolve(command))
+    images, rate = re.fullmatch(r" (\d+) images per update, learning rate up to (\S+)", told).groups()  # type: ignore[union-attr]
+    assert images_per_update(args, processes := number_of_processes(command)) == int(images)
+    assert f"{learning_rate(args, processes):g}" == rate
+
+
+def number_of_processes(command: str) -> int:
+    program, *arguments = shlex.split(command)
+    if program != "torchrun":
+        return 1
+    launch = get_args_parser().parse_args(arguments)
+    assert launch.training_script == "main.py"
+    return int(launch.nnodes.split(":")[-1]) * int(launch.nproc_per_node)

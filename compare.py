@@ -16,6 +16,7 @@ from comparison.plan import Plan, make_plan
 from comparison.screen import Screen, print_table
 from comparison.sizes import evaluations, write_sizes
 from comparison.tables import heading, outcomes, table_rows, write_tables
+from datasets import build_dataset
 from lape_vit.encodings import all_options
 from lape_vit.joins import Basic
 from training.checkpoint import atomic_write
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 show_plan(plan, args.jobs)
                 if args.dry_run:
                     return forecast(plan, args.jobs, console)
+                open_data(plan)
                 stack.enter_context(alone_in(plan.folder))
             except (ValueError, OSError) as error:
                 return _end(f"error: {error}", 2)
@@ -135,6 +137,16 @@ def show_plan(plan: Plan, jobs: int) -> None:
         _logger.info("skipped, as the join cannot carry the encoding: %s", "; ".join(map(", ".join, plan.illegal)))
     if plan.others:
         _logger.info("in the tables too: %d runs of earlier calls", len(plan.others))
+
+
+def open_data(plan: Plan) -> None:
+    """See that the data set is there, before all runs look for it at the same time; CIFAR is downloaded if it is not.
+
+    Raises:
+        ValueError, OSError: it is not.
+    """
+    if not all(run.is_finished() for run in plan.runs):
+        build_dataset(False, plan.args)
 
 
 def compare(plan: Plan, args: argparse.Namespace, console: Console) -> int:

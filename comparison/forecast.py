@@ -109,7 +109,7 @@ def forecast(plan: Plan, jobs: int, console: Console) -> int:
     if jobs > 1:
         torch.set_num_threads(max(1, count_cores() // jobs))
     rows: list[Row] = []
-    total, code = 0.0, 0
+    total, longest, code = 0.0, 0.0, 0
     for pair in dict.fromkeys(run.pair for run in plan.runs):
         runs = [run for run in plan.runs if run.pair == pair]
         left = [run.epochs - run.epochs_done() for run in runs if not run.is_finished()]
@@ -124,13 +124,14 @@ def forecast(plan: Plan, jobs: int, console: Console) -> int:
             code = 1
         else:
             total += sum(left) * cost.epoch
+            longest = max(longest, *(epochs * cost.epoch for epochs in left), 0.0)
             row |= {"parameters": f"{cost.parameters:,}", "images/s": f"{cost.speed:,.0f}"}
             row |= {"waiting for data": f"{100 * cost.waiting:.0f} %"}
             row |= {"an epoch": f"{cost.epoch:.1f} s", "a run": clock(cost.epoch * runs[0].epochs)}
         rows.append(row)
     print_table(console, heading(plan), rows)
     each = f", if {jobs} at a time are each as fast as one alone on {plan.common['device']}" if jobs > 1 else ""
-    _logger.info("about %s in all%s", clock(total / jobs), each)
+    _logger.info("about %s in all%s", clock(max(total / jobs, longest)), each)
     return code
 
 

@@ -104,6 +104,7 @@ class Plan:
         others: those that earlier calls have finished in the same folder.
         illegal: pairs that are skipped.
         common: the options that all runs share.
+        args: all options of one of the runs, as `main.py` knows them.
     """
 
     folder: Path
@@ -111,6 +112,7 @@ class Plan:
     others: list[Run]
     illegal: list[tuple[str, str]]
     common: dict[str, Any]
+    args: argparse.Namespace
 
     @property
     def all_runs(self) -> list[Run]:
@@ -142,12 +144,12 @@ def make_plan(args: argparse.Namespace, rest: Sequence[str]) -> Plan:
     for pe, join_type in legal:
         for seed in args.seeds:
             argv = (*rest, *flags[pe], "--pe", pe, "--join-type", join_type, "--seed", str(seed))
-            place = folder / f"{pe}_{join_type}_seed{seed}"
-            runs.append(Run(pe, join_type, seed, place, resolve_run(parser, argv), argv))
+            args_of_run, options = resolve_run(parser, argv)
+            runs.append(Run(pe, join_type, seed, folder / f"{pe}_{join_type}_seed{seed}", options, argv))
     common = {name: value for name, value in runs[0].options.items() if name not in OF_PAIR}
     others = list(earlier_runs(folder, runs))
     check_options([*runs, *others], common, parser)
-    return Plan(folder, runs, [run for run in others if run.is_finished()], illegal, common)
+    return Plan(folder, runs, [run for run in others if run.is_finished()], illegal, common, args_of_run)
 
 
 def sort_pairs(encodings: Sequence[str], joins: Sequence[str]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -185,8 +187,8 @@ def encoding_flags(args: argparse.Namespace, encodings: Sequence[str]) -> dict[s
             for pe, names in taken.items()}  # fmt: skip
 
 
-def resolve_run(parser: OptionParser, argv: Sequence[str]) -> dict[str, Any]:
-    """The options that `main.py` will save in the `config.yaml` of this command line, without building its model.
+def resolve_run(parser: OptionParser, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """What `main.py` makes of this command line, and what it will save of it in `config.yaml`; no model is built.
 
     Raises:
         ValueError, OSError: what it refuses.
@@ -197,7 +199,7 @@ def resolve_run(parser: OptionParser, argv: Sequence[str]) -> dict[str, Any]:
     for name, default in resolve(args.pe).options().items():
         if options[name] is None:
             options[name] = default
-    return options
+    return args, options
 
 
 def earlier_runs(folder: Path, runs: Sequence[Run]) -> Iterator[Run]:

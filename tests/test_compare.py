@@ -297,6 +297,7 @@ def test_sizes_are_evaluated_once_for_each_checkpoint(tmp_path: Path, stand_in: 
         (("--pe", "none", "--epochs", "x"), "--epochs"),
         (("--pe", "none", "--recipe", "no_such"), "no_such"),
         (("--pe", "none", "--model", "resnet50"), "resnet50"),
+        (("--pe", "none", "--data-set", "FOLDER", "--data-path", "no/such"), "no/such"),
         (("--pe", "learnable", "learn"), "learnable twice"),
         (("--pe", "none", "--seeds", "1", "1"), "--seeds"),
         (("--pe", "none", "--sizes", "8", "8"), "--sizes"),

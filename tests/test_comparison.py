@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -71,6 +72,9 @@ def test_a_run_is_finished_once_its_checkpoint_is_as_new_as_its_last_epoch(tmp_p
     assert not run.is_finished()
     finish(run, [row(1, 50.0), row(2, 60.0)])
     assert run.is_finished()
+    log = (run.folder / "log.txt").stat().st_mtime
+    os.utime(run.folder / "checkpoint.pth", (log - 5, log - 5))
+    assert not run.is_finished()
     (run.folder / "checkpoint.pth").unlink()
     assert not run.is_finished()
 

@@ -90,7 +90,7 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--pe", "--pos-embed", nargs="+", required=True, metavar="NAME", help="positional encodings")
     add("--join-type", nargs="+", default=[Basic.name], metavar="NAME",
-        help=f"how an absolute encoding reaches the layers; illegal pairs are listed and skipped; default: {Basic.name}")
+        help=f"how an absolute encoding reaches the layers; illegal pairs are told and skipped; default: {Basic.name}")
     add("--seeds", nargs="+", type=whole(), default=[0], metavar="N", help="a run each; default: 0")
     add("--output-dir", required=True, metavar="DIR",
         help="receives a folder per run, table.md, table.csv and compare.png; runs of other calls in it, made with the "

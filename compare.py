@@ -207,8 +207,9 @@ def write_results(plan: Plan, failures: dict[str, str]) -> None:
 
 
 def show_results(plan: Plan, console: Console) -> None:
-    """Print the table."""
-    print_table(console, heading(plan), table_rows(plan, outcomes(plan)))
+    """Print the table, but for what a terminal has no room for."""
+    rows = table_rows(plan, outcomes(plan))
+    print_table(console, heading(plan), [{name: row[name] for name in row if "epoch" not in name} for row in rows])
     _logger.info("%s: table.md, table.csv and compare.png", plan.folder)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from logging import getLogger
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -161,11 +160,13 @@ def print_table(console: Console, title: str, rows: Sequence[Row]) -> None:
     if not console.is_terminal:
         _logger.info("\n%s\n\n%s", title, markdown(rows))
         return
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     columns = columns_of(rows)
-    for column in columns:
-        widest = max(len(row.get(column, NOT_YET)) for row in rows) if column in NAMES else None
-        table.add_column(column, justify="left" if column in NAMES else "right", min_width=widest)
-    for row in rows:
-        table.add_row(*(row.get(column, NOT_YET) for column in columns))
+    lines = [[row.get(column, NOT_YET) for column in columns] for row in rows]
+    for place, column in enumerate(columns):
+        is_narrow = max(len(line[place]) for line in lines) < len(column)
+        header = column.replace(" ", "\n") if is_narrow else column
+        table.add_column(header, justify="left" if column in NAMES else "right", no_wrap=column in NAMES)
+    for line in lines:
+        table.add_row(*line)
     console.print(table, highlight=False)

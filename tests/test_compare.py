@@ -4,8 +4,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +16,7 @@ import pytest
 import compare
 import comparison.jobs
 from comparison import forecast
-from comparison.jobs import alone_in, places
+from comparison.jobs import Job, alone_in, places
 from comparison.plan import HARMLESS, NOT_HERE, count_cores
 from lape_vit.joins import JOINS, legal_joins, legal_pairs
 from tests import tiny_run
@@ -257,14 +255,20 @@ def test_a_stopped_comparison_stops_its_runs_and_goes_on(
     assert [len(calls_of(path.parent)) for path in logs] == [2, 2]
 
 
-def test_a_second_comparison_waits_for_the_runs_of_the_first_to_end(tmp_path: Path) -> None:
+def test_a_second_comparison_waits_for_the_runs_of_the_first_to_end(
+    tmp_path: Path, stand_in: Callable[[str], None]
+) -> None:
     with alone_in(tmp_path), pytest.raises(ValueError, match="another"), alone_in(tmp_path):
         pass
+    stand_in("while not (folder / 'go').exists(): time.sleep(0.05)")
+    (run,) = plan_of("--pe", "none", *QUICK, "--output_dir", tmp_path).runs
+    job = Job("run", run, ["--output-dir", str(run.folder), "--epochs", "1"], run.folder, run.is_finished)
     with alone_in(tmp_path):
-        left_over = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
+        left_over = job.start({})
     with pytest.raises(ValueError, match="runs that it has started"), alone_in(tmp_path):
         pass
-    left_over.communicate(b"\n")
+    (run.folder / "go").touch()
+    left_over.wait()
     with alone_in(tmp_path):
         pass
 

@@ -36,10 +36,11 @@ class SampledLoop(Loop):
 
     def advance(self, images: int, status: Callable[[], str]) -> None:
         super().advance(images, status)
-        if self.step == min(WARM_UP, self.steps - 1):
+        warm_up = min(WARM_UP, self.steps - 1)
+        if self.step == warm_up:
             status()  # which waits for the device
             self.images, self.waited, self.start = 0, 0.0, time.perf_counter()
-        elif self.step == self.steps or time.perf_counter() - self.start > SECONDS:
+        elif self.step > warm_up and (self.step == self.steps or time.perf_counter() - self.start > SECONDS):
             status()
             raise EnoughError
 

@@ -3,7 +3,8 @@
 import csv
 import io
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from comparison import forecast
 from comparison.jobs import FAILED, FINISHED, RUNNING, Job
 from comparison.pictures import LOOKS, colours_of, draw_comparison, draw_sizes
 from comparison.plan import Plan, Run
@@ -173,6 +175,50 @@ def test_every_encoding_has_its_own_colour_and_every_join_its_own_look() -> None
     assert list(colours) == encodings.names()
     assert len(set(colours.values())) == len(colours)
     assert len(set(LOOKS.values())) == len(JOINS) == len(LOOKS)
+
+
+# ---- forecast
+
+
+def test_a_forecast_counts_what_is_left_and_how_many_run_at_a_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    plan = plan_of("--pe", "none", "rope", "--seeds", 0, 1, *QUICK, "--epochs", 5, "--output_dir", tmp_path)
+    monkeypatch.setattr(forecast, "measure", lambda run: forecast.Cost(7, 100.0, 0.5, 60.0))
+    console = Console(file=io.StringIO())
+    finish(plan.runs[0], [row(epoch, 50.0) for epoch in range(1, 6)])
+    finish(plan.runs[1], [row(1, 50.0)])
+    times = dict.fromkeys((1, 2, 50), "")
+    for jobs in times:
+        assert forecast.forecast(plan, jobs, console) == 0
+        times[jobs] = caplog.messages[-1].split(",")[0]
+    # 4 epochs and two times 5 are left; never less than the longest run
+    assert times == {1: "about 14:00 in all", 2: "about 7:00 in all", 50: "about 5:00 in all"}
+
+
+def test_a_stopwatch_measures_the_loop_after_its_first_steps_and_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    watch = forecast.Stopwatch()
+
+    def load() -> Iterator[int]:
+        nonlocal now
+        for number in range(100):
+            now += 50.0 if number < forecast.WARM_UP else 0.25  # seconds until the batch is there
+            yield 8
+
+    def work() -> None:
+        nonlocal now
+        with watch.show("", 100) as loop:
+            for images in loop.batches(load()):
+                now += 0.75
+                loop.advance(images, str)
+
+    with pytest.raises(forecast.EnoughError):
+        work()
+    assert (watch.speed, watch.waiting) == (8.0, 0.25)
+    assert now < 50.0 * forecast.WARM_UP + 20.0
 
 
 # ---- screen

@@ -26,7 +26,7 @@ format: .venv/.installed-dev ## let ruff mend what it can
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 
-test-multinode: .venv/.installed-dev ## two hosts train together and one is killed; needs root and iproute2 (3 minutes)
+test-multinode: .venv/.installed-dev ## two hosts train together and one is killed; needs root and iproute2 (5 minutes)
 	$(ONE_THREAD) .venv/bin/python -m pytest -x -m multinode tests/test_multinode.py
 
 test-oldest: .venv-oldest/.installed-dev ## every test, with the oldest releases that requirements.txt admits

@@ -327,6 +327,7 @@ def set_up_training(run: Run, parser: OptionParser, checkpoint: dict[str, Any]) 
     if checkpoint:
         restore_state(state, checkpoint, args)
         loader.num_skipped = restore_progress(state, checkpoint["progress"], updates, world)
+        tell_another_order(args, state, checkpoint, world)
         if world.is_main:
             state.rows = read_log(Path(args.output_dir) / "log.txt", state.epoch)
     all_updates = updates * (args.epochs - args.start_epoch)
@@ -340,6 +341,23 @@ def set_up_training(run: Run, parser: OptionParser, checkpoint: dict[str, Any]) 
     if args.compile:
         model = compile_model(model, run.device)
     return Training(model, state, loader, updates, saved_options(args, parser))
+
+
+def tell_another_order(
+    args: argparse.Namespace, state: TrainingState, checkpoint: dict[str, Any], world: World
+) -> None:
+    """Say so where the rest of an epoch is not what was left of it."""
+    if not (DATA_SETS[args.data_set].is_sharded and state.progress.step):
+        return
+    names = ("num_workers", "batch_size", "accum_steps")
+    same_options = all(getattr(args, name) == checkpoint["config"][name] for name in names)
+    if not same_options or len(checkpoint["progress"]["sums_by_rank"]) != world.size:
+        _logger.warning(
+            "what is left of epoch %d shows some images again and leaves others out: the order of %s depends on the "
+            "numbers of processes and workers, and on the batch size",
+            state.epoch + 1,
+            args.data_set,
+        )
 
 
 def unique_images(training: Training, args: argparse.Namespace, world_size: int) -> int:

@@ -1,19 +1,167 @@
-"""How alike the positions are that a layer sees: cosine similarity, on tensors only.
+"""What a model's layers see of positions, as tensors only: cosine similarities, biases, kernels.
 
-Shapes: P prefix tokens, grid (H, W) of patches in row-major order, N = P + H*W tokens, D embedding width, L layers.
+Shapes: P prefix tokens, grid (H, W) of patches in row-major order, N = P + H*W tokens, D embedding width, L layers,
+h heads, V values side by side (h heads, 1 where the heads agree, or tables).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lape_vit.encodings import Grid
-from lape_vit.vit import Block, VisionTransformer, VisionTransformerDistilled
+from lape_vit.encodings.views import LayerView, cosine_similarity, mean_by_offset
+from lape_vit.vit import Attention, Block, VisionTransformer, VisionTransformerDistilled
 
 Model = VisionTransformer | VisionTransformerDistilled
+
+
+@dataclass(frozen=True)
+class PositionView:
+    """One quantity between places, in every layer that has it; made of :class:`lape_vit.encodings.views.LayerView`.
+
+    Attributes:
+        name: part of a file's name, such as ``similarity``, ``bias``, ``bias_normed``, ``bias_offsets``, ``kernel``,
+            ``table``; unique within a model.
+        title: for the eye, with the unit.
+        values: one per entry of ``layers``, (V, H*W, H*W) from query (row) to key (column) patch; with ``by_offset``
+            (V, 2H-1, 2W-1), the key's offset from the query at [dy + H - 1, dx + W - 1]; with ``rows`` (V, M, M).
+        limits: least and greatest value of a colour scale for all layers, symmetric about 0.
+        layers: a title of each entry: the block's number and the join.
+        panels: a title of each of the V values; empty where they are the heads, or one for all heads.
+        rows: a title of each of M table rows between which the values are; empty where they are between patches.
+    """
+
+    name: str
+    title: str
+    values: list[Tensor]
+    by_offset: bool
+    limits: tuple[float, float]
+    layers: list[str]
+    panels: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+
+
+@torch.no_grad()
+def position_views(model: Model, grid: Grid | None = None) -> list[PositionView]:
+    """Everything there is to see of a model's positions, in the order in which a layer uses it.
+
+    Absolute encodings: ``similarity``, the cosine similarity of what :func:`layer_positions` gives. Encodings in
+    attention: their own :meth:`~lape_vit.encodings.AttentionEncoding.views`. A sum has both, ``none`` has nothing.
+
+    Args:
+        grid: (H, W) patches; default: what the model is built for.
+
+    Raises:
+        ValueError: weights that are NaN or infinite.
+    """
+    grid = grid or model.patch_embed.grid_size
+    by_layer: list[list[LayerView]] = [[] for _ in model.blocks]
+    if model.join.encoding is not None:
+        for views, positions in zip(by_layer, layer_positions(model, grid), strict=True):
+            similarity = cosine_similarity(positions)[None]
+            views.append(LayerView("similarity", "cosine similarity of positions", similarity, bounded=True))
+    for views, queries, attn in zip(by_layer, content_free_queries(model, grid), attentions(model), strict=True):
+        if attn.encoding is not None:
+            views.extend(attn.encoding.views(queries, grid))
+    layers = [f"block {layer}, {model.join_type}" for layer in range(len(by_layer))]
+    return [over_layers(views, layers) for views in zip(*by_layer, strict=True)]
+
+
+def over_layers(views: Sequence[LayerView], layers: list[str]) -> PositionView:
+    """The same quantity of every layer on one scale."""
+    for layer, view in zip(layers, views, strict=True):
+        if not view.values.isfinite().all():
+            raise ValueError(f"{layer}: the {view.title} holds NaN or infinite values")
+    first, most = views[0], max(len(view.values) for view in views)  # heads may agree in some layers only
+    values = [view.values.expand(most, -1, -1) for view in views]
+    largest = 1.0 if first.bounded else max(value.abs().max().item() for value in values)
+    limits = (-largest, largest) if largest else (-1.0, 1.0)
+    return PositionView(
+        first.name, first.title, values, first.by_offset, limits, layers, panels=first.panels, rows=first.rows
+    )
+
+
+@torch.no_grad()
+def plane_frequencies(model: Model) -> list[Tensor]:
+    """Of rotary encodings, how far each pair of channels turns per patch to the right and down, in radians.
+
+    Returns:
+        (V, pairs, 2) per block; empty where nothing turns.
+    """
+    found = [attn.encoding.plane_frequencies() for attn in attentions(model) if attn.encoding is not None]
+    return [frequencies for frequencies in found if frequencies is not None]
+
+
+def mean_by_distance(view: PositionView, grid: Grid) -> tuple[list[int], Tensor]:
+    """How a quantity between patches falls or rises with their distance: what is local in it.
+
+    Args:
+        view: of patches or by offset.
+        grid: (H, W) of the view.
+
+    Returns:
+        Distances, in patches, rounded; and the mean over all pairs of different patches that lie so far apart, and over
+        heads, in float64: (L, distances).
+    """
+    height, width = grid
+    dy, dx = (torch.arange(1 - side, side)[:, None].abs() for side in grid)
+    dx = dx.T
+    pairs = ((height - dy) * (width - dx)).flatten().double()
+    bins = (dy**2 + dx**2).double().sqrt().round().long().flatten()
+    pairs[bins == 0] = 0
+    means = []
+    for values in view.values:
+        offsets = values if view.by_offset else mean_by_offset(values, grid)
+        sums = bins.bincount(offsets.double().mean(dim=0).flatten() * pairs)
+        means.append(sums / bins.bincount(pairs))
+    distances = sorted(set(bins.tolist()) - {0})
+    return distances, torch.stack(means)[:, distances]
+
+
+def layer_correlations(view: PositionView) -> Tensor:
+    """Pearson's correlation of a quantity between successive layers, over all heads and pairs of different places.
+
+    Returns:
+        (L - 1,), in float64; NaN where a layer is constant. The nearer to 1, the less the layers adapt.
+    """
+    _, rows, columns = view.values[0].shape
+    same = torch.zeros(rows, columns, dtype=torch.bool)
+    if view.by_offset:
+        same[rows // 2, columns // 2] = True
+    else:
+        same.fill_diagonal_(True)
+    layers = torch.stack([values[:, ~same].flatten() for values in view.values]).double()
+    layers = layers - layers.mean(dim=1, keepdim=True)
+    lengths = layers.norm(dim=1)
+    return (layers[:-1] * layers[1:]).sum(dim=1) / (lengths[:-1] * lengths[1:])
+
+
+def attentions(model: Model) -> list[Attention]:
+    """The attention of each block."""
+    return [cast("Attention", block.attn) for block in cast("Iterable[Block]", model.blocks)]
+
+
+def content_free_queries(model: Model, grid: Grid) -> list[Tensor]:
+    """The queries that tokens have in each block if they hold positions alone: (1, h, N, d) per block.
+
+    Where nothing is added to the tokens, that is the query of the zero token: of norm1's bias.
+    """
+    tokens = torch.zeros(1, model.num_prefix_tokens + grid[0] * grid[1], model.embed_dim).to(
+        model.patch_embed.proj.weight
+    )
+    input_term, terms = model.position_terms(grid)
+    if input_term is not None:
+        tokens = model.norm_pre(input_term)
+    queries = []
+    for block, term in zip(cast("Iterable[Block]", model.blocks), terms, strict=True):
+        read = block.norm1(tokens if term is None or not block.term_to_residual else tokens + term)
+        if term is not None and not block.term_to_residual:
+            read = read + term
+        queries.append(cast("Attention", block.attn).project(read)[0])
+    return queries
 
 
 @torch.no_grad()
@@ -46,51 +194,38 @@ def layer_positions(model: Model, grid: Grid | None = None) -> list[Tensor]:
     return positions
 
 
-def cosine_similarity(rows: Tensor) -> Tensor:
-    """Cosine of the angle between any two rows, in float64.
-
-    It is exactly symmetric, exactly 1 on the diagonal and never outside [-1, 1]. A row of zeros has no direction: its
-    similarity is 0 with every other row and, by the diagonal's rule, 1 with itself.
-
-    Args:
-        rows: (M, D), any floating dtype and any scale.
-
-    Returns:
-        (M, M).
-
-    Raises:
-        ValueError: a value is NaN or infinite.
-    """
-    if not rows.isfinite().all():
-        raise ValueError("positions hold NaN or infinite values: they have no similarity")
-    rows = rows.double()
-    # Taken out first, since the squares of tiny or huge values leave float64's range.
-    largest = rows.abs().amax(dim=1, keepdim=True)
-    directions = F.normalize(rows / largest.where(largest > 0, 1), dim=1)
-    similarity = directions @ directions.T
-    similarity = ((similarity + similarity.T) / 2).clamp(-1, 1)
-    return similarity.fill_diagonal_(1)
+@torch.no_grad()
+def encoding_tables(model: Model) -> Tensor | None:
+    """The absolute encoding itself, before any layer: (T, H*W, D) of its T tables; None where there is none."""
+    height, width = grid = model.patch_embed.grid_size
+    encoding = model.join.encoding
+    return encoding(grid, model.pos_embed)[:, -height * width :] if encoding is not None else None
 
 
-def token_map(similarity: Tensor, grid: Grid, token: tuple[int, int]) -> Tensor:
-    """One patch's similarity to every patch, laid out as the patches are.
+def token_map(values: Tensor, grid: Grid, token: tuple[int, int]) -> Tensor:
+    """What one patch, as the query, has with every patch, laid out as the patches are.
 
     Args:
-        similarity: (H*W, H*W).
+        values: (..., H*W, H*W).
         grid: (H, W).
         token: (row, column) of the patch, from 0.
 
     Returns:
-        (H, W).
+        (..., H, W).
 
     Raises:
         ValueError: the token lies outside the grid.
     """
+    assert values.shape[-2:] == (grid[0] * grid[1], grid[0] * grid[1])
+    check_token(token, grid)
+    return values[..., token[0] * grid[1] + token[1], :].unflatten(-1, grid)
+
+
+def check_token(token: tuple[int, int], grid: Grid) -> None:
+    """Raise ValueError where a patch (row, column) lies outside the grid (H, W)."""
     (row, column), (height, width) = token, grid
-    assert similarity.shape == (height * width, height * width)
     if not (0 <= row < height and 0 <= column < width):
         raise ValueError(
             f"token {row},{column} lies outside the grid of {height} x {width} patches: "
             f"rows are 0 to {height - 1}, columns 0 to {width - 1}"
         )
-    return similarity[row * width + column].unflatten(0, grid)

@@ -33,6 +33,12 @@ class Attention(timm.layers.Attention):
         self.encoding = encoding
         self.needs_weights = encoding.has_value_term
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, N, D) to q, k and v, each (B, h, N, d), before any encoding."""
+        B, N, _ = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.q_norm(q), self.k_norm(k), v
+
     def forward(self, x: Tensor, grid: Grid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x (B, N, D) to (B, N, D).
 
@@ -41,8 +47,7 @@ class Attention(timm.layers.Attention):
             is_causal: token i attends to tokens 0 .. i only.
         """
         B, N, _ = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.project(x)
         bias: Tensor | None = None
         if self.encoding is not None:
             q, k = self.encoding.rotate(q, k, grid)

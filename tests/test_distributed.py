@@ -16,7 +16,7 @@ from training.distributed import UNSHARED_STORE
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = [f"class{number}" for number in range(11)]  # so that five guesses may be wrong
-NUM_TRAIN, NUM_VAL = 5, 23  # per class, 55 in all, which no number of processes divides; and a prime number
+NUM_TRAIN, NUM_VAL = 5, 23  # per class, 55 in all, which neither 2 nor 3 divides; and a prime number
 SECONDS = 180  # until a run is given up
 
 
@@ -96,10 +96,10 @@ def test_any_number_of_processes_evaluates_a_prime_number_of_images_alike(
     call_in: Callable[..., None], tmp_path: Path, recipe: Path
 ) -> None:
     call_in(1, "--recipe", recipe, "--device", "cpu", "--output_dir", tmp_path / "run")
-    results = []
+    checkpoint, results = tmp_path / "run" / "checkpoint.pth", []
     for world_size in (1, 2, 3):
         folder = tmp_path / str(world_size)
-        call_in(world_size, "--eval", "--resume", tmp_path / "run" / "checkpoint.pth", "--output_dir", folder)
+        call_in(world_size, "--eval", "--resume", checkpoint, "--device", "cpu", "--output_dir", folder)
         results.append(json.loads((folder / "eval.json").read_text()))
     assert results[0]["count"] == NUM_VAL
     assert 0 < results[0]["acc5"] < 100

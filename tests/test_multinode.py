@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from training.distributed import UNSHARED_STORE
 ROOT = Path(__file__).resolve().parents[1]
 CABLE, PORT = "cable", 29400
 EPOCHS = 18
-SECONDS = 90  # until a test is given up
+SECONDS = 180  # until a test is given up
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", UNSHARED_STORE: "1"}
 
@@ -51,8 +51,15 @@ class Host:
         self.started.append(process)
         return process
 
+    def cut_off(self) -> None:
+        """Nothing goes out or comes in any more, as if the power had gone: nobody is told that a connection ends."""
+        ip("-n", self.name, "link", "set", CABLE, "down")
+
+    def connect(self) -> None:
+        ip("-n", self.name, "link", "set", CABLE, "up")
+
     def kill(self) -> None:
-        """SIGKILL to all that runs here, as if the power had gone."""
+        """SIGKILL to all that runs here."""
         for pid in ip("netns", "pids", self.name).split():
             os.kill(int(pid), signal.SIGKILL)
         for process in self.started:
@@ -81,8 +88,8 @@ def make_hosts(made: list[Host], folder: Path) -> str:
         ip("link", "add", *one, "type", "veth", "peer", *other)
         for host in made:
             ip("-n", host.name, "address", "add", f"{host.address}/30", "dev", CABLE)
-            ip("-n", host.name, "link", "set", CABLE, "up")
             ip("-n", host.name, "link", "set", "lo", "up")
+            host.connect()
     except FileNotFoundError as error:
         return str(error)
     except subprocess.CalledProcessError as error:
@@ -115,8 +122,17 @@ def start(host: Host, meeting: Host, nodes: str, *flags: object) -> subprocess.P
 
 def wait_for_middle(folder: Path, hosts: list[Host]) -> None:
     """Until there is a checkpoint of the middle of an epoch, a third of the run being done."""
-    path, deadline = folder / "checkpoint.pth", time.monotonic() + SECONDS
-    while not path.exists() or (checkpoint := load(path))["epoch"] < EPOCHS // 3 or not step_of(checkpoint):
+
+    def is_there() -> bool:
+        path = folder / "checkpoint.pth"
+        return path.exists() and (checkpoint := load(path))["epoch"] >= EPOCHS // 3 and step_of(checkpoint) > 0
+
+    wait_until(is_there, hosts)
+
+
+def wait_until(is_so: Callable[[], bool], hosts: list[Host]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not is_so():
         assert time.monotonic() < deadline, told(hosts)
         time.sleep(0.02)
 
@@ -150,6 +166,21 @@ def test_a_run_whose_host_is_killed_and_comes_back_equals_one_on_a_single_machin
     (epoch,) = re.findall(r"goes on with \S+, after epoch (\d+) and \d updates", hosts[0].log.read_text())
     assert EPOCHS // 3 <= int(epoch) < EPOCHS
     assert_same_run(folder, tmp_path / "one")
+
+
+def test_a_host_that_loses_its_power_is_noticed_and_comes_back(
+    tmp_path: Path, flags: list[object], hosts: list[Host]
+) -> None:
+    flags = [*flags, "--output_dir", tmp_path / "run", "--init-timeout", 15]
+    staying, _ = (start(host, hosts[0], "2", *flags) for host in hosts)
+    wait_for_middle(tmp_path / "run", hosts)
+    hosts[1].cut_off()
+    hosts[1].kill()
+    wait_until(lambda: "exitcode: 1" in hosts[0].log.read_text(), hosts)  # its process gave up, after --init-timeout
+    hosts[1].connect()
+    coming_back = start(hosts[1], hosts[0], "2", *flags)
+    assert [staying.wait(SECONDS), coming_back.wait(SECONDS)] == [0, 0], told(hosts)
+    assert len(log_of(tmp_path / "run")) == EPOCHS
 
 
 def test_an_elastic_run_goes_on_without_the_host_that_is_killed(

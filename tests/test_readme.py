@@ -13,6 +13,7 @@ import similarity_visualize
 from comparison.plan import make_plan
 from lape_vit import encodings
 from lape_vit.encodings import ENCODINGS, all_options
+from lape_vit.similarity import position_views
 from tests.models import images, tiny
 from training.options import build_parser
 
@@ -43,6 +44,17 @@ def test_the_added_encoding_works_alone_and_in_a_sum(monkeypatch: pytest.MonkeyP
     logits = [tiny(f"learnable+{added.name}", "LaPE", **{option: value})(pixels) for value in (0.0, 1.0)]
     assert torch.allclose(logits[0], without)
     assert not torch.allclose(logits[1], without)
+
+
+def test_the_added_encoding_gets_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    namespace: dict[str, Any] = {}
+    exec(ENCODING, namespace)
+    (added,) = (value for name, value in namespace.items() if f"class {name}(" in ENCODING)
+    monkeypatch.setitem(ENCODINGS, added.name, added)
+    views = {view.name: view for view in position_views(tiny(f"learnable+{added.name}", "LaPE", img_size=(24, 40)))}
+    assert list(views) == ["similarity", "bias", "bias_offsets"]
+    assert views["bias_offsets"].values[0][0, 2, 4] == 0  # its logits fall with the distance
+    assert views["bias_offsets"].values[0][0, 2 - 2, 4 + 3] == pytest.approx(-0.1 * 13**0.5)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

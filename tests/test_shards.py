@@ -2,6 +2,8 @@
 
 import io
 import json
+import pickle
+import shutil
 import tarfile
 from argparse import Namespace
 from collections import Counter
@@ -117,15 +119,17 @@ def test_without_shared_evaluation_every_process_sees_all(args):
     assert [sorted(seen(loader_of(args, False, rank, 9))) for rank in range(2)] == [list(range(37))] * 2
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("num_workers", "batch_size"), [(0, 1), (0, 4), (2, 4)])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_training_is_in_equally_many_full_batches_and_shows_no_image_twice_in_an_epoch(args, world_size, num_workers):
-    args = changed(args, num_workers=num_workers, accum_steps=2)
+def test_training_is_in_equally_many_full_batches_and_shows_no_image_twice_in_an_epoch(
+    args, world_size, num_workers, batch_size
+):
+    args = changed(args, num_workers=num_workers, batch_size=batch_size, accum_steps=2 if batch_size > 1 else 1)
     loaders = [loader_of(args, True, rank, world_size) for rank in range(world_size)]
     found = [batches(loader) for loader in loaders]
-    number = 37 // world_size // 8 * 2
+    number = 37 // world_size // 8 * 2 if batch_size > 1 else 37 // world_size
     assert [len(loader) for loader in loaders] == [len(process) for process in found] == [number] * world_size
-    assert {len(batch) for process in found for batch in process} == {4}
+    assert {len(batch) for process in found for batch in process} == {batch_size}
     assert max(Counter(chain(*chain(*found))).values()) == 1
 
 
@@ -148,12 +152,27 @@ def test_the_order_depends_on_seed_and_epoch_and_is_reproducible(args, num_worke
     assert seen(loader_of(args, True)) == seen(loader_of(args, True), 0)
 
 
+def test_a_stream_can_be_sent_to_a_spawned_worker(args):
+    loader = loader_of(args, True)
+    loader.set_epoch(2, 8)
+    sent = pickle.loads(pickle.dumps(loader.dataset))
+    assert all(torch.equal(one[0][0], other[0][0]) for one, other in zip(loader.dataset, sent, strict=True))
+
+
 def test_images_are_shuffled_within_and_across_shards(args):
     order = seen(loader_of(args, True, block=20))
     neighbours = sum(after == before + 1 for before, after in pairwise(order))
     assert neighbours < 8
     shard = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
     assert sum(shard[after] != shard[before] for before, after in pairwise(order)) > 18
+
+
+def test_each_block_is_shuffled_in_its_own_way(args, tmp_path):
+    args = changed(args, data_path=make_shards(tmp_path / "one", lengths=(36,)))
+    order = seen(loader_of(args, True, block=12))
+    blocks = [order[first : first + 12] for first in (0, 12, 24)]
+    assert [sorted(block) for block in blocks] == [list(range(first, first + 12)) for first in (0, 12, 24)]
+    assert len({tuple(number % 12 for number in block) for block in blocks}) == 3
 
 
 AUGMENTED = {"train_crop": "random-resized", "hflip": 0.5, "reprob": 0.5}
@@ -418,7 +437,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory, command: tuple[object, ..
 
 
 def test_a_run_on_shards_stopped_in_mid_epoch_equals_one_that_was_not_and_evaluates_as_on_folders(
-    tmp_path: Path, command: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    command: tuple[object, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     flags = (*command, "--num-workers", 2, "--reprob", 0.5, "--checkpoint-steps", 5, "--auto-resume", "--output_dir")
@@ -431,8 +453,13 @@ def test_a_run_on_shards_stopped_in_mid_epoch_equals_one_that_was_not_and_evalua
         patch.setattr(engine, "_update", at_update(12 + 8, stop))
         with pytest.raises(SystemExit):
             call(*flags, parts)
+    shutil.copytree(parts, tmp_path / "others")
+    capsys.readouterr()
     assert call(*flags, parts) == 0
+    assert "images again" not in capsys.readouterr().out
     assert_same_run(parts, whole)
+    assert call(*flags, tmp_path / "others", "--num-workers", 1) == 0
+    assert "what is left of epoch 2 shows some images again and leaves others out" in capsys.readouterr().out
 
     folder = Path(str(command[1])).parent / "images"
     evaluate = ("--eval", "--resume", whole / "checkpoint.pth", "--output_dir")

@@ -1,8 +1,10 @@
-"""Cosine similarity, and that what it is computed from is what attention reads in a real forward pass."""
+"""Views of positions, and that what they are computed from is what attention gets in a real forward pass."""
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -11,7 +13,20 @@ from torch import Tensor, nn
 
 import models_lape  # noqa: F401
 from lape_vit import encodings, joins
-from lape_vit.similarity import cosine_similarity, layer_positions, token_map
+from lape_vit.encodings.views import mean_by_offset
+from lape_vit.joins import legal_pairs
+from lape_vit.similarity import (
+    PositionView,
+    cosine_similarity,
+    encoding_tables,
+    layer_correlations,
+    layer_positions,
+    mean_by_distance,
+    plane_frequencies,
+    position_views,
+    token_map,
+)
+from tests.models import assert_near, over_pairs
 
 GRID = (3, 5)
 DEPTH = 3
@@ -37,8 +52,8 @@ def build(pe: str, join_type: str, variant: str = "class token without a row", *
     model = timm.create_model(name, pe=pe, join_type=join_type, **{**size, **options, **kwargs}).double().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1 or parameter is model.pos_embed:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or parameter is model.pos_embed or ".encoding." in name:
                 parameter.copy_(torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype) + 0.1)
     return model
 
@@ -116,6 +131,10 @@ def test_an_encoding_without_an_absolute_part_has_nothing_to_draw(pe: str) -> No
             layer_positions(build(pe, join_type))
 
 
+def images_of(grid: tuple[int, int]) -> Tensor:
+    return torch.randn(1, 3, 4 * grid[0], 4 * grid[1], dtype=torch.float64)
+
+
 def random_rows(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
@@ -176,6 +195,251 @@ def test_a_token_outside_the_grid_is_refused_with_the_grid_named(token: tuple[in
     similarity = torch.eye(15)
     with pytest.raises(ValueError, match=r"grid of 3 x 5 .* rows are 0 to 2, columns 0 to 4"):
         token_map(similarity, GRID, token)
+
+
+# ---- views of every encoding
+
+
+def record_calls(model: nn.Module, method: str) -> list[Tensor]:
+    """What a method of each layer's attention encoding returns in forward passes from now on, in order."""
+    returned: list[Tensor] = []
+
+    def recording(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any) -> Tensor:
+            returned.append(own(*args))
+            return returned[-1]
+
+        return call
+
+    for block in model.blocks:
+        setattr(block.attn.encoding, method, recording(getattr(block.attn.encoding, method)))
+    return returned
+
+
+def between_patches(model: nn.Module, bias: Tensor) -> Tensor:
+    """The patches' part (2, 15, 15) of a bias of both heads and all tokens."""
+    P = model.num_prefix_tokens
+    return bias.reshape(2, P + 15, P + 15)[:, P:, P:]
+
+
+def has_attention_part(pe: str) -> bool:
+    return encodings.resolve(pe).attention is not None
+
+
+def view(model: nn.Module, name: str, grid: tuple[int, int] | None = None) -> PositionView:
+    (found,) = (view for view in position_views(model, grid) if view.name == name)
+    return found
+
+
+@over_pairs
+def test_every_encoding_shows_each_of_its_parts_in_every_layer_on_one_scale(pe: str, join_type: str) -> None:
+    model = build(pe, join_type)
+    views = position_views(model)
+    assert [view.name for view in views if view.name == "similarity"] == ["similarity"] * has_absolute_part(pe)
+    assert any(view.name != "similarity" for view in views) == has_attention_part(pe)
+    assert len({view.name for view in views}) == len(views)
+    height, width = GRID
+    for shown in views:
+        assert shown.layers == [f"block {layer}, {join_type}" for layer in range(DEPTH)]
+        assert len(shown.values) == DEPTH
+        assert shown.limits[0] == -shown.limits[1] < 0
+        for values in shown.values:
+            side = len(shown.rows) or height * width
+            assert values.shape[1:] == ((2 * height - 1, 2 * width - 1) if shown.by_offset else (side, side))
+            assert len(values) in (len(shown.panels) or 2, 1)
+            assert values.abs().max() <= shown.limits[1]
+
+
+@over_pairs
+def test_views_hold_at_another_grid(pe: str, join_type: str) -> None:
+    model = build(pe, join_type, dynamic_img_size=True)
+    for shown in position_views(model, (4, 2)):
+        for values in shown.values:
+            side = len(shown.rows) or 8
+            assert values.shape[1:] == ((7, 3) if shown.by_offset else (side, side))
+
+
+@pytest.mark.parametrize(("pe", "join_type"), [pair for pair in legal_pairs() if has_absolute_part(pair[0])])
+def test_the_similarity_is_of_what_attention_reads_where_only_positions_flow(pe: str, join_type: str) -> None:
+    model = build(pe, join_type)
+    silence_content(model)
+    _, read = record_attention(model, images_of(GRID))
+    for ours, received in zip(view(model, "similarity").values, read, strict=True):
+        expected = cosine_similarity(received[0, model.num_prefix_tokens :])
+        torch.testing.assert_close(ours[0], expected, rtol=1e-10, atol=1e-10)
+        assert torch.equal(ours, ours.mT)
+        assert torch.equal(ours[0].diagonal(), torch.ones(15, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("pe", "join_type"), [pair for pair in legal_pairs() if has_attention_part(pair[0])])
+def test_the_bias_is_what_attention_adds_where_only_positions_flow(pe: str, join_type: str) -> None:
+    model = build(pe, join_type)
+    silence_content(model)
+    added = record_calls(model, "bias")
+    with torch.no_grad():
+        model(images_of(GRID))
+    names = [shown.name for shown in position_views(model) if shown.name in ("bias", "bias_normed")]
+    added = added[:DEPTH]  # views call the method, too
+    if not names:
+        assert added == [None] * DEPTH
+        return
+    for ours, received in zip(view(model, names[-1]).values, added, strict=True):
+        torch.testing.assert_close(ours, between_patches(model, received), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("pe", [pe for pe in encodings.ENCODINGS if has_attention_part(pe)])
+def test_on_real_images_a_table_of_biases_is_added_as_it_is_shown(pe: str) -> None:
+    if "table" not in dict(build(pe, "basic").blocks[0].attn.encoding.named_parameters()):
+        return
+    for join_type, name in (("basic", "bias"), ("LaPE", "bias_normed")):
+        model = build(pe, join_type)
+        added = record_calls(model, "bias")
+        with torch.no_grad():
+            model(torch.randn(2, 3, 12, 20, dtype=torch.float64))
+        for ours, received in zip(view(model, name).values, added[:DEPTH], strict=True):
+            torch.testing.assert_close(ours, between_patches(model, received))
+
+
+def test_a_norm_shows_the_bias_before_it_too() -> None:
+    model = build("2D_RPE", "LaPE")
+    for ours, block in zip(view(model, "bias").values, model.blocks, strict=True):
+        table = block.attn.encoding.table.unflatten(0, (5, 9))
+        assert ours[1, 7, 3] == table[1 - 0 + 2, 2 - 3 + 4, 1]  # from row 1, column 2 to row 0, column 3
+    assert not torch.equal(view(model, "bias").values[0], view(model, "bias_normed").values[0])
+
+
+ROTARY = [pe for pe in encodings.ENCODINGS if has_attention_part(pe) and plane_frequencies(build(pe, "basic"))]
+
+
+@pytest.mark.parametrize("pe", ROTARY)
+def test_the_kernel_is_the_mean_over_random_equal_q_and_k(pe: str) -> None:
+    model = build(pe, "basic")
+    shown = view(model, "kernel")
+    q = torch.nn.functional.normalize(random_rows(4000, 16).double(), dim=1)[:, None, None].expand(-1, 2, 16, -1)
+    for values, block in zip(shown.values, model.blocks, strict=True):
+        turned_q, turned_k = block.attn.encoding.rotate(q, q, GRID)
+        query, key = 1 + 2 * 5 + 1, 1 + 0 * 5 + 4  # from row 2, column 1 to row 0, column 4, after the class token
+        means = (turned_q[:, :, query] * turned_k[:, :, key]).sum(dim=-1).mean(dim=0)
+        torch.testing.assert_close(values[:, -2 + 2, 3 + 4].expand(2), means, rtol=0, atol=0.03)
+        assert_near(values[:, 2, 4], torch.ones_like(values[:, 2, 4]))  # a patch with itself
+        assert_near(values, values.flip(1, 2))
+
+
+@pytest.mark.parametrize("pe", ROTARY)
+def test_frequencies_say_what_rotation_makes_of_q_and_k_in_a_real_forward_pass(pe: str) -> None:
+    model = build(pe, "basic")
+    inputs: list[Tensor] = []
+    for block in model.blocks:
+        block.attn.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    turned = record_calls(model, "rotate")
+    with torch.no_grad():
+        model(torch.randn(1, 3, 12, 20, dtype=torch.float64))
+    (row, column), (key_row, key_column) = (2, 1), (0, 4)
+    query, key = 1 + row * 5 + column, 1 + key_row * 5 + key_column
+    for frequencies, block, read, (q, k) in zip(plane_frequencies(model), model.blocks, inputs, turned, strict=True):
+        plain_q, plain_k, _ = block.attn.project(read)
+        as_complex = (plain[0, :, place].unflatten(-1, (-1, 2)) for plain, place in ((plain_q, query), (plain_k, key)))
+        complex_q, complex_k = (torch.view_as_complex(pairs.contiguous()) for pairs in as_complex)
+        angles = frequencies @ torch.tensor([key_column - column, key_row - row], dtype=torch.float64)
+        expected = (complex_q.conj() * complex_k * torch.polar(torch.ones_like(angles), angles)).real.sum(dim=-1)
+        torch.testing.assert_close((q[0, :, query] * k[0, :, key]).sum(dim=-1), expected)
+
+
+def test_the_tables_of_relative_positions_show_which_rows_are_alike() -> None:
+    model = build("relative", "basic", max_relative_distance=3)
+    shown = view(model, "table")
+    assert shown.rows == ("prefix", "-3", "-2", "-1", "0", "+1", "+2", "+3")
+    assert shown.panels == ("key x", "key y", "value x", "value y")
+    for values, block in zip(shown.values, model.blocks, strict=True):
+        assert torch.equal(values[2], cosine_similarity(block.attn.encoding.value_x))
+
+
+def test_a_bias_that_depends_on_the_query_says_of_which() -> None:
+    assert view(build("relative", "basic"), "bias").title == "bias of queries without content (logits)"
+    assert view(build("2D_RPE", "basic"), "bias").title == "bias (logits)"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_view_of_weights_that_are_not_finite_is_refused_with_its_block_named(value: float) -> None:
+    model = build("2D_RPE", "basic")
+    with torch.no_grad():
+        model.blocks[1].attn.encoding.table[3] = value
+    with pytest.raises(ValueError, match=r"block 1, basic: the bias .* NaN or infinite"):
+        position_views(model)
+
+
+def test_heads_that_agree_are_shown_as_one_unless_they_differ_in_another_layer() -> None:
+    model = build("2D_RPE", "basic")
+    for block in model.blocks:
+        nn.init.zeros_(block.attn.encoding.table)
+    assert [len(values) for values in view(model, "bias").values] == [1, 1, 1]
+    nn.init.normal_(model.blocks[2].attn.encoding.table)
+    assert [len(values) for values in view(model, "bias").values] == [2, 2, 2]
+
+
+# ---- what is derived from them
+
+
+def test_the_mean_by_offset_is_over_all_pairs_from_query_to_key() -> None:
+    height, width = GRID
+    values = random_rows(2, 15, 15)
+    means = mean_by_offset(values, GRID)
+    assert means.shape == (2, 5, 9)
+    for dy, dx in ((0, 0), (-2, 4), (1, -3), (2, 0)):
+        pairs = [
+            values[:, y * width + x, (y + dy) * width + x + dx]
+            for y in range(height)
+            for x in range(width)
+            if 0 <= y + dy < height and 0 <= x + dx < width
+        ]
+        torch.testing.assert_close(means[:, dy + 2, dx + 4], torch.stack(pairs).mean(dim=0))
+
+
+def some_view(*values: Tensor, by_offset: bool = False) -> PositionView:
+    return PositionView("some", "some", list(values), by_offset, (-1.0, 1.0), ["block"] * len(values))
+
+
+def test_the_mean_by_distance_is_over_all_pairs_that_far_apart() -> None:
+    values = random_rows(3, 2, 15, 15).double()
+    distances, means = mean_by_distance(some_view(*values), GRID)
+    assert (distances, means.shape) == ([1, 2, 3, 4], (3, 4))
+    places = [(y, x) for y in range(3) for x in range(5)]
+    for distance, mean in zip(distances, means.T, strict=True):
+        pairs = [
+            values[:, :, i, j]
+            for i, (y, x) in enumerate(places)
+            for j, (v, u) in enumerate(places)
+            if round(((y - v) ** 2 + (x - u) ** 2) ** 0.5) == distance
+        ]
+        torch.testing.assert_close(mean, torch.stack(pairs).mean(dim=(0, 2)))
+    by_offset = some_view(*(mean_by_offset(value, GRID) for value in values), by_offset=True)
+    torch.testing.assert_close(mean_by_distance(by_offset, GRID)[1], means)
+
+
+@pytest.mark.parametrize("by_offset", [False, True])
+def test_the_correlation_of_layers_is_pearsons_and_leaves_out_a_patch_with_itself(by_offset: bool) -> None:
+    first, third = random_rows(2, 2, 5, 5)
+    same = torch.zeros(5, 5, dtype=torch.bool)
+    same[2, 2] = True
+    if not by_offset:
+        same = torch.eye(5, dtype=torch.bool)
+    second = 3 - 2 * first
+    second[:, same] = 1000
+    correlations = layer_correlations(some_view(first, second, third, by_offset=by_offset))
+    expected = torch.corrcoef(torch.stack([first[:, ~same].flatten(), third[:, ~same].flatten()]).double())[0, 1]
+    torch.testing.assert_close(correlations, torch.stack([torch.tensor(-1.0).double(), -expected]))
+
+
+def test_a_constant_layer_correlates_with_nothing() -> None:
+    assert layer_correlations(some_view(random_rows(1, 4, 4), torch.ones(1, 4, 4))).isnan().all()
+
+
+def test_the_encoding_itself_has_a_row_for_each_patch_and_a_table_for_each_layer_that_has_one() -> None:
+    assert encoding_tables(build("relative", "basic")) is None
+    model = build("learnable", "unshare", "two prefix tokens")
+    tables = encoding_tables(model)
+    assert tables is not None
+    assert torch.equal(tables, model.pos_embed[:, 2:])
 
 
 def test_the_module_runs_without_matplotlib() -> None:

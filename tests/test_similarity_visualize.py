@@ -1,64 +1,59 @@
-"""The pictures of a checkpoint: what they show, which files they go to, and how bad input is refused."""
+"""The command line that draws checkpoints: what it reads, which files it writes, and how bad input is refused."""
 
 import argparse
 import json
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.image import imread
-from matplotlib.text import Text
+from PIL import Image
 from torch import Tensor
 
 import similarity_visualize
+from figures.checkpoints import load_model
 from lape_vit import convert_checkpoint, encodings
-from lape_vit.joins import legal_joins, legal_pairs
-from lape_vit.similarity import cosine_similarity, layer_positions
-from similarity_visualize import Similarities, draw_layer_map, draw_layer_matrix, draw_overview, main
+from lape_vit.joins import legal_pairs
+from lape_vit.similarity import layer_positions, position_views
+from similarity_visualize import main, read_options
 from tests.models import COMPACT, DEIT, DISTILLED, SIZES, create, disturb
 from training.checkpoint import save_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
-PAIRS = [
-    (pe, join_type)
-    for pe, join_type in legal_pairs()
-    if encodings.resolve(pe).absolute is not None and encodings.resolve(pe).attention is None
-]
-FILES = {"layer_00_matrix.png", "layer_01_matrix.png", "overview.png"}
-"""Of a model with two layers, but for the maps, whose names say the patch."""
+PAIRS = [(pe, join_type) for pe, join_type in legal_pairs() if pe in encodings.ENCODINGS]
+PAIRS += [("learnable+rope_mixed", "LaPE"), ("2D_sin+2D_RPE", "share")]
 
 
 @pytest.fixture(autouse=True)
 def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The registered models with two layers, and pictures of few pixels."""
+    """Every model with two layers and three heads, and pictures of few pixels."""
     sizes = {name: value for name, value in SIZES.items() if name not in ("img_size", "num_classes")}
     monkeypatch.setattr(timm, "create_model", partial(timm.create_model, **sizes))
-    monkeypatch.setattr(similarity_visualize, "DPI", 40)
+    monkeypatch.setattr(similarity_visualize, "DPI", 30)
 
 
-def save(path: Path, pe: str, join_type: str, name: str = DEIT, input_size: Any = 32) -> Any:
+def save(path: Path, pe: str, join_type: str, name: str = DEIT, input_size: Any = 32, **kwargs: Any) -> Any:
     """A checkpoint of our format, and its model."""
-    model = disturb(create(pe, join_type, name, img_size=input_size)).eval()
+    model = disturb(create(pe, join_type, name, img_size=input_size, **kwargs)).eval()
     description = {
         "model": name,
         "pe": model.pe,
         "join_type": model.join_type,
         "num_classes": 5,
         "input_size": input_size,
+        **model.pe_options,
     }
     save_checkpoint(path, {"model": model.state_dict(), "description": description})
     return model
 
 
 def parse(*argv: str) -> argparse.Namespace:
-    return similarity_visualize.build_parser().parse_args(argv)
+    return read_options(argv)
 
 
 def run(folder: Path, *argv: str) -> int:
@@ -72,22 +67,141 @@ def names(folder: Path) -> set[str]:
 # ---- files
 
 
-@pytest.mark.parametrize(("pe", "join_type"), PAIRS)
-def test_every_layer_gets_two_pictures_and_all_of_them_an_overview(pe: str, join_type: str, tmp_path: Path) -> None:
-    save(tmp_path / "checkpoint.pth", pe, join_type)
+def expected_names(pe: str, join_type: str, token: int) -> set[str]:
+    """Names less their ending, for two layers and three heads; those that the original has are its own."""
+    parts = encodings.resolve(pe)
+    of_layer = []
+    if parts.absolute is not None:
+        of_layer += ["sim_overall", f"sim_{token}thToken"]
+    by_encoding = {
+        "relative": ["table", "head0", "head1", "head2", "bias_offsets"],
+        "2D_RPE": ["head0", "head1", "head2", "bias_offsets"],
+        "rope": ["kernel", "frequencies"],
+        "rope_axial": ["kernel", "frequencies"],
+        "rope_mixed": ["kernel", "frequencies"],
+    }
+    of_layer += by_encoding[parts.attention.name] if parts.attention else []
+    if (pe, join_type) == ("2D_RPE", "LaPE"):
+        of_layer += ["bias_normed", f"bias_normed_{token}thToken", "bias_normed_offsets"]
+    found = {f"{join_type}_layer{layer}_{name}" for layer in range(2) for name in of_layer}
+    return found | {"overview"} | ({"PE_token_sim"} if parts.absolute is not None else set())
+
+
+@pytest.mark.parametrize(
+    ("pe", "join_type"), [pair for pair in PAIRS if encodings.resolve(pair[0])[1:] != (None, None)]
+)
+def test_every_encoding_gets_an_overview_pictures_under_the_originals_names_and_raw_values(
+    pe: str, join_type: str, tmp_path: Path
+) -> None:
+    model = save(tmp_path / "checkpoint.pth", pe, join_type)
     assert run(tmp_path) == 0
-    assert names(tmp_path) == FILES | {"layer_00_token_2_2.png", "layer_01_token_2_2.png"}
-    for name in names(tmp_path):
+    pictures = {f"{name}.png" for name in expected_names(pe, join_type, 2 * 4 + 2)}
+    assert names(tmp_path) == pictures | {"positions.npz"}
+    for name in pictures:
         pixels = imread(tmp_path / "pictures" / name)
         assert pixels.min() < pixels.max()
+    with np.load(tmp_path / "pictures" / "positions.npz") as values:
+        for view in position_views(model):
+            np.testing.assert_array_equal(values[view.name], torch.stack(view.values).numpy())
+        assert (values["grid"].tolist(), values["token"].tolist()) == ([4, 4], [2, 2])
+
+
+def test_without_an_encoding_a_line_says_that_there_is_nothing_to_draw(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "checkpoint.pth", "none", "basic")
+    assert run(tmp_path) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "nothing to draw" in line
+    assert str(tmp_path / "checkpoint.pth") in line
+    assert not (tmp_path / "pictures").exists()
 
 
 @pytest.mark.parametrize("name", [COMPACT, DISTILLED])
 def test_any_grid_and_any_prefix_tokens(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path / "checkpoint.pth", "learnable", "unshare", name, input_size=[24, 40])
     assert run(tmp_path, "--token", "2,4") == 0
-    assert names(tmp_path) == FILES | {"layer_00_token_2_4.png", "layer_01_token_2_4.png"}
+    pictures = {f"{name}.png" for name in expected_names("learnable", "unshare", 2 * 5 + 4)}
+    assert names(tmp_path) == pictures | {"positions.npz"}
     assert str(tmp_path / "pictures") in capsys.readouterr().out
+
+
+def test_the_patch_of_the_original_gets_the_originals_name(tmp_path: Path) -> None:
+    save(tmp_path / "checkpoint.pth", "learnable", "LaPE", input_size=112)
+    assert run(tmp_path, "--token", "6,6") == 0
+    assert {"LaPE_layer0_sim_90thToken.png", "LaPE_layer1_sim_overall.png", "PE_token_sim.png"} <= names(tmp_path)
+
+
+@pytest.mark.parametrize(("ending", "begin"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
+def test_the_format_is_that_of_every_picture(ending: str, begin: bytes, tmp_path: Path) -> None:
+    save(tmp_path / "checkpoint.pth", "learnable", "LaPE")
+    assert run(tmp_path, "--format", ending) == 0
+    pictures = [path for path in (tmp_path / "pictures").iterdir() if path.suffix != ".npz"]
+    assert len(pictures) == 6
+    for path in pictures:
+        assert path.suffix == f".{ending}"
+        assert path.read_bytes().startswith(begin)
+
+
+def test_a_token_that_no_picture_shows_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "checkpoint.pth", "rope", "basic")
+    assert run(tmp_path, "--token", "1,1") == 0
+    assert "--token: what pe='rope' shows is alike for every patch" in capsys.readouterr().out
+
+
+def test_comparing_writes_one_sheet_curves_and_their_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [tmp_path / f"{number}.pth" for number in range(3)]
+    save(paths[0], "learnable", "LaPE")
+    save(paths[1], "learnable+2D_RPE", "basic", COMPACT, input_size=[24, 40])
+    save(paths[2], "none", "basic")
+    assert main(["--compare", *map(str, paths), "--save_dir", str(tmp_path / "pictures")]) == 0
+    assert names(tmp_path) == {"compare_overview.png", "compare_curves.png", "compare.npz"}
+    assert f"{paths[2]}: nothing to draw" in capsys.readouterr().out
+    with np.load(tmp_path / "pictures" / "compare.npz") as values:
+        assert values["checkpoints"].tolist() == list(map(str, paths))
+        assert values["0/similarity/distances"].tolist() == [1, 2, 3, 4]
+        assert values["0/similarity/by_distance"].shape == (2, 4)
+        assert values["1/bias/correlations"].shape == (1,)
+
+
+def photograph(path: Path) -> Path:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("pe", "join_type", "splits"),
+    [("learnable", "LaPE", True), ("learnable", "basic", False), ("none", "basic", False)],
+)
+def test_attention_over_an_image_is_drawn_with_its_position_part_where_there_is_one(
+    pe: str, join_type: str, splits: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "checkpoint.pth", pe, join_type, input_size=[32, 48])
+    assert run(tmp_path, "--image", str(photograph(tmp_path / "image.png")), "--token", "1,5") == 0
+    attention = {"attention.png", f"{join_type}_layer0_attention.png", f"{join_type}_layer1_attention.png"}
+    assert attention <= names(tmp_path)
+    with np.load(tmp_path / "pictures" / "attention.npz") as values:
+        parts = {"position_logits", "content_logits"} if splits else set()
+        assert set(values) == {"attention"} | parts
+        assert values["attention"].shape == (2, 3, 4, 6)
+        assert 0 < values["attention"].sum(axis=(2, 3)).max() < 1  # the class token has the rest
+    assert ("attention is drawn without a position part" in capsys.readouterr().out) != splits
+
+
+def test_an_image_is_prepared_as_the_checkpoint_says(tmp_path: Path) -> None:
+    save(tmp_path / "plain.pth", "learnable", "LaPE")
+    checkpoint = torch.load(tmp_path / "plain.pth")
+    preparation = {"mean": [0.1] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "eval_crop_ratio": 1.0}
+    checkpoint["description"] |= {"data_set": "CIFAR10", **preparation}
+    torch.save(checkpoint, tmp_path / "checkpoint.pth")
+    photograph(tmp_path / "image.png")
+    with Image.open(tmp_path / "image.png") as image:
+        expected = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)) / 255
+    model, description = load_model(str(tmp_path / "checkpoint.pth"), {})
+    normalised, pixels = similarity_visualize.prepare(model, description, str(tmp_path / "image.png"))
+    np.testing.assert_allclose(pixels, expected, atol=1e-6)
+    np.testing.assert_allclose(normalised.permute(1, 2, 0), (expected - 0.1) / 0.5, atol=1e-5)
 
 
 def test_dashes_and_underscores_in_flags_mean_the_same() -> None:
@@ -104,8 +218,8 @@ def test_dashes_and_underscores_in_flags_mean_the_same() -> None:
 
 def read(folder: Path, *argv: str) -> Any:
     """The model that the command line draws."""
-    args = parse("--ckpt_path", str(folder / "checkpoint.pth"), "--save_dir", "unused", *argv)
-    return similarity_visualize.load_model(args)[0]
+    path = str(folder / "checkpoint.pth")
+    return load_model(path, vars(parse("--ckpt_path", path, "--save_dir", "unused", *argv)))[0]
 
 
 def assert_same_positions(actual: Any, expected: Any) -> None:
@@ -134,7 +248,9 @@ def golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return json.loads((GOLDEN / "index.json").read_text(encoding="utf-8"))[name], state
 
 
-@pytest.mark.parametrize("name", ["lape-learnable-LaPE", "lape-learnable-unshare", "lape-2D_sin-share"])
+@pytest.mark.parametrize(
+    "name", ["lape-learnable-LaPE", "lape-learnable-unshare", "lape-2D_sin-share", "lape-2D_RPE-LaPE"]
+)
 def test_an_original_says_what_it_holds_in_its_namespace(name: str, tmp_path: Path) -> None:
     entry, state_dict = golden(name)
     args = {"model": DEIT, "pe": entry["pe"], "join_type": entry["join_type"], "input_size": entry["img_size"]}
@@ -156,71 +272,70 @@ def test_the_compact_original_is_a_bare_state_dict(tmp_path: Path, monkeypatch: 
     assert torch.equal(model.pos_embed, state_dict["embedding.pos_embedding"].float())
 
 
-# ---- what is shown
-
-
-def similarities(grid: tuple[int, int], depth: int, token: tuple[int, int] = (1, 2)) -> Similarities:
-    """Of random positions, under names as long as they come."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(depth, grid[0] * grid[1], 8, generator=generator)
-    matrices = [cosine_similarity(layer) for layer in rows]
-    maps = [matrix[token[0] * grid[1] + token[1]].reshape(grid) for matrix in matrices]
-    return Similarities("deit_base_distilled_patch16_384", "learnable", "LaPE_share", grid, token, matrices, maps)
-
-
-def panels(figure: Figure) -> list[Axes]:
-    """All but the colour bar."""
-    return [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
-
-
-def test_the_overview_shows_every_matrix_and_every_map_on_one_scale() -> None:
-    shown = similarities((3, 5), depth=8)
-    figure = draw_overview(shown)
-    images = [axes.images[0] for axes in panels(figure)]
-    expected = [tensor for pair in zip(shown.matrices, shown.maps, strict=True) for tensor in pair]
-    for image, tensor in zip(images, expected, strict=True):
-        np.testing.assert_array_equal(image.get_array(), tensor)
-        assert image.get_clim() == (-1, 1)
-    assert len(figure.axes) == len(images) + 1
-    titles = [axes.get_title() for axes in panels(figure)]
-    assert titles[::2] == [f"layer {layer}, LaPE_share" for layer in range(8)]
-    heading = figure.get_suptitle()
-    for part in (shown.model, "learnable", "LaPE_share", "3 x 5", "row 1, column 2"):
-        assert part in heading
-
-
-@pytest.mark.parametrize("draw", [draw_layer_matrix, draw_layer_map])
-def test_a_layers_picture_shows_that_layer_on_the_same_scale(draw: Any) -> None:
-    shown = similarities((3, 5), depth=2)
-    figure = draw(shown, 1)
-    (axes,) = panels(figure)
-    assert axes.images[0].get_clim() == (-1, 1)
-    assert axes.get_title().startswith("layer 1, LaPE_share")
-    np.testing.assert_array_equal(
-        axes.images[0].get_array(), shown.maps[1] if draw is draw_layer_map else shown.matrices[1]
+def test_the_readme_command_of_the_original_works_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("result/deit_t_LaPE").mkdir(parents=True)
+    model = disturb(create("learnable", "LaPE", img_size=224, patch_size=8))
+    torch.save({"model": model.state_dict()}, "result/deit_t_LaPE/best_checkpoint.pth")
+    command = (
+        "--ckpt_path result/deit_t_LaPE/best_checkpoint.pth --save_dir visualize/similarity --model_name deit_t_LaPE "
+        "--pe learnable --join-type LaPE"
     )
+    assert main(command.split()) == 0
+    assert Path("visualize/similarity/LaPE_layer1_sim_overall.png").is_file()
 
 
-def test_the_chosen_patch_is_marked_on_its_map() -> None:
-    (axes,) = panels(draw_layer_map(similarities((3, 5), depth=1, token=(2, 4)), 0))
-    (mark,) = axes.lines
-    assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([4], [2])
-    assert "row 2, column 4" in axes.get_title()
+@pytest.mark.parametrize(("letter", "size"), [("t", "tiny"), ("s", "small"), ("b", "base")])
+@pytest.mark.parametrize(("distill", "distilled"), [("", ""), ("_distill", "_distilled")])
+@pytest.mark.parametrize("join_type", ["basic", "LaPE"])
+def test_a_short_name_says_model_and_join(
+    letter: str, size: str, distill: str, distilled: str, join_type: str, tmp_path: Path
+) -> None:
+    name = f"deit_{size}{distilled}_patch16_224"
+    model = disturb(create("learnable", join_type, name)).eval()
+    torch.save(model.state_dict(), tmp_path / "checkpoint.pth")
+    found = read(tmp_path, "--model_name", f"deit_{letter}{distill}_{join_type}", "--input-size", "32")
+    assert found.join_type == join_type
+    assert_same_positions(found, model)
 
 
-@pytest.mark.parametrize(("grid", "depth"), [((4, 4), 6), ((14, 14), 12), ((10, 14), 7), ((3, 24), 1), ((24, 3), 3)])
-def test_no_text_covers_another_or_leaves_the_page(grid: tuple[int, int], depth: int) -> None:
-    shown = similarities(grid, depth)
-    for figure in (draw_overview(shown), draw_layer_map(shown, 0), draw_layer_matrix(shown, 0)):
-        figure.draw_without_rendering()
-        texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
-        boxes = [text.get_window_extent() for text in texts]
-        page = figure.bbox.padded(1)
-        for text, box in zip(texts, boxes, strict=True):
-            assert page.x0 <= box.x0 <= box.x1 <= page.x1, text
-            assert page.y0 <= box.y0 <= box.y1 <= page.y1, text
-        for (one, box), (other, other_box) in combinations(zip(texts, boxes, strict=True), 2):
-            assert not box.overlaps(other_box), (one, other)
+def test_a_join_goes_before_that_of_a_short_name() -> None:
+    args = parse("--ckpt_path", "c", "--save_dir", "d", "--model_name", "deit_t_basic", "--join-type", "share")
+    assert (args.model, args.join_type) == (DEIT, "share")
+
+
+def test_a_bare_state_dict_is_of_what_timm_builds_by_the_name_and_a_line_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = disturb(create()).eval()
+    torch.save(model.state_dict(), tmp_path / "checkpoint.pth")
+    assert run(tmp_path, "--model_name", DEIT, "--input-size", "32") == 0
+    assert "join_type=basic, pe=learnable, as timm builds it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors", "tar"])
+def test_any_model_of_timm_with_a_table_is_drawn(ending: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    name = "vit_small_patch16_224"
+    model = disturb(timm.create_model(name, num_classes=7, img_size=(32, 48)))
+    path = tmp_path / f"checkpoint.{ending}"
+    if ending == "safetensors":
+        safetensors.torch.save_file(model.state_dict(), path)
+    else:  # tar: of timm's own training
+        whole = {"state_dict": model.state_dict(), "args": argparse.Namespace(model=name, img_size=32), "epoch": 3}
+        torch.save(whole if ending == "tar" else model.state_dict(), path)
+    flags = ["--input-size", "32,48"] + (["--model_name", name] if ending != "tar" else [])
+    assert main(["--ckpt_path", str(path), "--save_dir", str(tmp_path / "pictures"), *flags]) == 0
+    pictures = {f"{name}.png" for name in expected_names("learnable", "basic", 2 * 6 + 3)}
+    assert names(tmp_path) == pictures | {"positions.npz"}
+
+
+def test_an_encodings_options_are_read_from_the_checkpoint_or_else_the_flags(tmp_path: Path) -> None:
+    model = save(tmp_path / "checkpoint.pth", "relative", "basic", max_relative_distance=3)
+    assert read(tmp_path).pe_options == {"max_relative_distance": 3}
+    torch.save(model.state_dict(), tmp_path / "checkpoint.pth")
+    flags = ["--model_name", DEIT, "--pe", "relative", "--max-relative-distance", "3", "--input-size", "32"]
+    assert read(tmp_path, *flags).pe_options == {"max_relative_distance": 3}
 
 
 # ---- bad input
@@ -254,16 +369,6 @@ def test_a_flag_that_contradicts_the_checkpoint_is_refused(
     assert line.endswith(f"{given} contradicts {tmp_path / 'checkpoint.pth'}, which has {held}")
 
 
-@pytest.mark.parametrize("pe", [pe for pe in encodings.names() if encodings.resolve(pe).absolute is None])
-def test_without_an_absolute_encoding_there_is_nothing_to_draw(
-    pe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save(tmp_path / "checkpoint.pth", pe, legal_joins(pe)[0])
-    line = refusal(tmp_path, capsys)
-    assert repr(pe) in line
-    assert "nothing to draw" in line
-
-
 @pytest.mark.parametrize(
     ("token", "expected"),
     [
@@ -280,13 +385,13 @@ def test_a_token_that_is_no_patch_is_refused(
     assert expected in refusal(tmp_path, capsys, "--token", token)
 
 
-def test_a_bare_state_dict_without_flags_is_refused_with_the_flags_named(
+def test_a_bare_state_dict_without_a_models_name_is_refused_with_the_flag_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(create("learnable", "LaPE").state_dict(), tmp_path / "checkpoint.pth")
     line = refusal(tmp_path, capsys, "--pe", "learnable")
     assert str(tmp_path / "checkpoint.pth") in line
-    assert line.endswith("give --model_name, --join-type")
+    assert line.endswith("give --model_name")
 
 
 ALL_FLAGS = {"--model_name": DEIT, "--pe": "learnable", "--join-type": "LaPE", "--input-size": "32"}
@@ -295,12 +400,16 @@ ALL_FLAGS = {"--model_name": DEIT, "--pe": "learnable", "--join-type": "LaPE", "
 @pytest.mark.parametrize(
     ("flag", "value", "expected"),
     [
-        ("--model_name", "resnet18", "unknown --model_name 'resnet18'"),
+        ("--model_name", "deit_x_LaPE", "unknown --model_name 'deit_x_LaPE'"),
+        ("--model_name", "vit_small_patch16_224", "--pe, --join-type: for models of models_lape"),
         ("--pe", "learned", "unknown encoding pe='learned'"),
         ("--join-type", "lape", "unknown join_type='lape'"),
         ("--join-type", "basic", "does not fit"),
         ("--input-size", "40", "does not fit"),
         ("--input-size", "x", "argument --input-size"),
+        ("--format", "jpg", "argument --format"),
+        ("--max-relative-distance", "3", "pe='learnable' takes no option 'max_relative_distance'"),
+        ("--image", "missing.png", "missing.png"),
         ("--colour", "red", "unrecognized arguments: --colour red"),
     ],
 )
@@ -339,6 +448,36 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path, capsys: py
     (line,) = capsys.readouterr().err.splitlines()
     assert str(tmp_path / "pictures") in line
     assert (tmp_path / "pictures").read_text() == "mine"
+
+
+def test_a_model_of_timm_without_a_table_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"fc.weight": torch.zeros(5, 5)}, tmp_path / "checkpoint.pth")
+    assert "resnet" in refusal(tmp_path, capsys, "--model_name", "resnet18").lower()
+
+
+def test_an_image_needs_a_model_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "vit_small_patch16_224"
+    torch.save(timm.create_model(name, num_classes=0, img_size=32).state_dict(), tmp_path / "checkpoint.pth")
+    flags = ["--model_name", name, "--input-size", "32", "--image", str(photograph(tmp_path / "image.png"))]
+    assert "--image: for models of models_lape" in refusal(tmp_path, capsys, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--compare", "a.pth"], "--compare takes two"),
+        (["--compare", "a.pth", "b.pth", "--image", "i.png"], "--image draws one checkpoint"),
+        (["--compare", "a.pth", "b.pth", "--ckpt_path", "c.pth"], "not allowed with"),
+        (["--compare", "a.pth", "b.pth"], "no checkpoint file a.pth"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(
+    flags: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*flags, "--save_dir", str(tmp_path / "pictures")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert expected in line
+    assert not (tmp_path / "pictures").exists()
 
 
 @pytest.mark.parametrize("missing", ["--ckpt_path", "--save_dir"])

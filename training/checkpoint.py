@@ -30,6 +30,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -66,13 +67,13 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str) -> dict[str, Any]:
-    """Read a checkpoint, ours or an original's, to the CPU; it cannot run code.
+    """Read a checkpoint, ours, an original's or timm's (`.safetensors` too), to the CPU; it cannot run code.
 
     Args:
         path: of the file, or the https: URL of one, with its hash (see `training.download.fetch`).
 
     Returns:
-        Ours as it was saved; an original's with its state dict under `model`, and its `args`, if it has them.
+        Ours as it was saved; another's with its state dict under `model`, and its `args`, if it has them.
 
     Raises:
         FileNotFoundError: no such file.
@@ -87,7 +88,11 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     try:
         # the original code bases keep their options in the checkpoint, as a Namespace
         with stream, torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(stream, map_location="cpu", weights_only=True)
+            content: Any = (
+                safetensors.torch.load(stream.read())
+                if file.suffix == ".safetensors"
+                else torch.load(stream, map_location="cpu", weights_only=True)
+            )
     except UnpicklingError as error:
         raise ValueError(f"{path} is refused: it holds more than plain data, or is no checkpoint at all") from error
     except Exception as error:  # what is no checkpoint can fail in any way
@@ -95,6 +100,8 @@ def load_checkpoint(path: str) -> dict[str, Any]:
 
     if _is_state_dict(content):
         content = {"model": content}
+    elif isinstance(content, dict) and "model" not in content and "state_dict" in content:  # of timm's own training
+        content = {**content, "model": content["state_dict"]}
     if not (isinstance(content, dict) and _is_state_dict(content.get("model"))):
         raise ValueError(f"{path} is no checkpoint of a model: it holds no state dict")
     if content.get("format") == FORMAT and content.get("version") != VERSION:

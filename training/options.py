@@ -238,8 +238,8 @@ def _data_options(add: Callable[..., None]) -> None:
     add("--data-path", metavar="DIR",
         help="IMNET, FOLDER: holds train/ and val/, with a folder of images per class; INAT, INAT19: holds the "
              "annotation files, categories.json and the images; WDS: the tar files to train with, as a pattern in "
-             "quotes, 'shards/train-{0000..0099}.tar', of paths, https: URLs or commands, 'pipe:aws s3 cp URL -'; "
-             "CIFAR: where it is, or is downloaded to; default: ./data for CIFAR")
+             "quotes, 'shards/train-{0000..0099}.tar', of paths, https: URLs or commands ('pipe:cat FILE'); CIFAR: "
+             "where it is, or is downloaded to; default: ./data for CIFAR")
     add("--eval-data-path", metavar="PATTERN", help="WDS: the tar files to test with, likewise; default: none")
     add("--inat-category", metavar="NAME",
         help="what makes a class of INAT, INAT19: name, genus, family, order, class, phylum, kingdom or supercategory; "

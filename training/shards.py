@@ -43,7 +43,7 @@ Transform = Callable[[Image.Image], Tensor]
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 LABEL_SUFFIX = "cls"
 BLOCK = 1000
-"""Images that a worker shuffles among one another, and holds in memory as they are in the file."""
+"""Images that a worker shuffles among one another; it holds up to two blocks in memory, as they are in the files."""
 READERS = 8
 """Threads that count images."""
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lape_vit.encodings.views import LayerView, mean_by_offset, one_where_heads_agree, pairs_and_offsets
+
 Grid = tuple[int, int]
 
 
@@ -115,6 +117,52 @@ class AttentionEncoding(Encoding):
 
     def value_term(self, attention: Tensor, grid: Grid) -> Tensor | None:
         """What the weights (B, h, N, N) gather beside the values: (B, h, N, d), or None."""
+        return None
+
+    def views(self, queries: Tensor, grid: Grid) -> list[LayerView]:
+        """What there is to see of this layer's positions, in the order in which attention uses it.
+
+        Args:
+            queries: (1, h, N, d) of tokens without content, for a bias that depends on them.
+            grid: (H, W).
+        """
+        views = []
+        kernel = self.kernel(grid)
+        if kernel is not None:
+            title = "mean q.k of equal q and k by offset"
+            views.append(LayerView("kernel", title, kernel, by_offset=True))
+        q, _ = self.rotate(queries, queries, grid)
+        bias, without_query = self.bias(q, grid), self.bias(torch.zeros_like(q), grid)
+        if bias is not None and without_query is not None:
+            title = "bias" if torch.equal(bias, without_query) else "bias of queries without content"
+            P, N = self.num_prefix_tokens, queries.shape[2]
+            patches = bias.expand(1, self.num_heads, N, N)[0, :, P:, P:]
+            views += pairs_and_offsets("bias", title, patches, grid)
+        return views
+
+    def kernel(self, grid: Grid) -> Tensor | None:
+        """The mean of q.k over random unit vectors q = k that lie as far apart as the offset says.
+
+        The mean over all directions is the mean over an orthonormal basis, so that there is nothing to draw at random.
+
+        Returns:
+            (h, 2H-1, 2W-1), or (1, 2H-1, 2W-1) where the heads agree; None where ``rotate`` does nothing.
+        """
+        P, d = self.num_prefix_tokens, self.head_dim
+        basis = torch.eye(d, dtype=self.anchor.dtype, device=self.anchor.device)
+        basis = basis[:, None, None].expand(d, self.num_heads, P + grid[0] * grid[1], d)
+        q, k = self.rotate(basis, basis, grid)
+        if q is basis and k is basis:
+            return None
+        products = torch.einsum("bhqd,bhkd->hqk", q[:, :, P:], k[:, :, P:]) / d
+        return one_where_heads_agree(mean_by_offset(products, grid))
+
+    def plane_frequencies(self) -> Tensor | None:
+        """How far each pair of channels turns per patch to the right and per patch down, in radians.
+
+        Returns:
+            (h, pairs, 2), or (1, pairs, 2) where the heads agree; None where nothing turns.
+        """
         return None
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape_vit.encodings.base import AttentionEncoding, Grid
+from lape_vit.encodings.views import LayerView, cosine_similarity
 
 
 class Relative(AttentionEncoding):
@@ -81,3 +82,12 @@ class Relative(AttentionEncoding):
             return term
         prefix = torch.cat([attention[:, :, :P].sum(-1), attention[:, :, P:, :P].sum(-1)], dim=2)
         return F.pad(term, (0, 0, P, 0)) + prefix[..., None] * torch.cat([self.value_x[0], self.value_y[0]])
+
+    def views(self, queries: Tensor, grid: Grid) -> list[LayerView]:
+        tables = {"key x": self.key_x, "key y": self.key_y, "value x": self.value_x, "value y": self.value_y}
+        similarities = torch.stack([cosine_similarity(table) for table in tables.values()])
+        k = self.max_relative_distance
+        rows = ("prefix", *(f"{offset:+d}" if offset else "0" for offset in range(-k, k + 1)))
+        title = "cosine similarity of table rows"
+        table = LayerView("table", title, similarities, bounded=True, panels=tuple(tables), rows=rows)
+        return [table, *super().views(queries, grid)]

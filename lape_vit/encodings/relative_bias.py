@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape_vit.encodings.base import AttentionEncoding, Grid, resize_grid
+from lape_vit.encodings.views import LayerView, pairs_and_offsets
 
 
 def offset_grid(grid: Grid) -> Grid:
@@ -52,10 +53,14 @@ class RelativeBias(AttentionEncoding):
     def no_weight_decay(self) -> set[str]:
         return {"table"}
 
+    def table_bias(self, grid: Grid) -> Tensor:
+        """The table's entry of each pair of patches (h, H*W, H*W), for a grid of any size."""
+        table = resize_grid(self.table[None], offset_grid(self.grid), offset_grid(grid))[0]
+        return table[offset_index(grid, self.anchor.device)].permute(2, 0, 1)
+
     def patch_bias(self, grid: Grid) -> Tensor:
         """The bias between patches (h, H*W, H*W), as it is added, for a grid of any size."""
-        table = resize_grid(self.table[None], offset_grid(self.grid), offset_grid(grid))[0]
-        bias = table[offset_index(grid, self.anchor.device)].permute(2, 0, 1)
+        bias = self.table_bias(grid)
         if self.norm is not None:
             weight = resize_grid(self.norm.weight[None, :, None], self.grid, grid).flatten()
             shift = resize_grid(self.norm.bias[None, :, None], self.grid, grid).flatten()
@@ -65,6 +70,12 @@ class RelativeBias(AttentionEncoding):
     def bias(self, q: Tensor, grid: Grid) -> Tensor:
         P = self.num_prefix_tokens
         return F.pad(self.patch_bias(grid), (P, 0, P, 0)).to(q)
+
+    def views(self, queries: Tensor, grid: Grid) -> list[LayerView]:
+        if self.norm is None:
+            return super().views(queries, grid)
+        before = pairs_and_offsets("bias", "bias before the norm", self.table_bias(grid), grid)
+        return before + pairs_and_offsets("bias_normed", "bias after the norm", self.patch_bias(grid), grid)
 
     @torch.no_grad()
     def set_grid(self, grid: Grid) -> None:

@@ -43,6 +43,10 @@ class Rotary(AttentionEncoding):
         cos, sin = angles.cos().to(q), angles.sin().to(q)
         return turn(q, cos, sin), turn(k, cos, sin)
 
+    def plane_frequencies(self) -> Tensor:
+        corner, right, below, _ = self.angles((2, 2)).reshape(-1, 4, self.head_dim // 2).unbind(1)
+        return torch.stack([right - corner, below - corner], dim=-1)
+
 
 class Rope(Rotary):
     """The compact 2D-PE ViT's form: columns turn the first d/4 pairs, rows the others.

@@ -1,0 +1,1 @@
+"""Pictures of what a model knows of positions, for `similarity_visualize.py`."""

@@ -1,0 +1,113 @@
+"""Attention over an image from one patch, beside the part of its logits that positions bring in."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+from torch import Tensor
+
+from figures.panels import SIGNED, Token, layers_band, show_map
+from figures.positions import Positions
+from figures.sheet import Band, Colours, Panel, Sheet, draw_sheets, single
+from lape_vit.attention_maps import LayerAttention
+from lape_vit.similarity import token_map
+
+UNSIGNED = "viridis"
+"""Perceptually uniform."""
+TITLES = {"attention": "attention weights", "position_logits": "what positions add to the logits"}
+"""Of the parts that are drawn."""
+
+
+@dataclass(frozen=True)
+class TokenAttention:
+    """What the chosen patch attends to on an image; what goes to prefix tokens is left out.
+
+    Attributes:
+        pixels: the image as the model sees it, without normalisation: (height, width, 3), in [0, 1].
+        parts: (h, H, W) of each layer, by name: ``attention``, the weights, and, where the logits split,
+            ``position_logits`` and ``content_logits``.
+    """
+
+    positions: Positions
+    file: str
+    pixels: Tensor
+    parts: dict[str, list[Tensor]]
+
+    @property
+    def layers(self) -> list[str]:
+        """A title of each layer."""
+        return [f"block {layer}, {self.positions.join_type}" for layer in range(len(self.parts["attention"]))]
+
+
+def of_token(positions: Positions, file: str, pixels: Tensor, layers: Sequence[LayerAttention]) -> TokenAttention:
+    """The chosen patch's share of what attention does in every layer."""
+    patches = positions.grid[0] * positions.grid[1]
+    parts: dict[str, list[Tensor]] = {"attention": [], "position_logits": [], "content_logits": []}
+    for layer in layers:
+        for name, values in zip(parts, (layer.weights, layer.position, layer.content), strict=True):
+            if values is not None:
+                parts[name].append(token_map(values[:, -patches:, -patches:], positions.grid, positions.token))
+    return TokenAttention(positions, file, pixels, {name: maps for name, maps in parts.items() if maps})
+
+
+def pictures(shown: TokenAttention) -> Iterator[tuple[str, Figure]]:
+    """Each picture with its file's name less the ending: all layers, then each."""
+    row, column = shown.positions.token
+    heading = [*shown.positions.heading, f"{shown.file}, seen from the patch in row {row}, column {column}"]
+    heads = f"{len(shown.parts['attention'][0])} heads, row by row"
+    sheets = [Sheet([], [image_band(shown.pixels, shown.positions)], box=2.4)]
+    drawn = [name for name in TITLES if name in shown.parts]
+    for name in drawn:
+        band = layers_band(f"{TITLES[name]}: {heads}", shown.layers, shown.parts[name], scale(shown, name))
+        sheets.append(Sheet([], [band], per_row=4))
+    yield "attention", draw_sheets(sheets, heading)
+    for layer, title in enumerate(shown.layers):
+        sheets = []
+        for name in drawn:
+            band = heads_band(f"{title}: {TITLES[name]}", shown, name, layer)
+            sheets.append(single([], band))
+        yield f"{shown.positions.join_type}_layer{layer}_attention", draw_sheets(sheets, heading)
+
+
+def scale(shown: TokenAttention, name: str) -> Colours:
+    """One for all layers and heads."""
+    most = max(maps.abs().max().item() for maps in shown.parts[name]) or 1.0
+    if name == "attention":
+        return Colours(UNSIGNED, (0.0, most))
+    return Colours(SIGNED, (-most, most))
+
+
+def heads_band(title: str, shown: TokenAttention, name: str, layer: int) -> Band:
+    """One layer, a panel for each head, with ticks."""
+    grid, token = shown.positions.grid, shown.positions.token
+    panels = [
+        Panel(f"head {head}", partial(show_map, values=values, colours=scale(shown, name), grid=grid, mark=token))
+        for head, values in enumerate(shown.parts[name][layer])
+    ]
+    return Band(title, panels, grid[0] / grid[1], scale(shown, name), with_ticks=True)
+
+
+def image_band(pixels: Tensor, positions: Positions) -> Band:
+    """The image, with the chosen patch framed."""
+    draw = partial(show_image, pixels=pixels, grid=positions.grid, token=positions.token)
+    return Band("the image as the model sees it", [Panel("", draw)], pixels.shape[0] / pixels.shape[1], None)
+
+
+def show_image(axes: Axes, pixels: Tensor, grid: tuple[int, int], token: Token) -> None:
+    """Pixels (height, width, 3), and a frame around one patch."""
+    axes.imshow(pixels.numpy(), aspect="auto")
+    height, width = pixels.shape[0] / grid[0], pixels.shape[1] / grid[1]
+    corner = (token[1] * width - 0.5, token[0] * height - 0.5)
+    for colour, thick in (("black", 2.5), ("white", 1.0)):
+        axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=thick))
+
+
+def raw_values(shown: TokenAttention) -> dict[str, NDArray[Any]]:
+    """All numbers behind the pictures, (L, h, H, W) by the part's name."""
+    return {name: torch.stack(maps).numpy() for name, maps in shown.parts.items()}

@@ -1,0 +1,106 @@
+"""A checkpoint's model: from what the checkpoint says, from flags, and from what timm builds by that name."""
+
+import re
+from collections.abc import Mapping
+from logging import getLogger
+from typing import Any
+
+import timm
+from timm.layers import to_2tuple
+
+import models_lape  # noqa: F401  (registers the models)
+from lape_vit import VisionTransformer, convert_checkpoint
+from lape_vit.encodings import all_options, canonical_name
+from lape_vit.timm_similarity import timm_grid
+from training.checkpoint import description_of, load_checkpoint, load_weights
+from training.options import flag_of
+
+_logger = getLogger(__name__)
+
+FLAGS = {"model": "--model_name", "pe": "--pe", "join_type": "--join-type", "input_size": "--input-size"}
+"""What a checkpoint may say of its model, and the flags for one that does not; each encoding's options besides."""
+SHORT_NAME = re.compile(r"deit_(?P<size>[tsb])(?P<distilled>_distill)?_(?P<join>basic|LaPE)")
+SIZES = {"t": "tiny", "s": "small", "b": "base"}
+
+
+def full_name(name: str) -> tuple[str, str | None]:
+    """The model's name and the join, from one of the original's short names such as `deit_t_distill_LaPE`; any other
+    name comes back as it is, without a join."""
+    short = SHORT_NAME.fullmatch(name)
+    if short is None:
+        return name, None
+    distilled = "_distilled" if short["distilled"] else ""
+    return f"deit_{SIZES[short['size']]}{distilled}_patch16_224", short["join"]
+
+
+def load_model(path: str, flags: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model of a checkpoint, with its weights (not their running average), and what is known of it.
+
+    Args:
+        path: of a checkpoint of ours, of an original, or of timm.
+        flags: what the command line says of `FLAGS` and of the encodings' options; None where it says nothing.
+
+    Returns:
+        The model in evaluation mode: ours, or timm's where only timm knows the name. And the description: what the
+        checkpoint says, with the flags; the key `model` is always there.
+
+    Raises:
+        ValueError, OSError: no checkpoint, a flag that contradicts it, something that neither says, other weights, a
+            model of timm's whose positions cannot be seen.
+    """
+    checkpoint = load_checkpoint(path)
+    description = complete(description_of(checkpoint), flags, path)
+    name = description["model"]
+    build = {option: description[option] for option in ("pe", "join_type", *all_options()) if option in description}
+    state_dict = checkpoint["model"]
+    if name in timm.list_models(module="models_lape"):
+        state_dict = convert_checkpoint(state_dict)
+    else:
+        if not timm.is_model(name):
+            raise ValueError(f"unknown {FLAGS['model']} {name!r}: it is neither a model of models_lape nor one of timm")
+        if build:
+            given = ", ".join(flag_for(option) for option in build)
+            raise ValueError(f"{given}: for models of models_lape; {name} is timm's own")
+    head = next((state_dict[key] for key in ("head.weight", "head.fc.weight") if key in state_dict), ())
+    size = description.get("input_size")
+    try:
+        model = timm.create_model(name, num_classes=len(head), **({"img_size": size} if size else {}), **build)
+    except TypeError as error:
+        raise ValueError(f"{name} cannot be built: {error}") from error
+    if not isinstance(model, VisionTransformer):
+        timm_grid(model)
+    own = {key: str(getattr(model, key)) for key in ("pe", "join_type") if hasattr(model, key)}
+    load_weights(model, state_dict, path, f"{name} ({', '.join(own.values())})" if own else name)
+    if untold := own.keys() - build.keys():
+        taken = ", ".join(f"{key}={own[key]}" for key in sorted(untold))
+        _logger.info("%s does not say all of its model: %s, as timm builds it", path, taken)
+    return model.eval(), description
+
+
+def complete(description: Mapping[str, Any], flags: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """What a checkpoint says of its model, and from the flags what it does not; names in their canonical spelling.
+
+    Raises:
+        ValueError: a flag that contradicts the checkpoint, or no model's name in either.
+    """
+    completed = {name: value for name, value in description.items() if name not in FLAGS}
+    for name in (*FLAGS, *all_options()):
+        values = [description.get(name), flags.get(name)]
+        said, given = (None if value is None else canonical(name, value) for value in values)
+        if said is not None and given is not None and said != given:
+            raise ValueError(f"{flag_for(name)} {given} contradicts {path}, which has {said}")
+        if said is not None or given is not None:
+            completed[name] = given if said is None else said
+    if "model" not in completed:
+        raise ValueError(f"{path} does not say what model it holds: give {FLAGS['model']}")
+    return completed
+
+
+def flag_for(name: str) -> str:
+    return FLAGS.get(name) or flag_of(name)
+
+
+def canonical(name: str, value: Any) -> Any:
+    """The value of `name` in one spelling of those that mean the same."""
+    spell: dict[str, Any] = {"pe": canonical_name, "input_size": lambda size: to_2tuple(size)[-2:]}
+    return spell[name](value) if name in spell else value

@@ -1,0 +1,124 @@
+"""One self-contained page to explore what the layers of one or more checkpoints see of positions.
+
+The page is `page/page.html` with its style sheet, its scripts, plotly.js and the data in it; it asks no network.
+"""
+
+import json
+import math
+import re
+import zlib
+from base64 import b64encode
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from plotly.offline import get_plotlyjs
+from torch import Tensor
+
+from figures.positions import Positions
+from lape_vit.similarity import PositionView
+
+FOLDER = Path(__file__).parent / "page"
+SCRIPTS = ("values.js", "plots.js", "panel.js", "page.js")
+LIMIT = 10_000_000
+"""Bytes of a page that is not to be exceeded while values can be kept less finely."""
+FINEST, COARSEST = 16, 8
+"""Bits of a value."""
+FREQUENCIES = "frequencies"
+"""The name of the one view that has no patches but points in the plane."""
+
+
+def explore_page(shown: Sequence[Positions]) -> bytes:
+    """The page, in UTF-8; the first two checkpoints stand side by side, others can be chosen in their place."""
+    parts = {
+        "title": escape(", ".join(one.source for one in shown)),
+        "style": read("page.css"),
+        "script": "\n".join(map(read, SCRIPTS)),
+        "plotly": pack(get_plotlyjs().encode()),
+        "data": "",
+    }
+    views = [views_of(one) for one in shown]
+    packed = iter(pack_views([view for of_one in views for view in of_one], LIMIT - len(fill(parts))))
+    data = [describe(one, [next(packed) for _ in of_one]) for one, of_one in zip(shown, views, strict=True)]
+    # "<" would let a checkpoint's name end the script element
+    parts["data"] = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return fill(parts)
+
+
+def read(name: str) -> str:
+    return (FOLDER / name).read_text(encoding="utf-8")
+
+
+def fill(parts: dict[str, str]) -> bytes:
+    """The page with its parts in their slots."""
+    return re.sub(r"{{(\w+)}}", lambda slot: parts[slot[1]], read("page.html")).encode()
+
+
+def views_of(one: Positions) -> list[PositionView]:
+    """What there is to see of a checkpoint; last, an absolute encoding's own tables or a rotary one's frequencies."""
+    views = [*one.views]
+    if one.encoding is not None:
+        tables = list(one.encoding[:, None])
+        titles = [f"table {table}" for table in range(len(tables))] if len(tables) > 1 else ["the table"]
+        title = "cosine similarity of the encoding itself"
+        views.append(PositionView("encoding", title, tables, False, (-1.0, 1.0), titles))
+    if one.frequencies:
+        reach = max(points.abs().max().item() for points in one.frequencies) or 1.0
+        title = "frequencies in the plane (radians per patch)"
+        views.append(PositionView(FREQUENCIES, title, one.frequencies, False, (-reach, reach), one.layers))
+    return views
+
+
+def describe(one: Positions, views: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the page is told of a checkpoint."""
+    nothing = "" if views else f"Nothing to draw: pe={one.pe!r} has no positions."
+    source, caption = one.heading
+    texts = {"name": source, "caption": caption, "nothing": nothing}
+    return {**texts, "grid": one.grid, "token": one.token, "views": views}
+
+
+def pack_views(views: Sequence[PositionView], room: int) -> list[dict[str, Any]]:
+    """Every view as the page reads it; as long as all exceed `room` bytes, the largest is kept less finely."""
+    bits = [FINEST] * len(views)
+    packed = [pack_view(view, FINEST) for view in views]
+    sizes = [len(json.dumps(view)) for view in packed]
+    while sum(sizes) > room and max(bits) > COARSEST:
+        largest = max((i for i in range(len(views)) if bits[i] > COARSEST), key=sizes.__getitem__)
+        bits[largest] = max(COARSEST, min(bits[largest] - 1, math.ceil(bits[largest] * room / sum(sizes))))
+        packed[largest] = pack_view(views[largest], bits[largest])
+        sizes[largest] = len(json.dumps(packed[largest]))
+    return packed
+
+
+def pack_view(view: PositionView, bits: int) -> dict[str, Any]:
+    """A view as the page reads it, each value in so many bits."""
+    heads, *shape = view.values[0].shape
+    layers = [{"title": title, **quantise(value, bits)} for title, value in zip(view.layers, view.values, strict=True)]
+    return {
+        "name": view.name,
+        "title": view.title,
+        "byOffset": view.by_offset,
+        "points": view.name == FREQUENCIES,
+        "panels": view.panels,
+        "rows": view.rows,
+        "limits": view.limits,
+        "heads": heads,
+        "shape": shape,
+        "layers": layers,
+    }
+
+
+def quantise(values: Tensor, bits: int) -> dict[str, Any]:
+    """Values as low + step * level, off by at most half a step; the low bytes of all levels, then their high bytes."""
+    array = values.double().cpu().numpy()
+    low, high = float(array.min()), float(array.max())
+    step = (high - low) / (2**bits - 1)
+    levels = np.rint((array - low) / (step or 1.0)).astype("<u2").ravel()
+    return {"low": low, "step": step, "levels": pack(levels.view(np.uint8).reshape(-1, 2).T.tobytes())}
+
+
+def pack(content: bytes) -> str:
+    """Compressed, as text."""
+    return b64encode(zlib.compress(content)).decode("ascii")

@@ -1,0 +1,154 @@
+// What Plotly is told: layouts and marks.
+
+const MARGIN = { left: 30, right: 8, top: 8, bottom: 24 };
+const LABEL = 15; // height of a small picture's label, in pixels
+const GAP = 8; // between small pictures
+const FRAME = 3; // what the frame of the first of them needs to its left
+const CONFIG = { displayModeBar: false, doubleClick: false, showTips: false };
+
+/** Pixels of a cell such that the picture fits the width that there is, and most windows' height. */
+function cellSize(width, rows, columns, side = 0) {
+  const most = clamp(window.innerHeight - 360, 260, 560);
+  return Math.min((width - Math.max(MARGIN.left, side) - MARGIN.right) / columns, most / rows, most / columns);
+}
+
+function baseLayout(width, height, margin) {
+  return {
+    width: width + margin.l + margin.r,
+    height: height + margin.t + margin.b,
+    margin: { ...margin, pad: 0 },
+    font: { family: "system-ui, Segoe UI, Helvetica Neue, Arial, sans-serif", size: 11, color: styleColour("--quiet") },
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+    hovermode: "closest",
+    dragmode: false,
+    showlegend: false,
+  };
+}
+
+/** Of a picture of cells; `down` and `across` are the ticks as [place, text], `side` the room for long texts. */
+function gridLayout(cell, rows, columns, down, across, side = 0) {
+  const axis = { fixedrange: true, showgrid: false, zeroline: false, showline: false, ticks: "" };
+  const ticks = (pairs) => ({ tickvals: pairs.map(([place]) => place), ticktext: pairs.map(([, text]) => text) });
+  const margin = { l: Math.max(MARGIN.left, side), r: MARGIN.right, t: MARGIN.top, b: Math.max(MARGIN.bottom, side) };
+  return {
+    ...baseLayout(cell * columns, cell * rows, margin),
+    xaxis: { ...axis, ...ticks(across), range: [-0.5, columns - 0.5], tickangle: side ? -90 : 0 },
+    yaxis: { ...axis, ...ticks(down), range: [rows - 0.5, -0.5] },
+  };
+}
+
+function heat(z, limits, more = {}) {
+  const scale = { zmin: limits[0], zmax: limits[1], colorscale: colourScale(limits), showscale: false };
+  return { type: "heatmap", z, ...scale, hoverinfo: "none", hoverongaps: false, ...more };
+}
+
+/** The values themselves, where cells are large enough for them; not in the cell that bears the mark. */
+function numbers(z, cell, limits, marked = []) {
+  if (cell < 40) return [];
+  const largest = Math.max(...limits.map(Math.abs));
+  const cells = z.flatMap((values, y) => values.map((value, x) => ({ value, x, y })));
+  const shown = cells.filter(({ x, y }) => y !== marked[0] || x !== marked[1]);
+  const onStrong = theme() === "dark" ? "black" : "white";
+  const ink = ({ value }) => (Math.abs(value) > 0.5 * largest ? onStrong : styleColour("--ink"));
+  return [
+    {
+      mode: "text",
+      hoverinfo: "skip",
+      x: shown.map(({ x }) => x),
+      y: shown.map(({ y }) => y),
+      text: shown.map(({ value }) => format(value, digitsFor(limits, 2))),
+      textfont: { color: shown.map(ink) },
+    },
+  ];
+}
+
+/** Ticks of the offsets -size + 1 .. size - 1, which lie at 0 .. 2 size - 2. */
+function offsetTicks(size) {
+  const offsets = new Set(spread(size, 4).flatMap((offset) => [-offset, offset]));
+  return [...offsets].map((offset) => [offset + size - 1, format(offset, 0)]);
+}
+
+/** Points [right, down] of each head about the origin, as far as `reach`; one head stands out. */
+function scatter(heads, selected, reach, side) {
+  const colour = (head) => styleColour(head === selected ? "--accent" : "--quiet");
+  const traces = heads.map((points, head) => ({
+    mode: "markers",
+    hoverinfo: "none",
+    x: points.map(([right]) => right),
+    y: points.map(([, down]) => down),
+    marker: { color: colour(head), size: head === selected ? 9 : 6, opacity: head === selected ? 1 : 0.45 },
+    zorder: head === selected ? 1 : 0,
+  }));
+  const line = { zerolinecolor: styleColour("--line"), linecolor: styleColour("--line") };
+  const axis = { ...line, fixedrange: true, showgrid: false, nticks: 7, mirror: true, showline: true };
+  const layout = {
+    ...baseLayout(side, side, { l: 40, r: MARGIN.right, t: MARGIN.top, b: MARGIN.bottom }),
+    xaxis: { ...axis, range: [-1.08 * reach, 1.08 * reach] },
+    yaxis: { ...axis, range: [1.08 * reach, -1.08 * reach] },
+  };
+  return { traces, layout };
+}
+
+const mark = (x, y, marker) => ({ x: [x], y: [y], mode: "markers", hoverinfo: "skip", cliponaxis: false, marker });
+
+/** The chosen patch: a ring, filled once it is pinned. */
+const patchMark = ([row, column], cell, pinned) =>
+  mark(column, row, {
+    symbol: "circle",
+    size: clamp(cell * 0.45, 5, 13),
+    color: pinned ? styleColour("--accent") : "rgba(255,255,255,0.85)",
+    line: { color: pinned ? "white" : "black", width: 1.5 },
+  });
+
+/** Points from the left at a row of the picture. */
+const rowMark = (row) => mark(-0.5, row, { symbol: "triangle-right", size: 9, color: styleColour("--accent") });
+
+const box = (x, y, width, height) => ({
+  type: "rect",
+  ...{ x0: x, y0: y, x1: x + width, y1: y + height },
+  line: { color: styleColour("--accent"), width: 2 },
+});
+
+/** Text that Plotly, which knows a few tags, shall show as it is. */
+const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
+
+/**
+ * Small pictures in rows, as large as a width and height (in pixels) admit, as one heat map; the selected one is
+ * framed. The picture at place [r, c] of its z is number floor(r / (H + 1)) * columns + floor(c / (W + 1)).
+ */
+function contactSheet(images, names, selected, limits, width, height) {
+  const [H, W] = [images[0].length, images[0][0].length];
+  const cellWith = (columns) => {
+    const rows = Math.ceil(images.length / columns);
+    return Math.min((width - FRAME - GAP * columns) / (columns * W), (height / rows - LABEL - GAP) / H);
+  };
+  const columns = images.map((_, i) => i + 1).reduce((best, n) => (cellWith(n) > cellWith(best) ? n : best), 1);
+  const [rows, cell] = [Math.ceil(images.length / columns), cellWith(columns)];
+  const [stepX, stepY] = [W + GAP / cell, H + (LABEL + GAP) / cell];
+  const list = (count, item) => Array.from({ length: count }, (_, i) => item(i));
+  const gap = Array(W).fill(null);
+  const line = (r, c) => images[Math.floor(r / (H + 1)) * columns + c]?.[r % (H + 1)] ?? gap;
+  const z = list(rows * (H + 1) - 1, (r) => list(columns, (c) => [...line(r, c), null]).flat().slice(0, -1));
+  const edges = (count, size, step) => list(count, (i) => list(size + 1, (edge) => i * step + edge)).flat();
+  const [x, y] = [edges(columns, W, stepX), edges(rows, H, stepY)];
+  const corner = (i) => [(i % columns) * stepX, Math.floor(i / columns) * stepY];
+  const labels = {
+    mode: "text",
+    hoverinfo: "skip",
+    cliponaxis: false,
+    x: images.map((_, i) => corner(i)[0]),
+    y: images.map((_, i) => corner(i)[1]),
+    text: names.map((name, i) => (i === selected ? `<b>${plain(name)}</b>` : plain(name))),
+    textposition: "top right",
+    textfont: { color: names.map((_, i) => styleColour(i === selected ? "--accent" : "--quiet")) },
+  };
+  const axis = { visible: false, fixedrange: true };
+  const layout = {
+    ...baseLayout(Math.floor(columns * stepX * cell), rows * stepY * cell, { l: FRAME, r: 0, t: LABEL, b: 0 }),
+    xaxis: { ...axis, range: [0, columns * stepX] },
+    yaxis: { ...axis, range: [rows * stepY, 0] },
+    shapes: [box(...corner(selected), W, H)],
+  };
+  return { traces: [heat(z, limits, { x, y }), labels], layout, columns };
+}

@@ -1,0 +1,105 @@
+"""What attention makes of an image, and the part of its logits that positions bring in.
+
+Shapes: P prefix tokens, N = P + H*W tokens, D embedding width, h heads.
+"""
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lape_vit.encodings import Grid
+from lape_vit.similarity import Model, attentions
+from lape_vit.vit import Attention, Block
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """One layer on one image; query first, key second.
+
+    Attributes:
+        weights: what attention gives each key, rows sum to 1: (h, N, N).
+        content: the part of the logits that would be there without positions: (h, N, N).
+        position: all that positions add to it, so that the softmax of the sum of both are the weights: (h, N, N).
+            Both parts are None where the logits do not split; see :func:`why_no_split`.
+    """
+
+    weights: Tensor
+    content: Tensor | None
+    position: Tensor | None
+
+
+def why_no_split(model: Model) -> str | None:
+    """Why the logits are no sum of content and position, in words; None where they are.
+
+    They are where norm1 reads content alone: positions reach attention after it, or as a bias.
+    """
+    pair = f"pe={model.pe!r}, join_type={model.join_type!r}"
+    first = attentions(model)[0]
+    if model.join.encoding is None and first.encoding is None:
+        return f"{pair}: there are no positions"
+    if first.encoding is not None and first.encoding.kernel((1, 1)) is not None:
+        return f"{pair}: positions turn q and k, and are no term of q.k"
+    if model.join.encoding is not None and model.join.target != "attention":
+        return f"{pair}: norm1 reads the sum of content and positions"
+    if model.join.encoding is not None and not isinstance(first.q_norm, nn.Identity):
+        return f"{pair}: q and k are normalised after positions were added"
+    return None
+
+
+@torch.no_grad()
+def attention_maps(model: Model, image: Tensor) -> list[LayerAttention]:
+    """Attention of every layer on an image.
+
+    Args:
+        model: in evaluation mode.
+        image: (1, C, height, width), normalised.
+    """
+    normed: list[Tensor] = []
+    calls: list[tuple[Tensor, Grid]] = []
+    with ExitStack() as hooks:
+        for block in cast("Iterable[Block]", model.blocks):
+            for handle in (
+                block.norm1.register_forward_hook(lambda module, args, output: normed.append(output)),
+                block.attn.register_forward_pre_hook(lambda module, args: calls.append(args[:2])),
+            ):
+                hooks.callback(handle.remove)
+        model.forward_features(image)
+    splits = why_no_split(model) is None
+    layers = []
+    for attn, content, (read, grid) in zip(attentions(model), normed, calls, strict=True):
+        weights = logits(attn, read, grid)[0].softmax(dim=-1)
+        parts = split_logits(attn, content, read, grid) if splits else (None, None)
+        layers.append(LayerAttention(weights, *parts))
+    return layers
+
+
+def logits(attn: Attention, read: Tensor, grid: Grid) -> Tensor:
+    """The logits of tokens (1, N, D), as attention computes them: (1, h, N, N)."""
+    q, k, _ = attn.project(read)
+    if attn.encoding is None:
+        return attn.scale * q @ k.mT
+    q, k = attn.encoding.rotate(q, k, grid)
+    bias = attn.encoding.bias(q, grid)
+    return attn.scale * q @ k.mT + (0 if bias is None else bias)
+
+
+def split_logits(attn: Attention, content: Tensor, read: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """What content gives to the logits alone, and what positions add: each (h, N, N).
+
+    With q = qc + qw and k = kc + kw, of content c and positions w, that is qc.kc, and qc.kw + qw.kc + qw.kw + bias.
+
+    Args:
+        content: what norm1 gives, (1, N, D).
+        read: the same with positions, (1, N, D).
+    """
+    (q, k, _), (q_content, k_content, _) = attn.project(read), attn.project(content)
+    q_position, k_position = q - q_content, k - k_content
+    position = attn.scale * (q_content @ k_position.mT + q_position @ k.mT)
+    bias = attn.encoding.bias(q, grid) if attn.encoding is not None else None
+    if bias is not None:
+        position = position + bias
+    return (attn.scale * q_content @ k_content.mT)[0], position[0]

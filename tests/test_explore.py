@@ -1,0 +1,485 @@
+"""The page to explore positions: what is written into it, and what it does in a real browser."""
+
+import json
+import re
+from base64 import b64decode
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from zlib import decompress
+
+import numpy as np
+import pytest
+import timm
+import torch
+from numpy.typing import NDArray
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select
+from torch import Tensor
+
+import similarity_visualize
+from figures import explore
+from figures.explore import explore_page, quantise
+from figures.positions import Positions, measure
+from lape_vit import encodings
+from lape_vit.joins import legal_joins
+from lape_vit.similarity import PositionView
+from tests.browser import Page, find_browser, open_browser
+from tests.models import COMPACT, DEIT, tiny
+from training.checkpoint import save_checkpoint
+
+GRID = (4, 6)
+OTHER_GRID = (8, 3)
+LAYERS, HEADS = 3, 4
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    """Uniform in [-1, 1]."""
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 1
+
+
+def view(
+    name: str, grid: tuple[int, int] = GRID, layers: int = LAYERS, heads: int = HEADS, by_offset: bool = False
+) -> PositionView:
+    """Noise between patches."""
+    patches = grid[0] * grid[1]
+    shape = (2 * grid[0] - 1, 2 * grid[1] - 1) if by_offset else (patches, patches)
+    values = [noise(heads, *shape, seed=layer) for layer in range(layers)]
+    titles = [f"block {layer}, LaPE" for layer in range(layers)]
+    return PositionView(name, f"the {name}", values, by_offset, (-1.0, 1.0), titles)
+
+
+def positions(*views: PositionView, source: str = "runs/a.pth", grid: tuple[int, int] = GRID) -> Positions:
+    token = grid[0] // 2, grid[1] // 2
+    return Positions(source, "deit", "a_pe", "a_join", grid, token, list(views), frequencies=[], encoding=None)
+
+
+def token_map(shown: PositionView, layer: int, head: int, patch: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """What a patch's map must show (H, W)."""
+    (row, column), (H, W) = patch, grid
+    values = shown.values[layer][head]
+    if shown.by_offset:
+        return values[H - 1 - row : 2 * H - 1 - row, W - 1 - column : 2 * W - 1 - column]
+    return values[row * W + column].unflatten(0, grid)
+
+
+# ---- what is written
+
+
+def data_of(page: bytes) -> list[dict]:
+    """The checkpoints as the page is told of them."""
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.decode())
+    return json.loads(text)
+
+
+def unpack(layer: dict, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """Values as the page reads them."""
+    content = np.frombuffer(decompress(b64decode(layer["levels"])), np.uint8).astype(np.float64)
+    low, high = content.reshape(2, -1)
+    return (layer["low"] + layer["step"] * (low + 256 * high)).reshape(shape)
+
+
+@pytest.mark.parametrize("bits", [8, 11, 16])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_values_are_kept_to_half_a_step(bits: int, scale: float) -> None:
+    values = noise(2, 5, 7) * scale
+    kept = quantise(values, bits)
+    assert kept["step"] == pytest.approx((values.max() - values.min()).item() / (2**bits - 1))
+    assert np.abs(unpack(kept, (2, 5, 7)) - values.numpy()).max() <= kept["step"] / 2 * (1 + 1e-9)
+
+
+def test_values_that_are_all_the_same_are_kept_exactly() -> None:
+    kept = quantise(torch.full((1, 2, 2), 0.1, dtype=torch.float64), 16)
+    assert (unpack(kept, (1, 2, 2)) == 0.1).all()
+
+
+def test_values_are_kept_less_finely_only_as_far_as_the_page_would_be_too_large(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small, large = view("small", heads=1), view("large", heads=40)
+    free = explore_page([positions(small, large)])
+    steps = [data_of(free)[0]["views"][i]["layers"][0]["step"] for i in range(2)]
+    assert steps == pytest.approx([2 / 65535] * 2, rel=0.02)
+    monkeypatch.setattr(explore, "LIMIT", len(free) - 20_000)
+    page = explore_page([positions(small, large)])
+    assert len(page) <= explore.LIMIT
+    steps = [data_of(page)[0]["views"][i]["layers"][0]["step"] for i in range(2)]
+    assert steps[0] == pytest.approx(2 / 65535, rel=0.02)
+    assert 2 / 65535 < steps[1] < 2 / 255
+
+
+def test_a_name_stays_text() -> None:
+    name = "</script><script>alert(1)</script>&amp;{{data}}"
+    page = explore_page([positions(view("bias"), source=name)]).decode()
+    assert data_of(page.encode())[0]["name"] == name
+    assert page.count("<script") == explore_page([positions(view("bias"))]).decode().count("<script")
+    assert "<title>&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;&amp;amp;{{data}}</title>" in page
+
+
+# ---- the command
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict] | None]:
+    """Run `similarity_visualize.py` without its pictures on checkpoints of these encodings; what the page is told."""
+
+    def run(*encodings: str, flags: tuple[str, ...] = ("--html",)) -> list[dict] | None:
+        for pe in encodings:
+            model = timm.create_model(COMPACT, pe=pe, join_type="basic", depth=2)
+            description = {"model": COMPACT, "pe": pe, "join_type": "basic", "num_classes": 10, "input_size": 32}
+            save_checkpoint(tmp_path / f"{pe}.pth", {"model": model.state_dict(), "description": description})
+        files = [str(tmp_path / f"{pe}.pth") for pe in encodings]
+        source = ["--compare", *files] if len(files) > 1 else ["--ckpt_path", *files]
+        assert similarity_visualize.main([*source, "--save_dir", str(tmp_path / "out"), *flags]) == 0
+        page = tmp_path / "out" / "explore.html"
+        return data_of(page.read_bytes()) if page.exists() else None
+
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, depth=2))
+    monkeypatch.setattr(similarity_visualize, "write", lambda folder, *_: folder.mkdir(parents=True, exist_ok=True))
+    return run
+
+
+def test_the_command_writes_a_page_only_if_it_is_asked_to(command: Callable) -> None:
+    assert command("learnable", flags=()) is None
+    (shown,) = command("learnable", flags=("--html", "--token", "1,2"))
+    assert shown["name"].endswith("learnable.pth")
+    assert shown["caption"] == f"{COMPACT}, pe=learnable, join_type=basic, 8 x 8 patches"
+    assert shown["token"] == [1, 2]
+    assert [view["name"] for view in shown["views"]] == ["similarity", "encoding"]
+
+
+def test_the_page_of_a_comparison_has_all_checkpoints_also_those_without_positions(command: Callable) -> None:
+    shown = command("none", "rope_mixed", "2D_RPE")
+    assert [Path(one["name"]).stem for one in shown] == ["none", "rope_mixed", "2D_RPE"]
+    assert [len(one["views"]) for one in shown] == [0, 2, 2]
+    assert shown[0]["nothing"] == "Nothing to draw: pe='none' has no positions."
+
+
+def test_where_nothing_is_to_be_seen_there_is_no_page_but_a_line(
+    command: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("none") is None
+    assert "nothing to draw" in capsys.readouterr().out
+
+
+# ---- in a browser
+
+Open = Callable[..., Page]
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    with open_browser(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
+
+
+@pytest.fixture
+def open_page(driver, tmp_path: Path) -> Iterator[Open]:
+    """Open a page of some checkpoints; whatever the browser had to complain about it is a failure."""
+
+    def open_(*shown: Positions, **options) -> Page:
+        file = tmp_path / "explore.html"
+        file.write_bytes(explore_page(shown))
+        return Page(driver, file, **options)
+
+    driver.get_log("browser")
+    yield open_
+    assert driver.get_log("browser") == []
+    assert driver.execute_script("return performance.getEntriesByType('resource')") == []
+
+
+def in_browser(test: Callable) -> Callable:
+    """Run a test where there is a browser."""
+    missing = find_browser() is None
+    return pytest.mark.browser(pytest.mark.skipif(missing, reason="needs Chromium or Chrome, and chromedriver")(test))
+
+
+def assert_shown(page: Page, figure: str, expected: Tensor, panel: int = 0) -> None:
+    np.testing.assert_allclose(page.values(figure, panel), expected, rtol=0, atol=2e-5)
+
+
+def reading(page: Page, start: str, panel: int = 0) -> str:
+    """The line that reads out values, once it starts so."""
+    line = f"document.querySelectorAll('.panel')[{panel}].querySelector('.reading').textContent"
+    page.until(f"{line}.startsWith(args[0])", start)
+    return page.js(line)
+
+
+def number(text: str) -> float:
+    return float(text.replace("\N{MINUS SIGN}", "-"))
+
+
+@in_browser
+def test_pointing_at_a_patch_shows_its_relation_to_all_patches(open_page: Open) -> None:
+    pairs, offsets = view("bias"), view("offsets", by_offset=True)
+    page = open_page(positions(pairs, offsets))
+    assert_shown(page, "map", token_map(pairs, 0, 0, (2, 3), GRID))
+    for shown, patch in ((pairs, (0, 0)), (pairs, (3, 5)), (offsets, (1, 4)), (offsets, (3, 0))):
+        Select(page.find(".pick-view select")).select_by_visible_text(shown.title)
+        page.point("map", *patch, GRID)
+        line = reading(page, f"row {patch[0]}, column {patch[1]}: ")
+        expected = token_map(shown, 0, 0, patch, GRID)
+        assert_shown(page, "map", expected)
+        assert_shown(page, "whole", shown.values[0][0])
+        itself, most, least = (number(text) for text in re.findall(r"(\S+) to ", line))
+        own = expected[patch].item()
+        others = [value for value in expected.flatten().tolist() if value != own]
+        assert [itself, most, least] == pytest.approx([own, max(others), min(others)], abs=1e-4)
+
+
+@in_browser
+def test_a_pinned_patch_stays_and_the_others_values_are_read_off(open_page: Open) -> None:
+    shown = view("bias")
+    page = open_page(positions(shown))
+    page.click("map", 1, 2, GRID)
+    page.until("document.getElementById('pin').ariaPressed === 'true'")
+    page.point("map", 3, 0, GRID)
+    line = reading(page, "row 1, column 2 to row 3, column 0: ")
+    value = token_map(shown, 0, 0, (1, 2), GRID)[3, 0].item()
+    assert re.fullmatch(r".*: \N{MINUS SIGN}?\d\.\d{4}", line)
+    assert number(line.split(": ")[1]) == pytest.approx(value, abs=1e-4)
+    assert_shown(page, "map", token_map(shown, 0, 0, (1, 2), GRID))
+    page.click("map", 1, 2, GRID)
+    page.until("document.getElementById('pin').ariaPressed === 'false'")
+    page.point("map", 0, 5, GRID)
+    reading(page, "row 0, column 5: ")
+
+
+@in_browser
+def test_pointing_at_the_whole_picture_reads_off_its_cell(open_page: Open) -> None:
+    pairs, offsets = view("bias"), view("offsets", by_offset=True)
+    page = open_page(positions(pairs, offsets))
+    page.point("whole", 8, 21, (24, 24))
+    line = reading(page, "row 1, column 2 to row 3, column 3: ")
+    assert number(line.split(": ")[1]) == pytest.approx(pairs.values[0][0, 8, 21].item(), abs=1e-4)
+    assert_shown(page, "map", token_map(pairs, 0, 0, (1, 2), GRID))
+    page.press(Keys.ENTER)
+    page.point("whole", 20, 4, (24, 24))
+    line = reading(page, "row 3, column 2 to row 0, column 4: ")
+    assert number(line.split(": ")[1]) == pytest.approx(pairs.values[0][0, 20, 4].item(), abs=1e-4)
+    assert_shown(page, "map", token_map(pairs, 0, 0, (1, 2), GRID))
+    page.press("v")
+    page.point("whole", 1, 7, (7, 11))
+    line = reading(page, "rows \N{MINUS SIGN}2, columns 2 from the query: ")
+    assert number(line.split(": ")[1]) == pytest.approx(offsets.values[0][0, 1, 7].item(), abs=1e-4)
+
+
+@in_browser
+def test_layer_head_and_patch_are_chosen_by_controls_and_by_small_pictures(open_page: Open) -> None:
+    shown = view("bias")
+    page = open_page(positions(shown))
+    page.find("#layer").send_keys(Keys.ARROW_RIGHT)
+    page.find("#head").send_keys(Keys.END)
+    assert_shown(page, "map", token_map(shown, 1, 3, (2, 3), GRID))
+    assert_shown(page, "whole", shown.values[1][3])
+    assert (page.text("#layer-name"), page.text("#head-name")) == ("block 1, LaPE", "head 3")
+    for name, value in (("row", "0"), ("column", "5")):
+        page.js("args[0].select()", page.find(f"#{name}"))
+        page.find(f"#{name}").send_keys(value, Keys.ENTER)
+    assert_shown(page, "map", token_map(shown, 1, 3, (0, 5), GRID))
+    page.click_small("layers", 2, LAYERS, GRID)
+    page.until("document.getElementById('layer').value === '2'")
+    page.click_small("heads", 1, HEADS, GRID)
+    page.until("document.getElementById('head').value === '1'")
+    assert_shown(page, "map", token_map(shown, 2, 1, (0, 5), GRID))
+
+
+@in_browser
+def test_small_pictures_show_the_patch_in_every_layer_and_head(open_page: Open) -> None:
+    shown = view("bias")
+    page = open_page(positions(shown))
+    page.press("]")
+    for name, places in (("layers", [(i, 0) for i in range(LAYERS)]), ("heads", [(1, i) for i in range(HEADS)])):
+        expected = [token_map(shown, layer, head, (2, 3), GRID) for layer, head in places]
+        for tile, values in zip(page.small_pictures(name, len(places), GRID), expected, strict=True):
+            np.testing.assert_allclose(tile, values, rtol=0, atol=2e-5)
+
+
+@in_browser
+def test_keys_move_the_patch_and_change_layer_head_and_view(open_page: Open) -> None:
+    pairs, offsets = view("bias"), view("offsets", by_offset=True)
+    page = open_page(positions(pairs, offsets))
+    for keys, shown, layer, head, patch in (
+        ([Keys.ARROW_UP, Keys.ARROW_LEFT], pairs, 0, 0, (1, 2)),
+        ([Keys.ARROW_DOWN] * 5 + [Keys.ARROW_RIGHT] * 2, pairs, 0, 0, (3, 4)),
+        (["]", "]", "]", "]"], pairs, 1, 0, (3, 4)),
+        ([Keys.PAGE_DOWN, "["], pairs, 1, 0, (3, 4)),
+        ([Keys.PAGE_UP, ","], pairs, 0, 3, (3, 4)),
+        ([".", "."], pairs, 0, 1, (3, 4)),
+        (["v"], offsets, 0, 1, (3, 4)),
+    ):
+        page.press(*keys)
+        assert_shown(page, "map", token_map(shown, layer, head, patch, GRID))
+    page.until("document.getElementById('live').textContent.includes('block 0, LaPE, head 1. row 3, column 4: ')")
+    page.press(Keys.ENTER)
+    assert page.js("document.getElementById('pin').ariaPressed") == "true"
+    page.press(Keys.ESCAPE)
+    assert page.js("document.getElementById('pin').ariaPressed") == "false"
+    page.press("?")
+    assert page.js("document.getElementById('help').open")
+    page.press(Keys.ESCAPE)
+    assert not page.js("document.getElementById('help').open")
+
+
+@in_browser
+def test_every_control_is_named_and_reached_by_tab_with_a_visible_focus(open_page: Open) -> None:
+    page = open_page(positions(view("bias"), view("other")))
+    assert page.js("[...document.querySelectorAll('input, select')].every((input) => input.labels.length === 1)")
+    seen = []
+    for _ in range(9):
+        page.press(Keys.TAB)
+        focus = "document.activeElement"
+        assert page.js(f"getComputedStyle({focus}).outlineStyle") == "solid"
+        seen.append(page.js(f"{focus}.id || {focus}.closest('label, figure').className"))
+    assert seen == ["keys", "theme", "layer", "play", "head", "row", "column", "pin", "pick-view"]
+    page.press(Keys.TAB, Keys.ARROW_LEFT)
+    assert page.js(f"getComputedStyle({focus}).outlineStyle") == "solid"
+    assert page.js(f"{focus}.closest('figure').className") == "map"
+    assert page.js(f"{focus}.ariaLabel") == "From row 2, column 2 to every patch"
+
+
+@in_browser
+def test_space_plays_through_the_layers_and_pauses(open_page: Open) -> None:
+    page = open_page(positions(view("bias")))
+    page.js("""(window.seen = new Set(), new MutationObserver(([{ target }]) => window.seen.add(target.textContent))
+        .observe(document.getElementById('layer-name'), { childList: true }))""")
+    page.press(" ")
+    assert page.text("#play") == "Pause"
+    page.until("window.seen.size === 3")
+    page.press(" ")
+    assert page.text("#play") == "Play"
+
+
+@in_browser
+def test_the_theme_follows_the_system_until_it_is_switched(open_page: Open) -> None:
+    page = open_page(positions(view("bias")), scheme="dark")
+
+    def colours() -> list[str]:
+        page.settle()
+        plot = page.plot("map")
+        return [
+            page.js("getComputedStyle(document.body).backgroundColor"),
+            *page.js("[args[0].data[0].colorscale[20][1], args[0].layout.font.color]", plot),
+        ]
+
+    dark = colours()
+    page.prefer("light")
+    light = colours()
+    assert all(one != other for one, other in zip(dark, light, strict=True))
+    page.find("#theme").click()
+    assert colours() == dark
+    page.press("t")
+    assert colours() == light
+    page.prefer("dark")
+    assert colours() == light
+
+
+@in_browser
+def test_two_checkpoints_stand_side_by_side_at_the_same_place_of_the_image_and_on_one_scale(open_page: Open) -> None:
+    first = [view("bias"), view("kernel", by_offset=True)]
+    second = [view("kernel", OTHER_GRID, layers=2, heads=1, by_offset=True), view("bias", OTHER_GRID, heads=2)]
+    second[1] = replace(second[1], limits=(-3.0, 3.0))
+    page = open_page(positions(*first), positions(*second, source="runs/b.pth", grid=OTHER_GRID))
+    assert [page.text("h2", panel) for panel in range(2)] == ["runs/a.pth", "runs/b.pth"]
+    tops = [page.js(f"{page.figure('map', panel)}.getBoundingClientRect().top") for panel in range(2)]
+    assert tops[0] == tops[1]
+    Select(page.find(".pick-view select")).select_by_visible_text("the bias")
+    page.point("map", 3, 5, GRID)
+    reading(page, "row 7, column 2: ", panel=1)
+    assert_shown(page, "map", token_map(first[0], 0, 0, (3, 5), GRID))
+    assert_shown(page, "map", token_map(second[1], 0, 0, (7, 2), OTHER_GRID), panel=1)
+    assert [page.js(f"{page.figure('map', panel)}.data[0].zmax") for panel in range(2)] == [3, 3]
+    page.press("v", Keys.PAGE_UP, ",")  # the other view, last layer, last head: as far as each has them
+    assert_shown(page, "map", token_map(first[1], 2, 3, (3, 5), GRID))
+    assert_shown(page, "map", token_map(second[0], 1, 0, (7, 2), OTHER_GRID), panel=1)
+
+
+@in_browser
+def test_of_more_than_two_checkpoints_two_are_chosen(open_page: Open) -> None:
+    shown = [view("bias", layers=1, heads=1 + place) for place in range(3)]
+    page = open_page(*(positions(one, source=f"runs/{place}.pth") for place, one in enumerate(shown)))
+    page.press(".")
+    choices = page.driver.find_elements(By.CSS_SELECTOR, ".pick-checkpoint select")
+    assert len(choices) == 2
+    Select(choices[1]).select_by_visible_text("runs/2.pth")
+    assert_shown(page, "map", token_map(shown[0], 0, 0, (2, 3), GRID))
+    assert_shown(page, "map", token_map(shown[2], 0, 1, (2, 3), GRID), panel=1)
+
+
+@in_browser
+def test_a_checkpoint_without_positions_says_so_in_one_line(open_page: Open) -> None:
+    name = "runs/<b>bold</b>.pth"
+    page = open_page(positions(source=name), positions(view("bias")))
+    assert page.text("h2") == name
+    assert page.js("document.querySelector('main b')") is None
+    assert "Nothing to draw" in page.text(".nothing")
+    assert_shown(page, "map", token_map(view("bias"), 0, 0, (2, 3), GRID), panel=1)
+    alone = open_page(positions(source=name))
+    alone.until("document.querySelector('.nothing').checkVisibility()")
+    assert not alone.js("document.getElementById('controls').checkVisibility()")
+
+
+@in_browser
+def test_nothing_reaches_beyond_a_window_of_any_width(open_page: Open) -> None:
+    long = positions(replace(view("bias"), title="a long title " * 10), source="/".join(["a-long-folder"] * 20))
+    page = open_page(long, positions(view("bias", (14, 3)), grid=(14, 3)))
+    for width in (1280, 700, 360):
+        page.resize(width, 800)
+        page.settle()
+        assert page.js("document.documentElement.scrollWidth") <= width
+        for panel, figure in product(range(2), ("map", "whole", "layers", "heads")):
+            plot = page.plot(figure, panel)
+            right = "args[0].{}.getBoundingClientRect().right"
+            inner, outer = (page.js(right.format(part), plot) for part in ("querySelector('svg')", "parentElement"))
+            assert inner <= outer
+
+
+@in_browser
+def test_every_view_of_every_encoding_is_shown_as_it_is(open_page: Open) -> None:
+    models = [tiny(pe, legal_joins(pe)[-1], img_size=(32, 24)) for pe in encodings.ENCODINGS]
+    shown = [replace(measure(model, f"{model.pe}.pth", DEIT), frequencies=[]) for model in models]
+    page = open_page(*shown)
+    for place, one in enumerate(shown):
+        Select(page.find(".pick-checkpoint select")).select_by_index(place)
+        for expected in one.views:
+            Select(page.find(".pick-view select")).select_by_visible_text(expected.title)
+            values = expected.values[0][0]
+            step = (expected.values[0].max() - expected.values[0].min()).item() / 65535
+            np.testing.assert_allclose(page.values("whole"), values, rtol=0, atol=step, err_msg=expected.name)
+            assert page.js(f"{page.figure('map')}.checkVisibility()") == (not expected.rows)
+
+
+@in_browser
+def test_the_frequencies_of_a_rotary_encoding_are_points_in_the_plane(open_page: Open) -> None:
+    shown = measure(tiny("rope_mixed", "basic", depth=2), "a.pth", DEIT)
+    page = open_page(shown)
+    page.press("v", "]")
+    points = page.js("args[0].data.map(({ x, y }) => [x, y])", page.plot("plane"))
+    np.testing.assert_allclose(points, shown.frequencies[1].mT, rtol=0, atol=1e-4)
+    assert not page.js("args[0].checkVisibility()", page.plot("whole"))
+    reach = 1.08 * max(layer.abs().max().item() for layer in shown.frequencies)
+    right, down = shown.frequencies[1][2, 1].tolist()
+    # as a cell of a picture of 2 reach x 2 reach cells
+    page.click("plane", down + reach - 0.5, right + reach - 0.5, (2 * reach, 2 * reach))
+    page.until("document.getElementById('head').value === '2'")
+    line = reading(page, "head 2, pair 1: ")
+    told = [number(text) for text in re.findall(r"(\S+) (?:to the right|down)", line)]
+    assert told == pytest.approx([right, down], abs=1e-4)
+
+
+@in_browser
+def test_the_largest_page_stays_within_ten_megabytes_and_is_soon_drawn(open_page: Open, tmp_path: Path) -> None:
+    grid = (14, 14)
+    shown = view("bias", grid, layers=12, heads=12)
+    page = open_page(positions(shown, grid=grid))
+    size = (tmp_path / "explore.html").stat().st_size
+    assert size <= 10_000_000
+    used = page.processor_time()
+    drawn = page.js("performance.getEntriesByName('drawn')[0].startTime / 1000")
+    print(f"{size / 1e6:.2f} MB, first picture after {drawn:.2f} s and {used:.2f} s of a processor")
+    assert min(drawn, used) < 3  # 2 s on a machine that has nothing else to do; this one may be shared, or slow
+    page.press(*["]"] * 11, *["."] * 5)
+    np.testing.assert_allclose(page.values("whole"), shown.values[11][5], rtol=0, atol=1 / 255)

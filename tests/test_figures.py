@@ -1,0 +1,291 @@
+"""What the sheets and curves show, on which scales, and that no text is in the way of another."""
+
+import re
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from torch import Tensor
+
+from figures import attention, comparison
+from figures.attention import TokenAttention, of_token
+from figures.panels import mosaic_shape, offset_ticks, varies_by_patch
+from figures.positions import Positions, measure, overview, pictures, raw_values, single_bands
+from figures.sheet import draw_sheets, single
+from lape_vit.attention_maps import attention_maps
+from lape_vit.similarity import PositionView, layer_correlations, mean_by_distance, plane_frequencies
+from tests.models import images, tiny
+
+SHEETS = [("learnable", "LaPE_share"), ("2D_RPE", "LaPE"), ("relative", "basic"), ("rope", "basic")]
+SHEETS += [("learnable+rope_mixed", "LaPE"), ("1D_sin+relative", "LaPE_share")]
+
+
+def of(pe: str, join_type: str, grid: tuple[int, int] = (4, 4), depth: int = 2, **kwargs: object) -> Positions:
+    model = tiny(pe, join_type, img_size=(8 * grid[0], 8 * grid[1]), depth=depth, **kwargs)
+    return measure(model, "runs/a_run_with_a_long_name/best_checkpoint.pth", "deit_base_distilled_patch16_384")
+
+
+def panels(figure: Figure) -> list[Axes]:
+    """All but the colour bars."""
+    return [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+
+
+def view_of(positions: Positions, name: str) -> PositionView:
+    (found,) = (view for view in positions.views if view.name == name)
+    return found
+
+
+def shown_values(axes: Axes) -> Tensor:
+    """The tiles of a panel, (V, R, C)."""
+    return torch.stack([torch.from_numpy(np.asarray(image.get_array())) for image in axes.images])
+
+
+# ---- what is on the sheets
+
+
+def test_the_overview_shows_every_matrix_and_every_map_of_the_chosen_patch_on_one_scale() -> None:
+    positions = replace(of("learnable", "LaPE_share", (3, 5), depth=8), token=(1, 2))
+    shown = panels(draw_sheets([overview(positions)]))
+    values = view_of(positions, "similarity").values
+    expected = [*values, *(value[:, 1 * 5 + 2].unflatten(1, (3, 5)) for value in values)]
+    for axes, value in zip(shown, expected, strict=True):
+        assert torch.equal(shown_values(axes), value)
+        assert axes.images[0].get_clim() == (-1, 1)
+    assert [axes.get_title(loc="left") for axes in shown] == [f"block {layer}, LaPE_share" for layer in range(8)] * 2
+    for axes in shown[8:]:
+        (mark,) = axes.lines
+        assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([2.5], [1.5])  # the middle of its cell
+    for axes in shown:
+        height, width = axes.get_window_extent().height, axes.get_window_extent().width
+        rows, columns = shown_values(axes).shape[1:]
+        assert height / width == pytest.approx(rows / columns)  # patches are squares
+
+
+def test_the_heading_says_what_is_shown() -> None:
+    text = " ".join(text.get_text() for text in draw_sheets([overview(of("learnable", "LaPE", (3, 5)))]).texts)
+    for part in (
+        "a_run_with_a_long_name",
+        "deit_base_distilled_patch16_384",
+        "pe=learnable",
+        "join_type=LaPE",
+        "3 x 5",
+    ):
+        assert part in text
+    assert "row 1, column 2" in text
+
+
+@pytest.mark.parametrize(("pe", "join_type"), SHEETS)
+def test_every_band_has_one_scale_and_a_colour_bar_of_it(pe: str, join_type: str) -> None:
+    positions = of(pe, join_type)
+    figure = draw_sheets([overview(positions)])
+    limits = {axes.images[0].get_clim() for axes in panels(figure) if axes.images}
+    assert limits == {view.limits for view in positions.views}
+    bars = {axes.get_ylim() for axes in figure.axes if axes.get_label() == "<colorbar>"}
+    assert limits <= bars
+
+
+def test_heads_are_tiles_in_the_order_of_reading() -> None:
+    positions = of("2D_RPE", "basic", (2, 3), num_heads=6)
+    figure = draw_sheets([overview(positions)])
+    tiles = panels(figure)[0].images
+    assert torch.equal(shown_values(panels(figure)[0]), view_of(positions, "bias").values[0])
+    corners = [(tile.get_extent()[3], tile.get_extent()[0]) for tile in tiles]  # top, left
+    assert corners == sorted(corners)
+    assert len({top for top, _ in corners}) == 2
+
+
+@pytest.mark.parametrize(("count", "shape"), [(1, (1, 1)), (3, (2, 2)), (4, (2, 2)), (6, (2, 3)), (12, (3, 4))])
+def test_a_mosaic_is_nearly_square(count: int, shape: tuple[int, int]) -> None:
+    assert mosaic_shape(count) == shape
+
+
+def test_layers_that_are_alike_are_drawn_once() -> None:
+    figure = draw_sheets([overview(of("rope", "basic", depth=5))])
+    assert [axes.get_title(loc="left") for axes in panels(figure)] == ["blocks 0 to 4, basic"] * 2
+
+
+def test_frequencies_are_points_in_the_plane_that_a_patch_down_and_one_to_the_right_make() -> None:
+    model = tiny("rope_mixed", "basic")
+    (axes,) = panels(dict(pictures(measure(model, "c", "m")))["basic_layer1_frequencies"])
+    (points,) = axes.collections
+    expected = plane_frequencies(model)[1].flatten(0, 1)
+    np.testing.assert_array_equal(np.asarray(points.get_offsets()), expected.numpy())
+    assert axes.yaxis_inverted()
+    assert [len(set(map(tuple, points.to_rgba(points.get_array()[head * 4 : head * 4 + 4])))) for head in range(3)] == [
+        1,
+        1,
+        1,
+    ]
+    assert len(set(map(tuple, points.to_rgba(points.get_array())))) == 3
+
+
+def test_a_picture_of_one_head_is_that_heads_matrix_with_ticks_at_the_rows_of_patches() -> None:
+    positions = of("2D_RPE", "LaPE", (3, 5))
+    (axes,) = panels(dict(pictures(positions))["LaPE_layer1_head2"])
+    assert torch.equal(shown_values(axes)[0], view_of(positions, "bias").values[1][2])
+    assert axes.get_title(loc="left") == "head 2"
+    assert list(axes.get_xticks()) == [0, 5, 10]
+
+
+def test_only_what_differs_by_more_than_the_offset_gets_the_chosen_patchs_map() -> None:
+    positions = of("2D_RPE", "LaPE", (3, 5))
+    assert {view.name: varies_by_patch(view, (3, 5)) for view in positions.views} == {
+        "bias": False,
+        "bias_offsets": False,
+        "bias_normed": True,
+        "bias_normed_offsets": False,
+    }
+    assert positions.uses_token
+    assert not of("relative", "basic").uses_token
+
+
+@pytest.mark.parametrize(
+    ("side", "longer", "names"),
+    [
+        (4, 4, ["\N{MINUS SIGN}2", "0", "+2"]),
+        (14, 14, ["\N{MINUS SIGN}10", "\N{MINUS SIGN}5", "0", "+5", "+10"]),
+        (10, 14, ["\N{MINUS SIGN}5", "0", "+5"]),
+        (1, 9, ["0"]),
+    ],
+)
+def test_ticks_of_offsets_are_even_around_0(side: int, longer: int, names: list[str]) -> None:
+    places, labels = offset_ticks(side, longer)
+    assert labels == names
+    assert places[labels.index("0")] == side - 1
+
+
+def test_raw_values_hold_every_number() -> None:
+    positions = of("learnable+rope_mixed", "unshare")
+    values = raw_values(positions)
+    assert values["similarity"].shape == (2, 1, 16, 16)
+    assert values["encoding"].shape == (2, 16, 16)
+    assert values["kernel"].shape == (2, 3, 7, 7)
+    assert values["frequencies"].shape == (2, 3, 4, 2)
+
+
+# ---- comparisons
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_checkpoints_stand_side_by_side_on_common_scales(order: int) -> None:
+    checkpoints = [of("2D_RPE", "basic"), of("2D_RPE", "LaPE", depth=3)][::order]
+    figure = comparison.side_by_side([*checkpoints, of("none", "basic")])
+    limits = {view_of(positions, "bias").limits[1] for positions in checkpoints}
+    assert len(limits) == 2
+    widest = max(limits)
+    of_bias = [axes for axes in panels(figure) if shown_values(axes).shape[1:] == (16, 16)]
+    scales = {axes.images[0].get_clim() for axes in of_bias}
+    assert (-widest, widest) in scales
+    assert len(scales) == 2  # of the bias before the norm, and after it
+    texts = [text.get_text() for text in figure.texts]
+    assert [text[0] for text in texts if "best_checkpoint" in text] == ["A", "B", "C"]
+    assert texts[-1] == "nothing to draw"
+
+
+def test_curves_show_the_mean_by_distance_and_the_correlation_of_layers() -> None:
+    first, second = of("learnable", "LaPE", depth=4), of("learnable", "unshare", (3, 5), depth=3)
+    figure = comparison.draw_curves([first, second])
+    for axes, positions in zip(figure.axes, (first, second), strict=False):
+        distances, means = mean_by_distance(view_of(positions, "similarity"), positions.grid)
+        assert [line.get_label() for line in axes.lines] == list(map(str, distances))
+        for line, curve in zip(axes.lines, means.T, strict=True):
+            np.testing.assert_array_equal(line.get_ydata(), curve)
+    assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
+    last = figure.axes[-1]
+    assert [line.get_label() for line in last.lines] == ["A: learnable, LaPE", "B: learnable, unshare"]
+    for line, positions in zip(last.lines, (first, second), strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), layer_correlations(view_of(positions, "similarity")))
+        assert list(line.get_xdata()) == list(range(1, len(view_of(positions, "similarity").layers)))
+
+
+def test_quantities_that_only_some_checkpoints_have_get_a_row_of_those() -> None:
+    figure = comparison.draw_curves([of("learnable", "LaPE"), of("2D_RPE", "LaPE"), of("rope_mixed", "basic")])
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    correlation = "correlation with the block before"
+    assert titles == [
+        "A: learnable, LaPE",
+        correlation,
+        "B: 2D_RPE, LaPE",
+        correlation,
+        "B: 2D_RPE, LaPE",
+        correlation,
+        "C: rope_mixed, basic",
+        correlation,
+    ]
+
+
+# ---- attention
+
+
+def attention_of(pe: str, join_type: str) -> TokenAttention:
+    model = tiny(pe, join_type, img_size=(24, 40))
+    positions = measure(model, "c.pth", "m", (2, 3))
+    return of_token(positions, "photo.png", torch.rand(24, 40, 3), attention_maps(model, images(1, 24, 40)))
+
+
+@pytest.mark.parametrize(("pe", "join_type", "parts"), [("2D_RPE", "LaPE", 2), ("rope", "basic", 1)])
+def test_attention_stands_beside_the_position_part_of_its_logits(pe: str, join_type: str, parts: int) -> None:
+    shown = attention_of(pe, join_type)
+    drawn = dict(attention.pictures(shown))
+    picture, *maps = panels(drawn["attention"])
+    np.testing.assert_allclose(picture.images[0].get_array(), shown.pixels)
+    corner = picture.patches[0].get_xy()
+    assert corner == (3 * 8 - 0.5, 2 * 8 - 0.5)
+    assert torch.equal(shown_values(maps[0]), shown.parts["attention"][0])
+    assert len(maps) == 2 * parts
+    for axes, values in zip(maps[2:], shown.parts.get("position_logits", []), strict=True):
+        assert torch.equal(shown_values(axes), values)
+        low, high = axes.images[0].get_clim()
+        assert low == -high
+    assert len(panels(drawn[f"{join_type}_layer1_attention"])) == 3 * parts
+
+
+def test_attention_is_the_chosen_patchs_to_every_patch() -> None:
+    model = tiny("learnable", "LaPE", img_size=(24, 40))
+    layers = attention_maps(model, images(1, 24, 40))
+    shown = attention_of("learnable", "LaPE")
+    assert torch.equal(shown.parts["attention"][1], layers[1].weights[:, 1 + 2 * 5 + 3, 1:].unflatten(1, (3, 5)))
+
+
+# ---- looks
+
+
+def texts_of(figure: Figure) -> list[Text]:
+    """All that is written; of the labels of ticks those within the limits."""
+    figure.draw_without_rendering()
+    hidden = []
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        hidden += [tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high]
+        hidden += [tick.label2 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high]
+    return [text for text in figure.findobj(Text) if text.get_text() and text.get_visible() and text not in hidden]
+
+
+@pytest.mark.parametrize(("pe", "join_type"), SHEETS)
+@pytest.mark.parametrize(("grid", "depth"), [((4, 4), 1), ((14, 14), 1), ((10, 14), 7), ((3, 24), 1), ((24, 3), 1)])
+def test_no_text_covers_another_or_leaves_the_page(pe: str, join_type: str, grid: tuple[int, int], depth: int) -> None:
+    positions = of(pe, join_type, grid, depth)
+    sheets = {name: single(positions.heading, band) for name, band in single_bands(positions)}
+    drawn = {name: sheet for name, sheet in sheets.items() if re.search("layer[1-9]|head[1-9]", name) is None}
+    for name, sheet in {**drawn, "overview": overview(positions)}.items():
+        figure = draw_sheets([sheet])
+        texts = texts_of(figure)
+        boxes = [text.get_window_extent() for text in texts]
+        page = figure.bbox.padded(1)
+        for text, box in zip(texts, boxes, strict=True):
+            assert page.x0 <= box.x0 <= box.x1 <= page.x1, (name, text)
+            assert page.y0 <= box.y0 <= box.y1 <= page.y1, (name, text)
+        for (one, box), (other, other_box) in combinations(zip(texts, boxes, strict=True), 2):
+            assert not box.overlaps(other_box), (name, one, other)
+
+
+def test_signed_quantities_are_white_or_grey_at_0_and_of_equal_strength_on_both_sides() -> None:
+    (axes, *_) = panels(draw_sheets([overview(of("2D_RPE", "basic"))]))
+    red, green, blue, _ = to_rgba(axes.images[0].get_cmap()(0.5))
+    assert max(red, green, blue) - min(red, green, blue) < 0.02

@@ -105,36 +105,13 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
         ValueError, OSError: something is wrong with the input; the message says what, where, and what to do.
     """
     parser = build_parser(all_options())
-    given = parser.read(argv)
-    if given.get("eval") and "resume" not in given:
-        raise ValueError("--eval needs --resume FILE, the checkpoint to evaluate")
-    if given.get("eval_ema") and not given.get("eval"):
-        raise ValueError("--eval-ema says what --eval evaluates: give both")
-    if "data_set" in given:
-        given["data_set"] = canonical_data_set(given["data_set"])
-    if "finetune" in given and "resume" in given:
-        raise ValueError("--finetune starts a run and --resume goes on with one: give one of them")
-    if "start_epoch" in given and ("resume" in given or given.get("auto_resume")):
-        raise ValueError("--start-epoch is for a run that starts; --resume goes on where its checkpoint was")
-    if is_url(given.get("resume", "")) and not given.get("eval") and "output_dir" not in given:
-        raise ValueError(f"--resume {given['resume']} needs --output_dir DIR, where the training goes on")
-    if given.get("eval") and given.get("tensorboard"):
-        raise ValueError("--tensorboard shows how a training goes: leave it out with --eval")
+    given = read_given(parser, argv)
     if given.get("auto_resume"):
         checkpoint = find_checkpoint(given)
     else:
         checkpoint = load_checkpoint(given["resume"]) if "resume" in given else {}
     description = description_of(checkpoint)
-    recipe = pick_recipe(parser, given, checkpoint)
-    finetune = None if checkpoint else {**recipe, **given}.get("finetune")
-    start = load_checkpoint(finetune) if finetune else {}
-    args = resolve_options(parser, given, recipe, description, description_of(start))
-    refuse_foreign_commands(args, given)
-    if args.resplit:
-        raise ValueError(
-            "--resplit spares a clean augmentation split from erasing, but DeiT, whose flag it is, makes no splits: it "
-            "never had an effect, so leave it out"
-        )
+    args, start = resolve_given(parser, given, checkpoint)
     if args.tensorboard and not args.eval and args.output_dir is None:
         raise ValueError("--tensorboard needs --output_dir DIR, to write to DIR/tensorboard")
     device = distributed.pick_device(args.device, world)
@@ -178,6 +155,51 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
     if run.training is not None and args.tensorboard:
         run.training.events = start_events(run, run.training)
     return run
+
+
+def read_given(parser: OptionParser, argv: Sequence[str]) -> dict[str, Any]:
+    """The options that a command line names, with the data set's own name.
+
+    Raises:
+        ValueError: an unknown flag, an illegal value, or flags that contradict each other.
+    """
+    given = parser.read(argv)
+    if given.get("eval") and "resume" not in given:
+        raise ValueError("--eval needs --resume FILE, the checkpoint to evaluate")
+    if given.get("eval_ema") and not given.get("eval"):
+        raise ValueError("--eval-ema says what --eval evaluates: give both")
+    if "data_set" in given:
+        given["data_set"] = canonical_data_set(given["data_set"])
+    if "finetune" in given and "resume" in given:
+        raise ValueError("--finetune starts a run and --resume goes on with one: give one of them")
+    if "start_epoch" in given and ("resume" in given or given.get("auto_resume")):
+        raise ValueError("--start-epoch is for a run that starts; --resume goes on where its checkpoint was")
+    if is_url(given.get("resume", "")) and not given.get("eval") and "output_dir" not in given:
+        raise ValueError(f"--resume {given['resume']} needs --output_dir DIR, where the training goes on")
+    if given.get("eval") and given.get("tensorboard"):
+        raise ValueError("--tensorboard shows how a training goes: leave it out with --eval")
+    return given
+
+
+def resolve_given(
+    parser: OptionParser, given: dict[str, Any], checkpoint: dict[str, Any]
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """All options, but for those that the device decides, and the checkpoint to fine-tune, empty if there is none.
+
+    Raises:
+        ValueError, OSError: an unknown name or file, or an option that contradicts the checkpoint to go on with.
+    """
+    recipe = pick_recipe(parser, given, checkpoint)
+    finetune = None if checkpoint else {**recipe, **given}.get("finetune")
+    start = load_checkpoint(finetune) if finetune else {}
+    args = resolve_options(parser, given, recipe, description_of(checkpoint), description_of(start))
+    refuse_foreign_commands(args, given)
+    if args.resplit:
+        raise ValueError(
+            "--resplit spares a clean augmentation split from erasing, but DeiT, whose flag it is, makes no splits: it "
+            "never had an effect, so leave it out"
+        )
+    return args, start
 
 
 def start_events(run: Run, training: Training) -> Events:

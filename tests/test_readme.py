@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+import compare
 import similarity_visualize
+from comparison.plan import make_plan
 from lape_vit import encodings
 from lape_vit.encodings import ENCODINGS, all_options
 from lape_vit.similarity import position_views
@@ -60,6 +62,8 @@ def test_every_command_is_understood(command: str) -> None:
     program, arguments = re.fullmatch(r"(?:python|torchrun \S+) (\w+\.py) (.*)", command).groups()  # type: ignore[union-attr]
     if program == "main.py":
         assert build_parser(all_options()).read(shlex.split(arguments))
+    elif program == "compare.py":
+        assert make_plan(*compare.read_options(shlex.split(arguments))).runs
     else:
         assert program == "similarity_visualize.py"
         assert similarity_visualize.build_parser().parse_args(shlex.split(arguments))

@@ -78,10 +78,11 @@ class OptionParser(argparse.ArgumentParser):
         Raises:
             ValueError: an unknown flag, or an illegal value; names it.
         """
-        return vars(self.parse_args([_with_dashes(token) for token in argv]))
+        return vars(self.parse_args([with_dashes(token) for token in argv]))
 
 
-def _with_dashes(token: str) -> str:
+def with_dashes(token: str) -> str:
+    """A word of the command line, with `-` for each `_` where it is a flag."""
     flag, equals, value = token.partition("=")
     return flag.replace("_", "-") + equals + value if token.startswith("--") else token
 

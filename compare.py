@@ -1,0 +1,217 @@
+"""Train every legal pair of encodings and joins under one recipe, and compare: `python compare.py --help`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from logging import getLogger
+from typing import NoReturn
+
+from rich.console import Console
+
+from comparison.forecast import forecast
+from comparison.jobs import FAILED, Job, alone_in, places, run_jobs
+from comparison.pictures import draw_comparison
+from comparison.plan import Plan, make_plan
+from comparison.screen import Screen, print_table
+from comparison.sizes import evaluations, write_sizes
+from comparison.tables import heading, outcomes, table_rows, write_tables
+from datasets import build_dataset
+from lape_vit.encodings import all_options
+from lape_vit.joins import Basic
+from training.checkpoint import atomic_write
+from training.distributed import world_from_environment
+from training.interrupt import Interrupted, defer_interrupts
+from training.logs import start_logging
+from training.options import WIDTH, flag_of, whole, with_dashes
+
+_logger = getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: that of the process).
+
+    Returns:
+        The exit code: 0; 1 if a run failed or a file could not be written; 2 for bad input; if a signal ended it, 130
+        for SIGINT, 143 for SIGTERM, 138 for SIGUSR1. All but 0 come with a line that says why.
+    """
+    console = start_logging(is_main=True)
+    try:
+        with ExitStack() as stack:
+            try:
+                args, rest = read_options(sys.argv[1:] if argv is None else argv)
+                plan = make_plan(args, rest)
+                show_plan(plan, args.jobs)
+                if args.dry_run:
+                    return forecast(plan, args.jobs, console)
+                open_data(plan)
+                stack.enter_context(alone_in(plan.folder))
+            except (ValueError, OSError) as error:
+                return _end(f"error: {error}", 2)
+            with defer_interrupts():
+                return compare(plan, args, console)
+    except (ValueError, OSError) as error:
+        return _end(f"error: {error}", 1)
+    except Interrupted as interrupt:
+        done = sum(run.is_finished() for run in plan.runs)
+        where = f"{done} of {len(plan.runs)} runs are finished; the same command goes on"
+        return _end(f"{interrupt}; {where}", interrupt.exit_code)
+    except KeyboardInterrupt:
+        return _end("interrupted; the same command goes on", 130)
+
+
+def _end(message: str, exit_code: int) -> int:
+    print("compare.py:", " ".join(message.split()), file=sys.stderr, flush=True)
+    return exit_code
+
+
+# ---- options
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are a `ValueError` of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+# fmt: off
+def build_parser() -> Parser:
+    """The options of this command; all others go to `main.py`."""
+    parser = Parser(
+        prog="compare.py",
+        usage="%(prog)s --pe NAME ... --output_dir DIR [options] [options of main.py]",
+        description="Train every legal pair of encodings and joins with several seeds, and write tables and pictures.",
+        epilog="All other options go to main.py as they are: --data-set, --data-path, --recipe, --epochs and what else "
+               "python main.py --help lists. In flags, - and _ mean the same. The same command goes on after a stop.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=WIDTH),
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--pe", "--pos-embed", nargs="+", required=True, metavar="NAME", help="positional encodings")
+    add("--join-type", nargs="+", default=[Basic.name], metavar="NAME",
+        help=f"how an absolute encoding reaches the layers; illegal pairs are told and skipped; default: {Basic.name}")
+    add("--seeds", nargs="+", type=whole(), default=[0], metavar="N", help="a run each; default: 0")
+    add("--output-dir", required=True, metavar="DIR",
+        help="receives a folder per run, table.md, table.csv and compare.png; runs of other calls in it, made with the "
+             "same options, are in the tables too")
+    add("--jobs", type=whole(1), default=1, metavar="N",
+        help="runs at a time: they share out the cores and, unless --num-workers is given, the processes that load "
+             "data; with several GPUs each run has one; default: 1")
+    add("--sizes", nargs="+", type=whole(1), default=[], metavar="S",
+        help="evaluate every trained model at these sides of its input, too: sizes.md, sizes.csv and sizes.png")
+    add("--dry-run", action="store_true",
+        help="show the plan and the time that it takes, from some steps of each pair, and write nothing; CIFAR, which "
+             "that needs, is downloaded if it is not there")
+    group = parser.add_argument_group("options of encodings, which go to those that take them")
+    for name, (_, encodings) in all_options().items():
+        group.add_argument(flag_of(name), metavar="X", help=f"of {', '.join(encodings)} and their sums")
+    return parser
+# fmt: on
+
+
+def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of this command, and the rest of the command line.
+
+    Raises:
+        ValueError: an illegal value.
+    """
+    args, rest = build_parser().parse_known_args([with_dashes(word) for word in argv])
+    for flag, values in (("--seeds", args.seeds), ("--sizes", args.sizes)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"{flag} names a number twice")
+    if world_from_environment().size > 1:
+        raise ValueError("compare.py starts its runs itself, by --jobs: start it by python, not by torchrun")
+    return args, rest
+
+
+# ---- the work
+
+
+def show_plan(plan: Plan, jobs: int) -> None:
+    """Log what there is to do."""
+    done = sum(run.is_finished() for run in plan.runs)
+    counts = f"{len({run.pair for run in plan.runs})} pairs, {len(plan.runs)} runs, {done} of them finished"
+    _logger.info("%s: %s; %d at a time on %s", heading(plan), counts, jobs, plan.common["device"])
+    if plan.illegal:
+        _logger.info("skipped, as the join cannot carry the encoding: %s", "; ".join(map(", ".join, plan.illegal)))
+    if plan.others:
+        _logger.info("in the tables too: %d runs of earlier calls", len(plan.others))
+
+
+def open_data(plan: Plan) -> None:
+    """See that the data set is there, before all runs look for it at the same time; CIFAR is downloaded if it is not.
+
+    Raises:
+        ValueError, OSError: it is not.
+    """
+    if not all(run.is_finished() for run in plan.runs):
+        build_dataset(False, plan.args)
+
+
+def compare(plan: Plan, args: argparse.Namespace, console: Console) -> int:
+    """Train what is left, evaluate at other sizes, write it all down; 1 if something failed."""
+    todo = [run for run in plan.runs if not run.is_finished()]
+    jobs = [
+        Job(run.name, run, [*run.argv, "--output-dir", str(run.folder), "--auto-resume"], run.folder, run.is_finished)
+        for run in todo
+    ]
+    where = places(args.jobs, plan.common["device"])
+    failures: dict[str, str] = {}
+    write_results(plan, failures)
+    with (
+        Screen(console, "training", jobs, args.jobs, trains=True) as screen,
+        closing(run_jobs(jobs, where, screen.watch)) as ended,
+    ):
+        for job in ended:
+            note(job, failures)
+            write_results(plan, failures)
+    show_results(plan, console)
+    if args.sizes:
+        evaluate(plan, args, where, console, failures)
+    for name, reason in failures.items():
+        _end(f"{name} failed: {reason}", 1)
+    return 1 if failures else 0
+
+
+def evaluate(
+    plan: Plan, args: argparse.Namespace, where: list[dict[str, str]], console: Console, failures: dict[str, str]
+) -> None:
+    """Evaluate every finished run at the sizes, and write that down."""
+    failed: dict[str, str] = {}
+    jobs = evaluations(plan, args.sizes)
+    with (
+        Screen(console, "evaluation", jobs, args.jobs, trains=False) as screen,
+        closing(run_jobs(jobs, where, screen.watch)) as ended,
+    ):
+        for job in ended:
+            note(job, failed)
+    write_sizes(plan, args.sizes, failed)
+    failures |= failed
+    _logger.info("%s: sizes.md, sizes.csv and sizes.png", plan.folder)
+
+
+def note(job: Job, failures: dict[str, str]) -> None:
+    """Keep the reason if a job has failed."""
+    if job.state == FAILED:
+        failures[job.name] = f"{job.reason} ({job.output})"
+
+
+def write_results(plan: Plan, failures: dict[str, str]) -> None:
+    """Write the tables and, once a run has finished, the picture."""
+    found = outcomes(plan)
+    write_tables(plan, found, failures)
+    if any(found.values()):
+        with atomic_write(plan.folder / "compare.png") as file:
+            draw_comparison(found, heading(plan), file)
+
+
+def show_results(plan: Plan, console: Console) -> None:
+    """Print the table, but for what a terminal has no room for."""
+    rows = table_rows(plan, outcomes(plan))
+    print_table(console, heading(plan), [{name: row[name] for name in row if "epoch" not in name} for row in rows])
+    _logger.info("%s: table.md, table.csv and compare.png", plan.folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Accuracies with their spread, learning curves, and accuracy against resolution: a colour per encoding, a line style
+and a marker per join."""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import IO, Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from comparison.tables import Outcome, Pair
+from lape_vit.joins import JOINS
+
+DPI = 130
+LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v")
+LOOKS: dict[str, tuple[Any, str]] = dict(zip(JOINS, zip(cycle(LINES), cycle(MARKERS)), strict=False))
+"""Line style and marker of each join."""
+MANY = 30
+"""Epochs from which on curves have no markers."""
+
+
+def draw_comparison(found: Mapping[Pair, Sequence[Outcome]], title: str, file: IO[bytes]) -> None:
+    """Draw the best accuracies, seed by seed and on average, left, and the learning curves, right."""
+    done = {pair: of_pair for pair, of_pair in found.items() if of_pair}
+    colours = colours_of(list(done))
+    figure = Figure(figsize=(13, max(4.6, 1.7 + 0.27 * len(done))), dpi=DPI, layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    accuracy, curves = figure.subplots(1, 2, width_ratios=[1.0, 1.25])
+    _draw_accuracies(accuracy, done, colours)
+    _draw_curves(curves, done, colours)
+    _explain(figure, curves, list(done), colours)
+    figure.savefig(file, format="png")
+
+
+def _draw_accuracies(axes: Axes, done: Mapping[Pair, Sequence[Outcome]], colours: Mapping[str, Any]) -> None:
+    """The best pair on top."""
+    ranked = sorted(done, key=lambda pair: np.mean([one.best for one in done[pair]]))
+    for place, pair in enumerate(ranked):
+        numbers = [one.best for one in done[pair]]
+        colour, (_, marker) = colours[pair[0]], LOOKS[pair[1]]
+        axes.plot([min(numbers), max(numbers)], [place, place], color=colour, linewidth=2, alpha=0.45)
+        axes.plot(numbers, [place] * len(numbers), marker, color=colour, markersize=5, alpha=0.45, markeredgewidth=0)
+        axes.plot(np.mean(numbers), place, marker, color=colour, markersize=8, markeredgecolor="black")
+        axes.annotate(
+            f"{np.mean(numbers):.2f}",
+            (max(numbers), place),
+            xytext=(9, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+        )
+    one_join = len({join_type for _, join_type in ranked}) == 1
+    labels = [pe if one_join else f"{pe}, {join_type}" for pe, join_type in ranked]
+    axes.set_yticks(range(len(ranked)), labels, fontsize=9)
+    axes.set_ylim(-0.6, len(ranked) - 0.4)
+    axes.margins(x=0.16)
+    axes.set_xlabel("test accuracy of the best epoch (%)")
+    several = any(len(of_pair) > 1 for of_pair in done.values())
+    axes.set_title("mean (framed) and each seed" if several else "one seed each", fontsize=10)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_curves(axes: Axes, done: Mapping[Pair, Sequence[Outcome]], colours: Mapping[str, Any]) -> None:
+    """The mean over the seeds, and a band from the lowest to the highest of them."""
+    for (pe, join_type), of_pair in done.items():
+        epochs = [row["epoch"] for row in of_pair[0].rows]
+        numbers = np.array([one.accuracies for one in of_pair])
+        line, marker = LOOKS[join_type]
+        shown = marker if len(epochs) < MANY else None
+        axes.plot(epochs, numbers.mean(0), color=colours[pe], linestyle=line, linewidth=1.5, marker=shown, markersize=4)
+        if len(numbers) > 1:
+            axes.fill_between(epochs, numbers.min(0), numbers.max(0), color=colours[pe], alpha=0.12, linewidth=0)
+    late = [number for of_pair in done.values() for one in of_pair for number in one.accuracies[len(one.rows) // 10 :]]
+    if max(late) > min(late):  # the first tenth is steep, and would squeeze the rest
+        margin = 0.05 * (max(late) - min(late))
+        axes.set_ylim(min(late) - margin, max(late) + margin)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("test accuracy (%)")
+    several = any(len(of_pair) > 1 for of_pair in done.values())
+    axes.set_title("mean over seeds, from the lowest to the highest" if several else "one seed each", fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_sizes(
+    found: Mapping[Pair, Mapping[int, Sequence[float]]], trained_at: Any, title: str, file: IO[bytes]
+) -> None:
+    """Draw accuracy against resolution: the mean over the seeds, with bars from the lowest to the highest of them."""
+    done = {pair: {size: found[pair][size] for size in sorted(found[pair]) if found[pair][size]} for pair in found}
+    done = {pair: by_size for pair, by_size in done.items() if by_size}
+    colours = colours_of(list(done))
+    figure = Figure(figsize=(9.5, max(5.0, 2.2 + 0.2 * len(colours))), dpi=DPI, layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    axes = figure.subplots()
+    for (pe, join_type), by_size in done.items():
+        means = np.array([np.mean(numbers) for numbers in by_size.values()])
+        ends = np.array([[min(numbers), max(numbers)] for numbers in by_size.values()]).T
+        line, marker = LOOKS[join_type]
+        axes.errorbar(
+            list(by_size),
+            means,
+            yerr=np.abs(ends - means),
+            color=colours[pe],
+            linestyle=line,
+            marker=marker,
+            markersize=5,
+            capsize=2.5,
+            elinewidth=0.8,
+        )
+    sizes = sorted({size for by_size in done.values() for size in by_size})
+    if isinstance(trained_at, int):
+        axes.axvline(trained_at, color="grey", linewidth=1, linestyle=(0, (1, 2)))
+        axes.annotate(
+            "trained here",
+            (trained_at, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, -3),
+            textcoords="offset points",
+            va="top",
+            fontsize=8.5,
+            color="grey",
+        )
+    axes.margins(y=0.1)
+    axes.set_xticks(sizes)
+    axes.set_xlabel("side of the input (pixels)")
+    axes.set_ylabel("test accuracy (%)")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    _explain(figure, axes, list(done), colours)
+    figure.savefig(file, format="png")
+
+
+def colours_of(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """A colour for each encoding, as different as so many can be."""
+    names = list(dict.fromkeys(pe for pe, _ in pairs))
+    few = len(names) <= 10
+    places = range(len(names)) if few else np.linspace(0.02, 0.98, len(names))
+    return {name: colormaps["tab10" if few else "turbo"](place) for name, place in zip(names, places, strict=True)}
+
+
+def _explain(figure: Figure, axes: Axes, pairs: Sequence[Pair], colours: Mapping[str, Any]) -> None:
+    """A legend beside the axes: the encodings by their colours, then the joins by their lines, if there are several."""
+    handles = [Line2D([], [], color=colour, linewidth=3, label=pe) for pe, colour in colours.items()]
+    joins = [join for join in JOINS if join in {join for _, join in pairs}]
+    if len(joins) > 1:
+        handles += [
+            Line2D([], [], color="black", linestyle=LOOKS[join][0], marker=LOOKS[join][1], markersize=5, label=join)
+            for join in joins
+        ]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9, handlelength=5)

@@ -1,0 +1,252 @@
+"""What a comparison consists of: its runs, and the options of each."""
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lape_vit.encodings import all_options, canonical_name, resolve
+from lape_vit.joins import JOINS, legal_joins, legal_pairs
+from run_setup import pick_recipe, read_given, resolve_device_options, resolve_given
+from training.distributed import World, pick_device
+from training.files import CHECKPOINTS, read_log
+from training.options import OptionParser, build_parser, config_text, flag_of, saved_options
+
+_logger = getLogger(__name__)
+
+NOT_HERE = {
+    "seed": "compare.py sets it for each run: give --seeds",
+    "resume": "compare.py goes on with the runs in --output_dir by itself",
+    "auto_resume": "compare.py goes on with the runs in --output_dir by itself",
+    "start_epoch": "compare.py goes on with the runs in --output_dir by itself",
+    "eval": "compare.py evaluates by itself, at other sizes by --sizes",
+    "eval_ema": "compare.py evaluates by itself, at other sizes by --sizes",
+    **dict.fromkeys(("world_size", "dist_url", "init_timeout"), "each run of compare.py is one process"),
+}
+"""Options of `main.py` that belong to one run."""
+OF_PAIR = {"pe", "join_type", "seed", *all_options()}
+"""Options in which the runs of a comparison differ."""
+HARMLESS = {
+    "checkpoint_steps",
+    "compile",
+    "data_path",
+    "deterministic",
+    "device",
+    "dist_eval",
+    "eval_data_path",
+    "max_bad_steps",
+    "num_workers",
+    "pin_mem",
+    "tensorboard",
+}
+"""Options that may change between two calls, for a run learns the same under them."""
+MOST_WORKERS = 10
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        options: of `main.py`, as it saves them in `config.yaml`.
+        argv: its command line, but for the folder.
+    """
+
+    pe: str
+    join_type: str
+    seed: int
+    folder: Path
+    options: dict[str, Any]
+    argv: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.pe}, {self.join_type}, seed {self.seed}"
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        return self.pe, self.join_type
+
+    @property
+    def epochs(self) -> int:
+        return self.options["epochs"]
+
+    @property
+    def best_checkpoint(self) -> Path:
+        return self.folder / CHECKPOINTS[1]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Its `log.txt` so far, a row per epoch."""
+        return read_log(self.folder / "log.txt", self.epochs)
+
+    def epochs_done(self) -> int:
+        """Those that need not be trained again."""
+        rows = self.rows()
+        return rows[-1]["epoch"] if rows and (self.folder / CHECKPOINTS[0]).is_file() else 0
+
+    def is_finished(self) -> bool:
+        """Whether all epochs are in its log, and in its checkpoint, which is written after the log."""
+        log, checkpoint = self.folder / "log.txt", self.folder / CHECKPOINTS[0]
+        return self.epochs_done() >= self.epochs and checkpoint.stat().st_mtime >= log.stat().st_mtime
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a call of `compare.py` is to do.
+
+    Attributes:
+        runs: those that the call names.
+        others: those that earlier calls have finished in the same folder.
+        illegal: pairs that are skipped.
+        common: the options that all runs share.
+        args: all options of one of the runs, as `main.py` knows them.
+    """
+
+    folder: Path
+    runs: list[Run]
+    others: list[Run]
+    illegal: list[tuple[str, str]]
+    common: dict[str, Any]
+    args: argparse.Namespace
+
+    @property
+    def all_runs(self) -> list[Run]:
+        """In the order of the registries."""
+        order = {pair: number for number, pair in enumerate(legal_pairs())}
+        return sorted([*self.runs, *self.others], key=lambda run: (order[run.pair], run.seed))
+
+    def finished(self) -> list[Run]:
+        return [run for run in self.all_runs if run.is_finished()]
+
+
+def make_plan(args: argparse.Namespace, rest: Sequence[str]) -> Plan:
+    """The plan of the own options `args` of `compare.py`, and of the `rest` of its command line.
+
+    Raises:
+        ValueError, OSError: an unknown flag, encoding or join, no legal pair, or a folder with runs of other options.
+    """
+    parser = build_parser(all_options())
+    given = read_given(parser, rest)
+    for name in NOT_HERE.keys() & given.keys():
+        raise ValueError(f"{flag_of(name)} is for a single run: {NOT_HERE[name]}")
+    legal, illegal = sort_pairs(args.pe, args.join_type)
+    flags = encoding_flags(args, [pe for pe, _ in legal])
+    if "num_workers" not in {**pick_recipe(parser, given, {}), **given}:
+        workers = min(MOST_WORKERS, max(1, count_cores() // args.jobs))
+        rest = [*rest, "--num-workers", str(workers)]
+
+    folder, runs = Path(args.output_dir).expanduser(), []
+    for pe, join_type in legal:
+        for seed in args.seeds:
+            argv = (*rest, *flags[pe], "--pe", pe, "--join-type", join_type, "--seed", str(seed))
+            args_of_run, options = resolve_run(parser, argv)
+            runs.append(Run(pe, join_type, seed, folder / f"{pe}_{join_type}_seed{seed}", options, argv))
+    common = {name: value for name, value in runs[0].options.items() if name not in OF_PAIR}
+    others = list(earlier_runs(folder, runs))
+    check_options([*runs, *others], common, parser)
+    return Plan(folder, runs, [run for run in others if run.is_finished()], illegal, common, args_of_run)
+
+
+def sort_pairs(encodings: Sequence[str], joins: Sequence[str]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """The legal and the illegal pairs of (encoding, join), each in the order given.
+
+    Raises:
+        ValueError: an unknown name, one that is given twice, or no legal pair.
+    """
+    names = [canonical_name(pe) for pe in encodings]
+    for flag, values in (("--pe", names), ("--join-type", joins)):
+        for value in values:
+            if values.count(value) > 1:
+                raise ValueError(f"{flag} names {value} twice")
+    if unknown := [join for join in joins if join not in JOINS]:
+        raise ValueError(f"unknown --join-type {unknown[0]!r}: choose from {', '.join(JOINS)}")
+    pairs = [(pe, join) for pe in names for join in joins]
+    legal = [(pe, join) for pe, join in pairs if join in legal_joins(pe)]
+    if not legal:
+        joined = "; ".join(f"{pe}: {', '.join(legal_joins(pe))}" for pe in names)
+        raise ValueError(f"none of the pairs of --pe and --join-type is legal; the legal joins are {joined}")
+    return legal, [pair for pair in pairs if pair not in legal]
+
+
+def encoding_flags(args: argparse.Namespace, encodings: Sequence[str]) -> dict[str, list[str]]:
+    """Which of the encodings' options that were given go to which encoding.
+
+    Raises:
+        ValueError: one that none of them takes.
+    """
+    given = {name: getattr(args, name) for name in all_options() if getattr(args, name) is not None}
+    taken = {pe: given.keys() & resolve(pe).options().keys() for pe in encodings}
+    for name in given.keys() - set().union(*taken.values()):
+        raise ValueError(f"{flag_of(name)} is an option of {', '.join(all_options()[name][1])}, which is not compared")
+    return {pe: [word for name in given if name in names for word in (flag_of(name), given[name])]
+            for pe, names in taken.items()}  # fmt: skip
+
+
+def resolve_run(parser: OptionParser, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """What `main.py` makes of this command line, and what it will save of it in `config.yaml`; no model is built.
+
+    Raises:
+        ValueError, OSError: what it refuses.
+    """
+    args, _ = resolve_given(parser, read_given(parser, argv), {})
+    resolve_device_options(args, pick_device(args.device, World()))
+    options = yaml.safe_load(config_text(saved_options(args, parser), ""))
+    for name, default in resolve(args.pe).options().items():
+        if options[name] is None:
+            options[name] = default
+    return args, options
+
+
+def earlier_runs(folder: Path, runs: Sequence[Run]) -> Iterator[Run]:
+    """The runs in a folder that are not among `runs`."""
+    ours = {run.folder for run in runs}
+    for path in sorted(folder.glob("*/config.yaml")):
+        if path.parent not in ours:
+            options = read_config(path)
+            yield Run(options["pe"], options["join_type"], options["seed"], path.parent, options)
+
+
+def check_options(runs: Sequence[Run], common: dict[str, Any], parser: OptionParser) -> None:
+    """See that what is in the folder was made with today's options; log what differs and does no harm.
+
+    Raises:
+        ValueError: it was not.
+    """
+    harmless: dict[str, str] = {}
+    for run in runs:
+        path = run.folder / "config.yaml"
+        if not path.exists():
+            continue
+        now, was = {**run.options, **common}, {**parser.defaults, **read_config(path)}
+        for name in sorted(now.keys() & was.keys()):
+            if now[name] == was[name]:
+                continue
+            if name not in HARMLESS:
+                raise ValueError(
+                    f"{run.folder} was made with {flag_of(name)} {was[name]}, and now it is {now[name]}: runs of one "
+                    "comparison must not differ in it; name another --output_dir, or move that run away"
+                )
+            harmless[name] = f"{flag_of(name)} is now {now[name]}; it was {was[name]} in {run.folder}"
+    for line in harmless.values():
+        _logger.info("%s", line)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        missing = {"pe", "join_type", "seed", "epochs"} - options.keys()
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: move its folder away") from error
+    if missing:
+        raise ValueError(f"{path} is of no run of main.py: it lacks {', '.join(sorted(missing))}; move it away")
+    return options
+
+
+def count_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

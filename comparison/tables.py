@@ -1,0 +1,215 @@
+"""What came out of the runs: a row per pair of encoding and join, over its seeds."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, median, stdev
+from typing import Any
+
+from comparison.plan import Plan, Run
+from training.files import write_text
+
+Pair = tuple[str, str]
+
+Row = dict[str, str]
+"""Cells by their columns."""
+NAMES = ("encoding", "join")
+"""Columns that hold no numbers."""
+BEST = "best (%)"
+NOT_YET = "-"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run came to; accuracies are of the test images, per cent.
+
+    Attributes:
+        rows: of its log.
+    """
+
+    run: Run
+    rows: list[dict[str, Any]]
+
+    @property
+    def accuracies(self) -> list[float]:
+        return [row["test_acc1"] for row in self.rows]
+
+    @property
+    def best(self) -> float:
+        return max(self.accuracies)
+
+    @property
+    def best_epoch(self) -> int:
+        """The first with the best accuracy."""
+        return self.rows[self.accuracies.index(self.best)]["epoch"]
+
+    @property
+    def last(self) -> float:
+        return self.accuracies[-1]
+
+    @property
+    def averages(self) -> list[float]:
+        """Accuracies of the averaged weights; none without `--model-ema`."""
+        return [row["test_ema_acc1"] for row in self.rows if "test_ema_acc1" in row]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean of several numbers, and how far they spread: the standard deviation of a sample, None for one number."""
+
+    mean: float
+    deviation: float | None
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> "Spread":
+        return cls(mean(numbers), stdev(numbers) if len(numbers) > 1 else None)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" + (f" ± {self.deviation:.2f}" if self.deviation is not None else "")
+
+
+def outcomes(plan: Plan) -> dict[Pair, list[Outcome]]:
+    """The finished runs of each pair that the plan or an earlier call names, by seed."""
+    found: dict[Pair, list[Outcome]] = {run.pair: [] for run in plan.all_runs}
+    for run in plan.finished():
+        found[run.pair].append(Outcome(run, run.rows()))
+    return found
+
+
+def write_tables(plan: Plan, found: Mapping[Pair, Sequence[Outcome]], failures: Mapping[str, str]) -> None:
+    """Write `table.md` and `table.csv`.
+
+    Args:
+        failures: why a run failed, by its name.
+    """
+    rows = table_rows(plan, found)
+    means = [Spread.of([one.best for one in of_pair]).mean if of_pair else -1.0 for of_pair in found.values()]
+    for row, mean_of_pair in zip(rows, means, strict=True):
+        if BEST in row and mean_of_pair == max(means):
+            row[BEST] = f"**{row[BEST]}**"
+    text = f"# {heading(plan)}\n\n{markdown(rows)}{remarks(plan)}{failed(failures)}"
+    write_text(plan.folder / "table.md", text)
+    write_text(plan.folder / "table.csv", csv_text(csv_rows(found, failures, plan)))
+
+
+def heading(plan: Plan) -> str:
+    """Of the tables and pictures."""
+    common = plan.common
+    epochs = f"{common['epochs']} epoch{'s' * (common['epochs'] > 1)}"
+    return f"{common['model']} on {common['data_set']}, {epochs}"
+
+
+def table_rows(plan: Plan, found: Mapping[Pair, Sequence[Outcome]]) -> list[Row]:
+    """The table, a row for each pair; one without a finished run has no numbers."""
+    wanted = [run.pair for run in plan.all_runs]
+    return [
+        {**dict(zip(NAMES, pair, strict=True)), **cells(of_pair), "seeds": f"{len(of_pair)} of {wanted.count(pair)}"}
+        for pair, of_pair in found.items()
+    ]
+
+
+def cells(of_pair: Sequence[Outcome]) -> Row:
+    """What a pair came to, by column."""
+    if not of_pair:
+        return {}
+    epochs = sorted(one.best_epoch for one in of_pair)
+    averages = [max(one.averages) for one in of_pair if one.averages]
+    return {
+        BEST: str(Spread.of([one.best for one in of_pair])),
+        "last (%)": str(Spread.of([one.last for one in of_pair])),
+        **({"best of averaged weights (%)": str(Spread.of(averages))} if averages else {}),
+        "best epoch": f"{epochs[0]}" + (f"-{epochs[-1]}" if epochs[-1] > epochs[0] else ""),
+        "epochs": str(of_pair[0].run.epochs),
+        "parameters": f"{of_pair[0].rows[-1]['n_parameters']:,}",
+        "images/s": f"{speed(of_pair):,.0f}",
+        "waiting for data": f"{100 * waiting(of_pair):.0f} %",
+    }
+
+
+def csv_rows(found: Mapping[Pair, Sequence[Outcome]], failures: Mapping[str, str], plan: Plan) -> list[dict[str, Any]]:
+    """The same for programs, with all digits."""
+    rows = []
+    for pair, of_pair in found.items():
+        row: dict[str, Any] = {"pe": pair[0], "join_type": pair[1], "seeds": len(of_pair)}
+        reasons = [
+            f"seed {run.seed}: {failures[run.name]}" for run in plan.runs if run.pair == pair and run.name in failures
+        ]
+        row |= {"failed": len(reasons), "reasons": "; ".join(reasons)}
+        numbers = {
+            "best_acc1": [one.best for one in of_pair],
+            "last_acc1": [one.last for one in of_pair],
+            "best_ema_acc1": [max(one.averages) for one in of_pair if one.averages],
+        }
+        for name, values in numbers.items():
+            spread = Spread.of(values) if values else None
+            row[f"{name}_mean"], row[f"{name}_std"] = spread and spread.mean, spread and spread.deviation
+        row |= {
+            "best_epochs": " ".join(str(one.best_epoch) for one in of_pair),
+            "epochs": plan.common["epochs"],
+            "n_parameters": of_pair[0].rows[-1]["n_parameters"] if of_pair else None,
+            "images_per_second": speed(of_pair) if of_pair else None,
+            "waiting_share": waiting(of_pair) if of_pair else None,
+        }
+        rows.append(row)
+    return rows
+
+
+def speed(of_pair: Sequence[Outcome]) -> float:
+    """Images per second in training: the median of all epochs, for some may have been disturbed."""
+    return median(row["images_per_second"] for one in of_pair for row in one.rows)
+
+
+def waiting(of_pair: Sequence[Outcome]) -> float:
+    """Part of the time in training spent waiting for data, 0..1: the median of all epochs."""
+    return median(row["waiting_share"] for one in of_pair for row in one.rows)
+
+
+def remarks(plan: Plan) -> str:
+    """What a reader of the table has to know."""
+    common = plan.common
+    lines = [
+        "Accuracy on the test images: mean ± standard deviation over seeds, of each run's best epoch (chosen on the "
+        "same images) and of its last one. Images per second and the share of time spent waiting for data are medians "
+        f"over the epochs, several runs at a time included ({common['device']}, {common['amp_dtype']}).",
+    ]
+    if plan.illegal:
+        lines.append(f"Not trained, as the join cannot carry the encoding: {'; '.join(map(', '.join, plan.illegal))}.")
+    return "".join(f"\n{line}\n" for line in lines)
+
+
+def failed(failures: Mapping[str, str]) -> str:
+    """The failures and their reasons."""
+    return "\nFailed:\n\n" + "".join(f"- {name}: {reason}\n" for name, reason in failures.items()) if failures else ""
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """Of the fullest row."""
+    fullest = max(rows, key=len)
+    return list(fullest)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table with names aligned to the left, and numbers to the right."""
+    columns = columns_of(rows)
+    widths = {column: max(3, len(column), *(len(row.get(column, NOT_YET)) for row in rows)) for column in columns}
+
+    def line(cells: Row) -> str:
+        aligned = (
+            text.ljust(widths[column]) if column in NAMES else text.rjust(widths[column])
+            for column, text in cells.items()
+        )
+        return f"| {' | '.join(aligned)} |\n"
+
+    rule = {column: "-" * width if column in NAMES else "-" * (width - 1) + ":" for column, width in widths.items()}
+    body = ({column: row.get(column, NOT_YET) for column in columns} for row in rows)
+    return "".join(map(line, (dict(zip(columns, columns, strict=True)), rule, *body)))
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A comma-separated file with a header."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()

@@ -1,0 +1,282 @@
+"""The parts of a comparison: options, tables, pictures and screen, on runs that nobody has trained."""
+
+import csv
+import io
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from comparison import forecast
+from comparison.jobs import FAILED, FINISHED, RUNNING, Job
+from comparison.pictures import LOOKS, colours_of, draw_comparison, draw_sizes
+from comparison.plan import Plan, Run
+from comparison.screen import Screen, print_table
+from comparison.tables import outcomes, table_rows, write_tables
+from lape_vit import encodings
+from lape_vit.joins import JOINS, legal_joins, legal_pairs
+from tests.fake_runs import accuracies, finish, finish_all, plan_of, row
+from tests.tiny_run import set_up
+from training.options import build_parser, config_text, saved_options
+
+QUICK = ("--data-set", "DIGITS", "--device", "cpu")
+PNG = b"\x89PNG"
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+def table_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- options
+
+
+@pytest.mark.parametrize("pe", encodings.names())
+def test_the_options_of_a_run_are_those_that_main_py_saves(tmp_path: Path, pe: str) -> None:
+    (run,) = plan_of("--pe", pe, "--join-type", legal_joins(pe)[-1], *QUICK, "--output_dir", tmp_path).runs
+    parser = build_parser(encodings.all_options())
+    finish(Run(run.pe, run.join_type, 0, tmp_path / "saved", saved_options(set_up(*run.argv).args, parser)), [])
+    assert lines_of(tmp_path / "saved" / "config.yaml")[2:] == config_text(run.options, "").splitlines()[2:]
+
+
+def test_dashes_and_underscores_mean_the_same(tmp_path: Path) -> None:
+    words = ("--join-type", "LaPE", "--batch-size", 9, "--data-set", "DIGITS", "--output-dir", tmp_path)
+    underscores = [str(word).replace("-", "_").replace("__", "--", 1) for word in words[:-1]]
+    plans = [plan_of("--pe", "learnable", *flags) for flags in (words, [*underscores, tmp_path])]
+    assert plans[0].runs[0].options == plans[1].runs[0].options
+    assert plans[0].runs[0].options["batch_size"] == 9
+
+
+def test_the_loaders_share_out_the_cores_unless_their_number_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("comparison.plan.count_cores", lambda: 16)
+    flags = ("--pe", "none", "--data-set", "CIFAR10", "--output_dir", tmp_path)
+    counts = {jobs: plan_of(*flags, "--jobs", jobs).common["num_workers"] for jobs in (1, 4, 99)}
+    assert counts == {1: 10, 4: 4, 99: 1}
+    assert plan_of(*flags, "--jobs", 4, "--num-workers", 0).common["num_workers"] == 0
+    assert plan_of("--pe", "none", *QUICK, "--output_dir", tmp_path).common["num_workers"] == 0  # says its recipe
+
+
+def test_a_run_is_finished_once_its_checkpoint_is_as_new_as_its_last_epoch(tmp_path: Path) -> None:
+    (run,) = plan_of("--pe", "none", *QUICK, "--epochs", 2, "--output_dir", tmp_path).runs
+    assert not run.is_finished()
+    finish(run, [row(1, 50.0)])
+    assert not run.is_finished()
+    finish(run, [row(1, 50.0), row(2, 60.0)])
+    assert run.is_finished()
+    log = (run.folder / "log.txt").stat().st_mtime
+    os.utime(run.folder / "checkpoint.pth", (log - 5, log - 5))
+    assert not run.is_finished()
+    (run.folder / "checkpoint.pth").unlink()
+    assert not run.is_finished()
+
+
+# ---- tables
+
+
+def test_a_pair_has_mean_and_deviation_over_its_seeds(tmp_path: Path) -> None:
+    seeds = (0, 5, 9)
+    flags = ("--join-type", "basic", "LaPE", "--seeds", *seeds, *QUICK, "--epochs", 6, "--output_dir", tmp_path)
+    plan = plan_of("--pe", "rope", "learnable", *flags)
+    finish_all(plan)
+    write_tables(plan, outcomes(plan), {})
+    rows = table_of(tmp_path / "table.csv")
+    assert [(row["pe"], row["join_type"]) for row in rows] == [
+        ("learnable", "basic"),
+        ("learnable", "LaPE"),
+        ("rope", "basic"),
+    ]
+    for line in rows:
+        runs = [run for run in plan.runs if run.pair == (line["pe"], line["join_type"])]
+        best, last = [max(accuracies(run)) for run in runs], [accuracies(run)[-1] for run in runs]
+        assert (float(line["best_acc1_mean"]), float(line["best_acc1_std"])) == pytest.approx((mean(best), stdev(best)))
+        assert (float(line["last_acc1_mean"]), float(line["last_acc1_std"])) == pytest.approx((mean(last), stdev(last)))
+        assert (line["best_epochs"], line["epochs"], line["n_parameters"]) == ("5 5 5", "6", "1234")
+        assert (float(line["images_per_second"]), float(line["waiting_share"])) == (1003.5, 0.25)
+        cells = f"{mean(best):.2f} ± {stdev(best):.2f}", f"{mean(last):.2f} ± {stdev(last):.2f}", "5", "6", "1,234"
+        text = (tmp_path / "table.md").read_text().replace("*", "")
+        (found,) = (each for each in text.splitlines() if each.startswith(f"| {line['pe']:9} | {line['join_type']:5} "))
+        assert [cell.strip() for cell in found.split("|")[3:-1]] == [*cells, "1,004", "25 %", "3 of 3"]
+
+
+def test_the_best_pair_alone_is_bold(tmp_path: Path) -> None:
+    plan = plan_of("--pe", "none", "learnable", "rope", *QUICK, "--epochs", 4, "--output_dir", tmp_path)
+    finish_all(plan)
+    write_tables(plan, outcomes(plan), {})
+    best = max(plan.runs, key=lambda run: max(accuracies(run)))
+    (line,) = (line for line in lines_of(tmp_path / "table.md") if "**" in line)
+    assert line.startswith(f"| {best.pe} ")
+
+
+def test_averaged_weights_have_a_column_where_there_are_some(tmp_path: Path) -> None:
+    plan = plan_of("--pe", "none", *QUICK, "--epochs", 3, "--output_dir", tmp_path)
+
+    def add(run: Run, rows: list[dict[str, Any]]) -> None:
+        for number, each in enumerate(rows):
+            each["test_ema_acc1"] = 90.0 - number
+
+    finish_all(plan, add)
+    (line,) = table_rows(plan, outcomes(plan))
+    assert line["best of averaged weights (%)"] == "90.00"
+    finish_all(plan)
+    (line,) = table_rows(plan, outcomes(plan))
+    assert "best of averaged weights (%)" not in line
+
+
+def test_finished_runs_of_earlier_calls_are_in_the_table_in_the_order_of_the_registries(tmp_path: Path) -> None:
+    flags = (*QUICK, "--epochs", 2, "--output_dir", tmp_path)
+    finish_all(plan_of("--pe", "rope", "learnable", "--seeds", 1, *flags))
+    plan = plan_of("--pe", "2D_sin", "rope", *flags)
+    assert [run.name for run in plan.finished()] == ["learnable, basic, seed 1", "rope, basic, seed 1"]
+    counts = {line["encoding"]: line["seeds"] for line in table_rows(plan, outcomes(plan))}
+    assert counts == {"learnable": "1 of 1", "2D_sin": "0 of 1", "rope": "1 of 2"}
+    assert list(counts) == ["learnable", "2D_sin", "rope"]
+
+
+# ---- pictures
+
+
+@pytest.mark.parametrize(
+    ("names", "seeds", "epochs"),
+    [(["none"], [0], 1), (["none", "learnable", "rope"], [0, 1, 2], 40), (encodings.names(), [0], 3)],
+    ids=["one run of one epoch", "several seeds", "every encoding"],
+)
+def test_a_comparison_of_any_extent_is_drawn(
+    tmp_path: Path, names: Sequence[str], seeds: Sequence[int], epochs: int
+) -> None:
+    flags = ("--join-type", "basic", "LaPE", "--seeds", *seeds, *QUICK, "--epochs", epochs, "--output_dir", tmp_path)
+    plan = plan_of("--pe", *names, *flags)
+    finish_all(plan)
+    file = io.BytesIO()
+    draw_comparison(outcomes(plan), "title", file)
+    assert file.getvalue().startswith(PNG)
+
+
+@pytest.mark.parametrize("trained_at", [32, [32, 48]])
+def test_accuracy_against_resolution_is_drawn_with_what_is_there(trained_at: object) -> None:
+    file = io.BytesIO()
+    found = {("none", "basic"): {24: [40.0, 42.0], 32: [50.0]}, ("rope", "basic"): {24: [], 32: []}}
+    draw_sizes(found, trained_at, "title", file)
+    assert file.getvalue().startswith(PNG)
+
+
+def test_every_encoding_has_its_own_colour_and_every_join_its_own_look() -> None:
+    colours = colours_of(legal_pairs())
+    assert list(colours) == encodings.names()
+    assert len(set(colours.values())) == len(colours)
+    assert len(set(LOOKS.values())) == len(JOINS) == len(LOOKS)
+
+
+# ---- forecast
+
+
+def test_a_forecast_counts_what_is_left_and_how_many_run_at_a_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    plan = plan_of("--pe", "none", "rope", "--seeds", 0, 1, *QUICK, "--epochs", 5, "--output_dir", tmp_path)
+    monkeypatch.setattr(forecast, "measure", lambda run: forecast.Cost(7, 100.0, 0.5, 60.0))
+    console = Console(file=io.StringIO())
+    finish(plan.runs[0], [row(epoch, 50.0) for epoch in range(1, 6)])
+    finish(plan.runs[1], [row(1, 50.0)])
+    times = dict.fromkeys((1, 2, 50), "")
+    for jobs in times:
+        assert forecast.forecast(plan, jobs, console) == 0
+        times[jobs] = caplog.messages[-1].split(",")[0]
+    # 4 epochs and two times 5 are left; never less than the longest run
+    assert times == {1: "about 14:00 in all", 2: "about 7:00 in all", 50: "about 5:00 in all"}
+
+
+def test_a_stopwatch_measures_the_loop_after_its_first_steps_and_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    watch = forecast.Stopwatch()
+
+    def load() -> Iterator[int]:
+        nonlocal now
+        for number in range(100):
+            now += 50.0 if number < forecast.WARM_UP else 0.25  # seconds until the batch is there
+            yield 8
+
+    def work() -> None:
+        nonlocal now
+        with watch.show("", 100) as loop:
+            for images in loop.batches(load()):
+                now += 0.75
+                loop.advance(images, str)
+
+    with pytest.raises(forecast.EnoughError):
+        work()
+    assert (watch.speed, watch.waiting) == (8.0, 0.25)
+    assert now < 50.0 * forecast.WARM_UP + 20.0
+
+
+# ---- screen
+
+
+def jobs_of(plan: Plan) -> list[Job]:
+    return [Job(run.name, run, [], run.folder, lambda: True) for run in plan.runs]
+
+
+def test_on_a_terminal_the_running_and_the_failed_come_first_and_all_fits(tmp_path: Path) -> None:
+    plan = plan_of("--pe", "none", "--seeds", *range(30), *QUICK, "--epochs", 4, "--output_dir", tmp_path)
+    jobs = jobs_of(plan)
+    finish(plan.runs[7], [row(1, 40.0), row(2, 30.0)])
+    jobs[7].state, jobs[3].state, jobs[1].state = RUNNING, FAILED, FINISHED
+    jobs[3].reason = "no luck " * 30
+    console = Console(force_terminal=True, width=80, height=12, file=io.StringIO(), color_system=None)
+    with Screen(console, "training", jobs, 1, trains=True) as screen:
+        screen.watch()
+        plain = Console(width=80, height=12, file=io.StringIO())
+        plain.print(screen.render())
+    lines = plain.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len(lines) < 12
+    assert [word in lines[1] for word in ("seed 7", "2/4", "40.00", "30.00", "0:04 left")] == [True] * 5
+    assert "seed 3" in lines[2]
+    assert "no luck" in lines[2]
+    assert lines[-1].startswith("1 running, 1 failed, 27 waiting, 1 finished, ")
+
+
+def test_without_a_terminal_each_change_is_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    plan = plan_of("--pe", "none", *QUICK, "--epochs", 2, "--output_dir", tmp_path)
+    (job,) = jobs = jobs_of(plan)
+    with Screen(Console(file=io.StringIO()), "training", jobs, 1, trains=True) as screen:
+        screen.watch()
+        job.state = RUNNING
+        screen.watch()
+        finish(plan.runs[0], [row(1, 40.0)])
+        screen.watch()
+        screen.watch()
+        job.state, job.reason = FAILED, "no luck"
+    assert caplog.messages == [
+        "none, basic, seed 0: started",
+        "none, basic, seed 0: epoch 1/2  acc@1 40.00 %  best 40.00 %  0:02 left",
+        "none, basic, seed 0: failed: no luck  (1 of 1)",
+    ]
+
+
+def test_a_table_is_printed_as_markdown_where_there_is_no_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    rows = [{"encoding": "none", "join": "basic", "best (%)": "1.00"}, {"encoding": "rope", "join": "basic"}]
+    print_table(Console(file=io.StringIO()), "title", rows)
+    (text,) = caplog.messages
+    assert text.splitlines()[3:] == [
+        "| encoding | join  | best (%) |",
+        "| -------- | ----- | -------: |",
+        "| none     | basic |     1.00 |",
+        "| rope     | basic |        - |",
+    ]
+    console = Console(force_terminal=True, width=80, file=io.StringIO())
+    print_table(console, "title", rows)
+    assert "rope" in console.file.getvalue()  # type: ignore[attr-defined]

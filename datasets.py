@@ -351,7 +351,7 @@ def _train_transform(args: argparse.Namespace) -> Transform:
         scale=args.scale,
         hflip=args.hflip,
         auto_augment=_timm_policy(args),
-        color_jitter=args.color_jitter or 0.0,
+        color_jitter=args.color_jitter or None,  # type: ignore[arg-type]  # None is none: it costs nothing
         interpolation=args.train_interpolation,
         mean=args.mean,
         std=args.std,

@@ -42,7 +42,7 @@ from torchvision.transforms import (
 
 from training.distributed import in_turns
 from training.images import UnreadableImageError, one_line, read_image
-from training.interrupt import leave_signals_to_parent
+from training.interrupt import hold_signals, leave_signals_to_parent
 from training.seeding import AUGMENTATION, seed_everything
 from training.shards import Shards, ShardStream, open_shards, share_of_shards
 
@@ -521,7 +521,9 @@ class ImageLoader(DataLoader):
         order.set_epoch(epoch, first)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator is all that a loop needs
-        for loaded in super().__iter__():
+        with hold_signals():
+            batches = super().__iter__()  # which starts the workers
+        for loaded in batches:
             if isinstance(loaded, Exception):
                 raise loaded
             batch, complaints = loaded

@@ -38,7 +38,7 @@ from datasets import (
     build_transform,
     canonical_data_set,
 )
-from training.interrupt import leave_signals_to_parent
+from training.interrupt import SIGNALS, leave_signals_to_parent
 
 CIFARS = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
 
@@ -857,6 +857,22 @@ def test_a_spawned_worker_loads_the_same_images_and_ignores_ctrl_c():
     assert torch.equal(images, images_of_worker)
     assert not ignored.any()
     assert ignored_by_worker.all()
+
+
+def _get_signal_then_be_ready(worker_id: int) -> None:
+    for number in SIGNALS:
+        os.kill(os.getpid(), number)
+    leave_signals_to_parent(worker_id)
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_a_signal_to_a_worker_that_is_not_ready_yet_does_not_end_it(start_method):
+    loader = build_loader(build_dataset(False, make_args())[0], False, make_args(num_workers=1), 0, 1)
+    loader.multiprocessing_context = start_method
+    loader.worker_init_fn = _get_signal_then_be_ready
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert sum(len(labels) for _, labels in loader) == 360
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
 @pytest.mark.parametrize("train_crop", TRAIN_CROPS)

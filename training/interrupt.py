@@ -57,6 +57,19 @@ def _note(number: int, frame: FrameType | None) -> None:
         _noted, _noted_at = number, time.monotonic()
 
 
+@contextmanager
+def hold_signals() -> Iterator[None]:
+    """Within this context signals wait; processes that start here have them wait until `leave_signals_to_parent`.
+
+    Else torch's own handler ends a loader's worker that gets a SIGTERM before it is ready, and with it the run.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def noted_signal() -> int:
     """The number of the first signal since `defer_interrupts`; 0 for none."""
     return _noted
@@ -72,6 +85,8 @@ def leave_signals_to_parent(worker_id: int) -> None:
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         Thread(target=_end_when_parent_says, daemon=True).start()
+    else:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
 
 def _end_when_parent_says() -> None:

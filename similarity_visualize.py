@@ -152,6 +152,8 @@ def draw(args: argparse.Namespace) -> None:
             _logger.info("%s: nothing to draw, pe=%r has no positions", positions_of_one.source, positions_of_one.pe)
     folder = Path(args.save_dir).expanduser()
     if args.compare:
+        if single := next((one.source for one in shown if one.grid == (1, 1)), None):
+            raise ValueError(f"--compare {single}: its model has one patch, and so no distances to compare")
         if any(one.views for one in shown):
             write(folder, args.format, comparison.pictures(shown))
             save_values(folder / "compare.npz", comparison.raw_curves(shown))

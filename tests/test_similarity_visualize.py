@@ -164,6 +164,15 @@ def test_comparing_writes_one_sheet_curves_and_their_values(tmp_path: Path, caps
         assert values["1/bias/correlations"].shape == (1,)
 
 
+def test_a_model_of_one_patch_is_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [str(tmp_path / name) for name in ("many.pth", "one.pth")]
+    for path, input_size in zip(paths, (32, 8), strict=True):
+        save(Path(path), "learnable", "LaPE", input_size=input_size)
+    assert main(["--compare", *paths, "--save_dir", str(tmp_path / "pictures")]) == 2
+    assert f"--compare {paths[1]}: its model has one patch" in capsys.readouterr().err
+    assert not (tmp_path / "pictures").exists()
+
+
 def photograph(path: Path) -> Path:
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)

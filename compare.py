@@ -4,8 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from logging import getLogger
-from typing import NoReturn
 
 from rich.console import Console
 
@@ -22,8 +22,8 @@ from lape_vit.joins import Basic
 from training.checkpoint import atomic_write
 from training.distributed import world_from_environment
 from training.interrupt import Interrupted, defer_interrupts
-from training.logs import start_logging
-from training.options import WIDTH, flag_of, whole, with_dashes
+from training.logs import end_in_one_line, start_logging
+from training.options import WIDTH, Parser, flag_of, whole, with_dashes
 
 _logger = getLogger(__name__)
 
@@ -60,19 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end("interrupted; the same command goes on", 130)
 
 
-def _end(message: str, exit_code: int) -> int:
-    print("compare.py:", " ".join(message.split()), file=sys.stderr, flush=True)
-    return exit_code
+_end = partial(end_in_one_line, "compare.py")
 
 
 # ---- options
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are a `ValueError` of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
 
 # fmt: off

@@ -24,7 +24,7 @@ from training.distributed import World
 from training.files import CHECKPOINTS, last_checkpoint, write_text
 from training.images import UnreadableImageError
 from training.interrupt import Interrupted, defer_interrupts
-from training.logs import LoopDisplay, clock, start_logging
+from training.logs import LoopDisplay, clock, end_in_one_line, start_logging
 from training.shards import DamagedShardError
 from training.state import Progress
 
@@ -71,8 +71,7 @@ def _end(message: str, exit_code: int, world: World) -> int:
         # If the main process fails too, torchrun ends this one while it waits, and one process has told what is wrong.
         time.sleep(SECONDS_FOR_MAIN_PROCESS)
         message = f"process {world.rank}: {message}"
-    print("main.py:", " ".join(message.split()), file=sys.stderr, flush=True)
-    return exit_code
+    return end_in_one_line("main.py", message, exit_code)
 
 
 def evaluate_checkpoint(run: Run) -> int:

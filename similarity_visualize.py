@@ -7,9 +7,10 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from logging import getLogger
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import timm.data
@@ -26,8 +27,8 @@ from figures.positions import Positions
 from lape_vit import VisionTransformer
 from lape_vit.attention_maps import attention_maps, why_no_split
 from lape_vit.encodings import all_options
-from training.logs import start_logging
-from training.options import flag_of, number, whole
+from training.logs import end_in_one_line, start_logging
+from training.options import Parser, flag_of, number, whole
 
 _logger = getLogger(__name__)
 
@@ -50,19 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _stop(message: str, code: int) -> int:
-    print("similarity_visualize.py:", " ".join(message.split()), file=sys.stderr)
-    return code
+_stop = partial(end_in_one_line, "similarity_visualize.py")
 
 
 # ---- options
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are a `ValueError` of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
 
 def build_parser() -> Parser:

@@ -15,7 +15,7 @@ from lape_vit.joins import JOINS, legal_joins, legal_pairs
 from run_setup import pick_recipe, read_given, resolve_device_options, resolve_given
 from training.distributed import World, pick_device
 from training.files import CHECKPOINTS, read_log
-from training.options import OptionParser, build_parser, config_text, flag_of, saved_options
+from training.options import MOST_WORKERS, OptionParser, build_parser, config_text, flag_of, saved_options
 
 _logger = getLogger(__name__)
 
@@ -45,7 +45,6 @@ HARMLESS = {
     "tensorboard",
 }
 """Options that may change between two calls, for a run learns the same under them."""
-MOST_WORKERS = 10
 
 
 @dataclass(frozen=True)

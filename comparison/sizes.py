@@ -8,7 +8,7 @@ from typing import Any
 from comparison.jobs import Job
 from comparison.pictures import draw_sizes
 from comparison.plan import Plan, Run
-from comparison.tables import NAMES, NOT_YET, Pair, Spread, csv_text, failed, heading, markdown
+from comparison.tables import NAMES, NOT_YET, Pair, Spread, csv_text, failed, heading, markdown, mean_and_deviation
 from training.checkpoint import atomic_write
 from training.files import write_text
 
@@ -79,7 +79,6 @@ def csv_rows(found: Measured) -> list[dict[str, Any]]:
     rows = []
     for (pe, join_type), by_size in found.items():
         for size, accuracies in by_size.items():
-            spread = Spread.of(accuracies) if accuracies else None
-            numbers = {"acc1_mean": spread and spread.mean, "acc1_std": spread and spread.deviation}
-            rows.append({"pe": pe, "join_type": join_type, "size": size, "seeds": len(accuracies), **numbers})
+            row = {"pe": pe, "join_type": join_type, "size": size, "seeds": len(accuracies)}
+            rows.append({**row, **mean_and_deviation("acc1", accuracies)})
     return rows

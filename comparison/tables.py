@@ -142,8 +142,7 @@ def csv_rows(found: Mapping[Pair, Sequence[Outcome]], failures: Mapping[str, str
             "best_ema_acc1": [max(one.averages) for one in of_pair if one.averages],
         }
         for name, values in numbers.items():
-            spread = Spread.of(values) if values else None
-            row[f"{name}_mean"], row[f"{name}_std"] = spread and spread.mean, spread and spread.deviation
+            row |= mean_and_deviation(name, values)
         row |= {
             "best_epochs": " ".join(str(one.best_epoch) for one in of_pair),
             "epochs": plan.common["epochs"],
@@ -153,6 +152,12 @@ def csv_rows(found: Mapping[Pair, Sequence[Outcome]], failures: Mapping[str, str
         }
         rows.append(row)
     return rows
+
+
+def mean_and_deviation(name: str, numbers: Sequence[float]) -> dict[str, float | None]:
+    """The two columns of a quantity in a table for programs; empty without numbers."""
+    spread = Spread.of(numbers) if numbers else None
+    return {f"{name}_mean": spread.mean if spread else None, f"{name}_std": spread.deviation if spread else None}
 
 
 def speed(of_pair: Sequence[Outcome]) -> float:

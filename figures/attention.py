@@ -16,7 +16,7 @@ from figures.panels import SIGNED, Token, layers_band, show_map
 from figures.positions import Positions
 from figures.sheet import Band, Colours, Panel, Sheet, draw_sheets, single
 from lape_vit.attention_maps import LayerAttention
-from lape_vit.similarity import token_map
+from lape_vit.similarity import layer_titles, token_map
 
 UNSIGNED = "viridis"
 """Perceptually uniform."""
@@ -42,7 +42,7 @@ class TokenAttention:
     @property
     def layers(self) -> list[str]:
         """A title of each layer."""
-        return [f"block {layer}, {self.positions.join_type}" for layer in range(len(self.parts["attention"]))]
+        return layer_titles(len(self.parts["attention"]), self.positions.join_type)
 
 
 def of_token(positions: Positions, file: str, pixels: Tensor, layers: Sequence[LayerAttention]) -> TokenAttention:

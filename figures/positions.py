@@ -21,6 +21,7 @@ from lape_vit.similarity import (
     check_token,
     cosine_similarity,
     encoding_tables,
+    layer_titles,
     plane_frequencies,
     position_views,
 )
@@ -67,7 +68,7 @@ class Positions:
     @property
     def layers(self) -> list[str]:
         """A title of each layer."""
-        return [f"block {layer}, {self.join_type}" for layer in range(len(self.frequencies))]
+        return layer_titles(len(self.frequencies), self.join_type)
 
 
 @torch.no_grad()

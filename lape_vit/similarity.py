@@ -66,8 +66,13 @@ def position_views(model: Model, grid: Grid | None = None) -> list[PositionView]
     for views, queries, attn in zip(by_layer, content_free_queries(model, grid), attentions(model), strict=True):
         if attn.encoding is not None:
             views.extend(attn.encoding.views(queries, grid))
-    layers = [f"block {layer}, {model.join_type}" for layer in range(len(by_layer))]
+    layers = layer_titles(len(by_layer), model.join_type)
     return [over_layers(views, layers) for views in zip(*by_layer, strict=True)]
+
+
+def layer_titles(count: int, join_type: str) -> list[str]:
+    """A title of each layer."""
+    return [f"block {layer}, {join_type}" for layer in range(count)]
 
 
 def over_layers(views: Sequence[LayerView], layers: list[str]) -> PositionView:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lape_vit.encodings import Grid
 from lape_vit.encodings.views import LayerView, cosine_similarity
 from lape_vit.joins import Basic
-from lape_vit.similarity import PositionView, over_layers
+from lape_vit.similarity import PositionView, layer_titles, over_layers
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def timm_position_views(model: Any) -> list[PositionView]:
     for block in model.blocks:
         similarity = cosine_similarity(received_by_attention(block, tokens)[0, -height * width :])[None]
         views.append(LayerView("similarity", "cosine similarity of positions", similarity, bounded=True))
-    return [over_layers(views, [f"block {layer}, {Basic.name}" for layer in range(len(views))])]
+    return [over_layers(views, layer_titles(len(views), Basic.name))]
 
 
 def timm_grid(model: Any) -> Grid:

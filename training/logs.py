@@ -1,6 +1,7 @@
 """What a run shows: log lines on rank 0, and the progress of a loop, as a bar on a terminal and as lines elsewhere."""
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,12 @@ def start_logging(is_main: bool) -> Console:
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # at INFO it tells of its font cache
     return console
+
+
+def end_in_one_line(program: str, message: str, exit_code: int) -> int:
+    """Tell on standard error why the program ends, and return its exit code."""
+    print(f"{program}:", " ".join(message.split()), file=sys.stderr, flush=True)
+    return exit_code
 
 
 class _ConsoleHandler(logging.Handler):

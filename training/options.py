@@ -29,10 +29,19 @@ RUN_ONLY = (
 """Options of one call: no recipe may set them, and a saved configuration leaves them out."""
 WIDTH = 110
 """Columns of the help and of the list of options."""
+MOST_WORKERS = 10
+"""Processes that load data, unless more are asked for."""
 
 
-class OptionParser(argparse.ArgumentParser):
-    """A parser in whose flags `-` and `_` mean the same, and whose errors are a `ValueError` of one line.
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are a `ValueError` of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+class OptionParser(Parser):
+    """A parser in whose flags `-` and `_` mean the same.
 
     Attributes:
         defaults: of every option, by its name (`batch_size`).
@@ -68,9 +77,6 @@ class OptionParser(argparse.ArgumentParser):
             self.flags.update(dict.fromkeys(flags, name))
 
         return add
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
     def read(self, argv: Sequence[str]) -> dict[str, Any]:
         """The options that `argv` names, without the defaults.
@@ -245,7 +251,7 @@ def _data_options(add: Callable[..., None]) -> None:
         help="what makes a class of INAT, INAT19: name, genus, family, order, class, phylum, kingdom or supercategory; "
              "default: name, the species")
     add("--batch-size", type=whole(1), default=64, metavar="N", help="images per step and process")
-    add("--num-workers", type=whole(), default=min(10, os.cpu_count() or 1), metavar="N",
+    add("--num-workers", type=whole(), default=min(MOST_WORKERS, os.cpu_count() or 1), metavar="N",
         help="processes that load data, for each training process; default: one per core, at most 10")
     add("--pin-mem", action=argparse.BooleanOptionalAction, help="load into page-locked memory; default: on with a GPU")
     add("--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,

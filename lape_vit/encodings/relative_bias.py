@@ -8,22 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape_vit.encodings.base import AttentionEncoding, Grid, resize_grid
-from lape_vit.encodings.views import LayerView, pairs_and_offsets
+from lape_vit.encodings.views import LayerView, offset_index, pairs_and_offsets
 
 
 def offset_grid(grid: Grid) -> Grid:
     """The grid of offsets, (2H - 1, 2W - 1)."""
     return 2 * grid[0] - 1, 2 * grid[1] - 1
-
-
-def offset_index(grid: Grid, device: torch.device) -> Tensor:
-    """For each query (first) and key patch the number of the offset between them: (H*W, H*W), in 0 .. O - 1."""
-    height, width = grid
-    y, x = torch.arange(height, device=device), torch.arange(width, device=device)
-    rows = y[:, None] - y[None, :] + height - 1
-    columns = x[:, None] - x[None, :] + width - 1
-    index = rows[:, None, :, None] * (2 * width - 1) + columns[None, :, None, :]
-    return index.flatten(2, 3).flatten(0, 1)
 
 
 class RelativeBias(AttentionEncoding):

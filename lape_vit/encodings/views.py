@@ -58,12 +58,12 @@ def cosine_similarity(rows: Tensor) -> Tensor:
     return similarity.fill_diagonal_(1)
 
 
-def key_offsets(grid: tuple[int, int], device: torch.device) -> Tensor:
-    """The number of each pair's offset, key less query, row-major over (2H-1, 2W-1): (H*W, H*W), query first."""
+def offset_index(grid: tuple[int, int], device: torch.device) -> Tensor:
+    """The number of each pair's offset, query (first) less key: (H*W, H*W), row-major over (2H-1, 2W-1)."""
     height, width = grid
     y, x = torch.arange(height, device=device), torch.arange(width, device=device)
-    rows = y[None, :] - y[:, None] + height - 1
-    columns = x[None, :] - x[:, None] + width - 1
+    rows = y[:, None] - y[None, :] + height - 1
+    columns = x[:, None] - x[None, :] + width - 1
     index = rows[:, None, :, None] * (2 * width - 1) + columns[None, :, None, :]
     return index.flatten(2, 3).flatten(0, 1)
 
@@ -71,7 +71,7 @@ def key_offsets(grid: tuple[int, int], device: torch.device) -> Tensor:
 def mean_by_offset(values: Tensor, grid: tuple[int, int]) -> Tensor:
     """(V, H*W, H*W) averaged over all pairs of patches with the same offset: (V, 2H-1, 2W-1)."""
     height, width = grid
-    offsets = key_offsets(grid, values.device).flatten()
+    offsets = offset_index(grid, values.device).T.flatten()  # of the key from the query
     counts = offsets.bincount(minlength=(2 * height - 1) * (2 * width - 1))
     sums = values.new_zeros(len(values), len(counts)).index_add(1, offsets, values.flatten(1))
     return (sums / counts).unflatten(1, (2 * height - 1, 2 * width - 1))

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lape_vit import encodings, joins
 from lape_vit.encodings import AttentionEncoding, Grid
+from lape_vit.encodings.caching import Cache
 
 
 class Attention(timm.layers.Attention):
@@ -26,12 +27,12 @@ class Attention(timm.layers.Attention):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.encoding: AttentionEncoding | None = None
-        self.needs_weights = False
+        self.widens = False
 
     def set_encoding(self, encoding: AttentionEncoding) -> None:
         """Let ``encoding`` take part."""
         self.encoding = encoding
-        self.needs_weights = encoding.has_value_term
+        self.widens = encoding.widens
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, N, D) to q, k and v, each (B, h, N, d), before any encoding."""
@@ -51,26 +52,33 @@ class Attention(timm.layers.Attention):
         bias: Tensor | None = None
         if self.encoding is not None:
             q, k = self.encoding.rotate(q, k, grid)
-            bias = self.encoding.bias(q, grid)
+            if self.widens:
+                q, k, v = self.encoding.widen(q, k, v, grid)
+            else:
+                bias = self.encoding.bias(q, grid)
 
-        if self.fused_attn and not self.needs_weights:
+        if self.fused_attn and not is_trained_on_cpu(bias):
             if bias is not None:
                 attn_mask, is_causal = mask_logits(bias, attn_mask, is_causal), False
             dropout = self.attn_drop.p if self.training else 0.0
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
+            x = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
+            )
         else:
             logits = (q * self.scale) @ k.transpose(-2, -1)
             if bias is not None:
                 logits = logits + bias
-            attention = self.attn_drop(mask_logits(logits, attn_mask, is_causal).softmax(dim=-1))
-            x = attention @ v
-            if self.encoding is not None:
-                value_term = self.encoding.value_term(attention, grid)
-                if value_term is not None:
-                    x = x + value_term
+            x = self.attn_drop(mask_logits(logits, attn_mask, is_causal).softmax(dim=-1)) @ v
 
+        if self.encoding is not None:
+            x = self.encoding.narrow(x, grid)
         x = self.norm(x.transpose(1, 2).reshape(B, N, self.attn_dim))
         return self.proj_drop(self.proj(x))
+
+
+def is_trained_on_cpu(bias: Tensor | None) -> bool:
+    """Whether a bias needs what torch's fused attention cannot give on a CPU: a gradient."""
+    return isinstance(bias, Tensor) and bias.requires_grad and bias.device.type == "cpu"
 
 
 @torch.fx.wrap
@@ -153,6 +161,7 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
         # A caller's own block_fn or attn_layer is a TypeError that names it, which mypy foresees.
         super().__init__(*args, **kwargs, block_fn=Block, attn_layer=Attention)  # type: ignore[misc]
         self.pe, self.join_type = encoding.name, join_type
+        self.cache = Cache()
         self.pe_options = {**encoding.options(), **options}
         if not hasattr(self, "dist_token"):
             self.register_parameter("dist_token", None)
@@ -199,6 +208,10 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
             self.join.prepare(module)
             attn.set_encoding(module.to(attn.qkv.weight.dtype))
 
+    def train(self, mode: bool = True) -> "VisionTransformer":
+        self.cache.clear()
+        return super().train(mode)
+
     def position_terms(self, grid: Grid | None = None) -> tuple[Tensor | None, list[Tensor | None]]:
         """What the join adds to the input and hands to block 0 .. L-1: each (1, N, D) or None.
 
@@ -206,6 +219,17 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
             grid: (H, W) patches; default: what the model is built for.
         """
         return self.join(grid or self.patch_embed.grid_size, self.pos_embed)
+
+    def terms_for(self, x: Tensor, grid: Grid) -> tuple[Tensor | None, list[Tensor | None]]:
+        """The same for tokens x (B, N, D), computed once as long as no gradient flows and no parameter changes."""
+        if torch.jit.is_scripting():
+            terms = self.join(grid, self.pos_embed)
+        else:
+            sources = list(self.join.parameters())
+            if self.pos_embed is not None:
+                sources.append(self.pos_embed)
+            terms = self.cache.get(x, sources, self.position_terms, grid)
+        return terms
 
     def embed(self, x: Tensor) -> tuple[Tensor, list[Tensor | None], Grid]:
         """Images (B, C, height, width) to x_0 (B, N, D), the blocks' terms and the grid."""
@@ -217,7 +241,7 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
                 tokens.append(token.expand(x.shape[0], -1, -1))
         tokens.append(x.reshape(x.shape[0], -1, x.shape[-1]))
         x = torch.cat(tokens, dim=1) if len(tokens) > 1 else tokens[0]
-        input_term, block_terms = self.join(grid, self.pos_embed)
+        input_term, block_terms = self.terms_for(x, grid)
         if input_term is not None:
             x = x + input_term
         return self.norm_pre(self.patch_drop(self.pos_drop(x))), block_terms, grid

@@ -49,7 +49,10 @@ def test_relative_is_shaws_sum_over_vectors_of_each_pair(grid: Grid, prefix: int
             key_vectors[i, j] = torch.cat([encoding.key_x[x], encoding.key_y[y]])
             value_vectors[i, j] = torch.cat([encoding.value_x[x], encoding.value_y[y]])
     assert_near(encoding.bias(q, grid), torch.einsum("bhid,ijd->bhij", q, key_vectors) / D**0.5)
-    assert_near(encoding.value_term(attention, grid), torch.einsum("bhij,ijd->bhid", attention, value_vectors))
+    wide_q, wide_k, wide_v = encoding.widen(q, k := noise(B, HEADS, tokens, D, seed=2), k, grid)
+    assert_near(wide_q @ wide_k.mT, q @ k.mT + torch.einsum("bhid,ijd->bhij", q, key_vectors))
+    gathered = torch.einsum("bhij,bhijd->bhid", attention, k[:, :, None] + value_vectors)
+    assert_near(encoding.narrow(attention @ wide_v, grid), gathered)
 
 
 @over_grids

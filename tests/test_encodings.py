@@ -160,11 +160,14 @@ def test_an_attention_encoding_broadcasts_over_batch_heads_and_tokens(name: str,
     for before, after in zip((q, k), encoding.rotate(q, k, grid), strict=True):
         assert after.shape == before.shape
         assert_equal(after[:, :, :prefix], before[:, :, :prefix])
-    if (bias := encoding.bias(q, grid)) is not None:
+    bias = encoding.bias(q, grid)
+    if bias is not None:
         assert torch.broadcast_shapes(bias.shape, (2, HEADS, tokens, tokens)) == (2, HEADS, tokens, tokens)
-    term = encoding.value_term(torch.rand(2, HEADS, tokens, tokens, dtype=torch.float64), grid)
-    assert (term is not None) == encoding.has_value_term
-    assert term is None or term.shape == q.shape
+    if encoding.widens:
+        wide_q, wide_k, wide_v = encoding.widen(q, k, k, grid)
+        assert wide_q.shape == wide_k.shape == wide_v.shape
+        torch.testing.assert_close(wide_q @ wide_k.mT, q @ k.mT + bias * HEAD_WIDTH**0.5)
+        assert encoding.narrow(wide_v, grid).shape == q.shape
 
 
 @pytest.mark.parametrize("name", ENCODINGS)

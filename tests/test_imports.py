@@ -27,7 +27,8 @@ LIBRARIES = ("torch", "torchvision", "timm", "argparse")
 
 BENEATH: dict[str, tuple[str, ...]] = {
     "encodings/views": (),
-    "encodings/base": ("encodings/views",),
+    "encodings/caching": (),
+    "encodings/base": ("encodings/views", "encodings/caching"),
     "encodings/*": ("encodings/base",),
     "encodings": ("encodings/*",),
     "joins": ("encodings",),
@@ -48,7 +49,7 @@ def layer_of(module: str) -> str:
     match module.split("."):
         case ["lape_vit", "encodings"]:
             return "encodings"
-        case ["lape_vit", "encodings", ("views" | "base") as name]:
+        case ["lape_vit", "encodings", ("views" | "caching" | "base") as name]:
             return f"encodings/{name}"
         case ["lape_vit", "encodings", *_]:
             return "encodings/*"

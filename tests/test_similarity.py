@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import models_lape  # noqa: F401
 from lape_vit import encodings, joins
+from lape_vit.encodings import AttentionEncoding, Grid
 from lape_vit.encodings.views import mean_by_offset
 from lape_vit.joins import legal_pairs
 from lape_vit.similarity import (
@@ -216,6 +217,28 @@ def record_calls(model: nn.Module, method: str) -> list[Tensor]:
     return returned
 
 
+def record_added_logits(model: nn.Module) -> list[Tensor]:
+    """What each layer's attention encoding adds to the logits in forward passes from now on, in order."""
+    encodings = [block.attn.encoding for block in model.blocks]
+    if not encodings[0].widens:
+        return record_calls(model, "bias")
+    added: list[Tensor] = []
+
+    def recording(encoding: AttentionEncoding) -> Callable[..., Any]:
+        own = encoding.widen
+
+        def widen(q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+            wide = own(q, k, v, grid)
+            added.append((wide[0] @ wide[1].mT - q @ k.mT) * encoding.head_dim**-0.5)
+            return wide
+
+        return widen
+
+    for encoding in encodings:
+        encoding.widen = recording(encoding)
+    return added
+
+
 def between_patches(model: nn.Module, bias: Tensor) -> Tensor:
     """The patches' part (2, 15, 15) of a bias of both heads and all tokens."""
     P = model.num_prefix_tokens
@@ -275,7 +298,7 @@ def test_the_similarity_is_of_what_attention_reads_where_only_positions_flow(pe:
 def test_the_bias_is_what_attention_adds_where_only_positions_flow(pe: str, join_type: str) -> None:
     model = build(pe, join_type)
     silence_content(model)
-    added = record_calls(model, "bias")
+    added = record_added_logits(model)
     with torch.no_grad():
         model(images_of(GRID))
     names = [shown.name for shown in position_views(model) if shown.name in ("bias", "bias_normed")]

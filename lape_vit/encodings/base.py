@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lape_vit.encodings.caching import Cache
 from lape_vit.encodings.views import LayerView, mean_by_offset, one_where_heads_agree, pairs_and_offsets
 
 Grid = tuple[int, int]
@@ -29,6 +30,7 @@ class Encoding(nn.Module):
     def __init__(self, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
+        self.cache = Cache()
         # Without data: it knows the model's dtype and device, for encodings that have no parameter to ask.
         self.register_buffer("anchor", torch.empty(0), persistent=False)
 
@@ -39,6 +41,10 @@ class Encoding(nn.Module):
         return {
             parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY
         }
+
+    def train(self, mode: bool = True) -> "Encoding":
+        self.cache.clear()
+        return super().train(mode)
 
     def set_grid(self, grid: Grid) -> None:
         """Rebuild for another grid. The model calls it after its trained tables were resampled."""
@@ -92,8 +98,8 @@ class AttentionEncoding(Encoding):
         num_prefix_tokens: P.
     """
 
-    has_value_term: ClassVar[bool] = False
-    """True where :meth:`value_term` is defined: attention then needs its weights and cannot be fused."""
+    widens: ClassVar[bool] = False
+    """True where :meth:`widen` and :meth:`narrow` are defined: attention then uses them in place of :meth:`bias`."""
     takes_norm: ClassVar[bool] = False
     """True where a join may normalise the bias: :meth:`add_norm` is defined."""
 
@@ -115,9 +121,18 @@ class AttentionEncoding(Encoding):
         """A term of the logits that broadcasts to (B, h, N, N), or None; q (B, h, N, d) is not yet scaled by d^-1/2."""
         return None
 
-    def value_term(self, attention: Tensor, grid: Grid) -> Tensor | None:
-        """What the weights (B, h, N, N) gather beside the values: (B, h, N, d), or None."""
-        return None
+    def widen(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v (B, h, N, d) with more channels E, alike: (B, h, N, d + E).
+
+        The product of the new channels of q and k is the term of the logits, not yet scaled by d^-1/2. What attention
+        gathers from those of v is for :meth:`narrow`. So no term is ever held for each pair of tokens, and fused
+        kernels can be used.
+        """
+        return q, k, v
+
+    def narrow(self, x: Tensor, grid: Grid) -> Tensor:
+        """What attention gathers from wide values (B, h, N, d + E), to (B, h, N, d)."""
+        return x
 
     def views(self, queries: Tensor, grid: Grid) -> list[LayerView]:
         """What there is to see of this layer's positions, in the order in which attention uses it.

@@ -2,6 +2,9 @@
 
 Shapes: B batch, h heads, d head width, H x W patches, P prefix tokens, N = P + H*W tokens, k the largest distance told
 apart, M = 2k + 2 buckets: 0 for every pair with a prefix token, 1 .. 2k+1 for distances -k .. k.
+
+All that a key is to a query here is its column and its row, or that it is a prefix token. These are marks: one-hot
+channels for W columns, H rows and one for prefix tokens, and some of zeros to fill up, E in all.
 """
 
 import torch
@@ -16,16 +19,16 @@ class Relative(AttentionEncoding):
     """Trained vectors for the clipped horizontal and vertical offsets from query to key, shared by the heads.
 
     Shaw et al. 2018 (https://arxiv.org/abs/1803.02155, Eq. 3 and 4) in two dimensions: the offset's column picks the
-    first half of the vector, its row the second; one pair of tables for the keys, one for the values. No (N, N, d)
-    tensor is built: q meets the M table rows, not the keys, and attention is summed by bucket before it meets the
-    values' table.
+    first half of the vector, its row the second; one pair of tables for the keys, one for the values. Neither an
+    (N, N, d) nor an (N, N) tensor is built: q is widened by what it adds for each mark, k by its marks, and attention
+    gathers marks beside values.
 
     Args:
         max_relative_distance: k, in patches; longer offsets count as k.
     """
 
     name = "relative"
-    has_value_term = True
+    widens = True
 
     def __init__(
         self, head_dim: int, num_heads: int, grid: Grid, num_prefix_tokens: int, *, max_relative_distance: int = 2
@@ -49,39 +52,50 @@ class Relative(AttentionEncoding):
     def no_weight_decay(self) -> set[str]:
         return {"key_x", "key_y", "value_x", "value_y"}
 
-    def buckets(self, size: int, like: Tensor) -> Tensor:
-        """One-hot buckets (query, key, M) along an axis of ``size`` patches, in the dtype of ``like``."""
-        places = torch.arange(size, device=self.anchor.device)
-        k = self.max_relative_distance
-        offsets = (places[None, :] - places[:, None]).clamp(-k, k)
-        return F.one_hot(offsets + k + 1, 2 * k + 2).to(like)
+    def fixed_tables(self, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        """Bucket of each query and column (N, W), of each query and row (N, H), and the marks of each key (N, E)."""
+        k, P, device = self.max_relative_distance, self.num_prefix_tokens, self.anchor.device
+        patches = torch.arange(grid[0] * grid[1], device=device)
+        x, y = patches % grid[1], torch.div(patches, grid[1], rounding_mode="floor")
+        buckets_x = (torch.arange(grid[1], device=device) - x[:, None]).clamp(-k, k) + k + 1
+        buckets_y = (torch.arange(grid[0], device=device) - y[:, None]).clamp(-k, k) + k + 1
+        of_patches = F.pad(torch.cat([F.one_hot(x, grid[1]), F.one_hot(y, grid[0])], dim=1), (0, 1))
+        of_prefix = F.pad(of_patches.new_ones(P, 1), (grid[0] + grid[1], 0))
+        marks = torch.cat([of_prefix, of_patches])
+        unused = -(self.head_dim + marks.shape[1]) % 8  # channels, a multiple of which fused kernels want
+        return (
+            F.pad(buckets_x, (0, 0, P, 0)),
+            F.pad(buckets_y, (0, 0, P, 0)),
+            F.pad(marks, (0, unused)).to(self.anchor.dtype),
+        )
+
+    def vectors(self, table_x: Tensor, table_y: Tensor, like: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Each query's vector for each mark (N, E, d), and the marks of each key (N, E), in the dtype of ``like``."""
+        if torch.jit.is_scripting():
+            buckets_x, buckets_y, marks = self.fixed_tables(grid)
+        else:
+            buckets_x, buckets_y, marks = self.cache.get(like, [], self.fixed_tables, grid)
+        d, (N, E) = self.head_dim, marks.shape
+        columns = F.pad(F.embedding(buckets_x, table_x), (0, d // 2))
+        rows = F.pad(F.embedding(buckets_y, table_y), (d // 2, 0))
+        prefix = torch.cat([table_x[0], table_y[0]]).expand(N, 1, d)
+        vectors = F.pad(torch.cat([columns, rows, prefix], dim=1), (0, 0, 0, E - grid[0] - grid[1] - 1))
+        return vectors.to(like.dtype), marks.to(like.dtype)
 
     def bias(self, q: Tensor, grid: Grid) -> Tensor:
-        H, W = grid
-        P, N, d = self.num_prefix_tokens, q.shape[2], self.head_dim
-        q = q * d**-0.5
-        by_x = q[..., : d // 2] @ self.key_x.T  # (B, h, N, M)
-        by_y = q[..., d // 2 :] @ self.key_y.T
-        x = torch.einsum("bhrcm,ckm->bhrck", by_x[:, :, P:].unflatten(2, (H, W)), self.buckets(W, by_x))
-        y = torch.einsum("bhrcm,rkm->bhrck", by_y[:, :, P:].unflatten(2, (H, W)), self.buckets(H, by_y))
-        patches = (y[..., :, None] + x[..., None, :]).flatten(4, 5).flatten(2, 3)  # (B, h, H*W, H*W)
-        if P == 0:
-            return patches
-        with_prefix = by_x[..., :1] + by_y[..., :1]  # (B, h, N, 1)
-        patches = torch.cat([with_prefix[:, :, P:].expand(-1, -1, -1, P), patches], dim=3)
-        return torch.cat([with_prefix[:, :, :P].expand(-1, -1, -1, N), patches], dim=2)
+        vectors, marks = self.vectors(self.key_x, self.key_y, q, grid)
+        return torch.einsum("bhid,ied,je->bhij", q * self.head_dim**-0.5, vectors, marks)
 
-    def value_term(self, attention: Tensor, grid: Grid) -> Tensor:
-        H, W = grid
-        P = self.num_prefix_tokens
-        patches = attention[:, :, P:, P:].unflatten(3, (H, W)).unflatten(2, (H, W))
-        by_x = torch.einsum("bhrck,ckm->bhrcm", patches.sum(4), self.buckets(W, attention)).flatten(2, 3)
-        by_y = torch.einsum("bhrck,rkm->bhrcm", patches.sum(5), self.buckets(H, attention)).flatten(2, 3)
-        term = torch.cat([by_x @ self.value_x, by_y @ self.value_y], dim=-1)
-        if P == 0:
-            return term
-        prefix = torch.cat([attention[:, :, :P].sum(-1), attention[:, :, P:, :P].sum(-1)], dim=2)
-        return F.pad(term, (0, 0, P, 0)) + prefix[..., None] * torch.cat([self.value_x[0], self.value_y[0]])
+    def widen(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        vectors, marks = self.vectors(self.key_x, self.key_y, q, grid)
+        asked = torch.einsum("bhid,ied->bhie", q, vectors)
+        marks = marks.expand(q.shape[0], q.shape[1], -1, -1)
+        return torch.cat([q, asked], dim=-1), torch.cat([k, marks], dim=-1), torch.cat([v, marks], dim=-1)
+
+    def narrow(self, x: Tensor, grid: Grid) -> Tensor:
+        vectors, _ = self.vectors(self.value_x, self.value_y, x, grid)
+        values, gathered = x.split([self.head_dim, vectors.shape[1]], dim=-1)
+        return values + torch.einsum("bhie,ied->bhid", gathered, vectors)
 
     def views(self, queries: Tensor, grid: Grid) -> list[LayerView]:
         tables = {"key x": self.key_x, "key y": self.key_y, "value x": self.value_x, "value y": self.value_y}

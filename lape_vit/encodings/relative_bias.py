@@ -58,8 +58,16 @@ class RelativeBias(AttentionEncoding):
         return bias
 
     def bias(self, q: Tensor, grid: Grid) -> Tensor:
+        if torch.jit.is_scripting():
+            bias = self.token_bias(grid, q.dtype)
+        else:
+            bias = self.cache.get(q, list(self.parameters()), self.token_bias, grid, q.dtype)
+        return bias
+
+    def token_bias(self, grid: Grid, dtype: torch.dtype) -> Tensor:
+        """The same between all tokens (h, N, N), in any dtype: zero with prefix tokens."""
         P = self.num_prefix_tokens
-        return F.pad(self.patch_bias(grid), (P, 0, P, 0)).to(q)
+        return F.pad(self.patch_bias(grid), (P, 0, P, 0)).to(dtype)
 
     def views(self, queries: Tensor, grid: Grid) -> list[LayerView]:
         if self.norm is None:

@@ -13,10 +13,21 @@ from torch import Tensor, nn
 from lape_vit.encodings.base import AttentionEncoding, Grid
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of channels of x (..., d) by angles given as cosines and sines (..., d/2)."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+@torch.fx.wrap
+def turn(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn each pair of channels of x (..., d), in float32 or better.
+
+    Args:
+        turns: cosine and sine of each pair's angle, (..., d/2, 2) in float32 or float64.
+    """
+    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    turns = turns.to(pairs.dtype)
+    # Compilers know no complex numbers, and need none to be fast.
+    if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
+        turned = torch.view_as_complex(pairs) * torch.view_as_complex(turns)
+        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    (even, odd), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
 def places(grid: Grid, device: torch.device, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -38,10 +49,18 @@ class Rotary(AttentionEncoding):
         """In radians, per patch and pair: broadcasts to (h, H*W, d/2)."""
         raise NotImplementedError
 
-    def rotate(self, q: Tensor, k: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    def turns(self, grid: Grid) -> Tensor:
+        """Cosine and sine of each token's angles, in float32 or better: broadcasts to (h, N, d/2, 2)."""
         angles = F.pad(self.angles(grid), (0, 0, self.num_prefix_tokens, 0))
-        cos, sin = angles.cos().to(q), angles.sin().to(q)
-        return turn(q, cos, sin), turn(k, cos, sin)
+        turns = torch.stack([angles.cos(), angles.sin()], dim=-1)
+        return turns.to(torch.promote_types(self.anchor.dtype, torch.float32))
+
+    def rotate(self, q: Tensor, k: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        if torch.jit.is_scripting():
+            turns = self.turns(grid)
+        else:
+            turns = self.cache.get(q, list(self.parameters()), self.turns, grid)
+        return turn(q, turns), turn(k, turns)
 
     def plane_frequencies(self) -> Tensor:
         corner, right, below, _ = self.angles((2, 2)).reshape(-1, 4, self.head_dim // 2).unbind(1)
@@ -120,8 +139,9 @@ class RopeMixed(Rotary):
         return {"frequencies"}
 
     def angles(self, grid: Grid) -> Tensor:
-        x, y = places(grid, self.anchor.device, self.frequencies.dtype)
-        return x * self.frequencies[0, :, None] + y * self.frequencies[1, :, None]
+        frequencies = self.frequencies.to(torch.promote_types(self.frequencies.dtype, torch.float32))
+        x, y = places(grid, self.anchor.device, frequencies.dtype)
+        return x * frequencies[0, :, None] + y * frequencies[1, :, None]
 
 
 def axial_frequencies(head_dim: int, theta: float) -> Tensor:

@@ -1,0 +1,213 @@
+"""Forward and training step of every legal pair of an encoding and a join, next to timm's model of the same size.
+
+python -m benchmarks.models [--model NAME ...] [--pe NAME ...] [--join-type NAME ...] [--batch-size N] [--compile] ...
+
+Each model and timm's take turns, a step each; a ratio is the median of the ratios of neighbouring steps, with its
+quartiles. A training step is forward, cross-entropy, backward and a step of fused AdamW.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.deit import deit_tiny_patch16_224  # timm's own: models_lape registers another
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import models_lape
+from benchmarks.timing import MemoryMeter, Sample, alternate, describe_machine, matmul_flops, print_table
+from lape_vit.joins import legal_pairs
+
+
+def timms_compact(**kwargs: Any) -> nn.Module:
+    """timm's model of the size of ``vit_compact_patch4_32``, with the same dropout."""
+    return VisionTransformer(
+        img_size=32,
+        patch_size=4,
+        embed_dim=128,
+        depth=6,
+        num_heads=4,
+        mlp_ratio=2.0,
+        no_embed_class=True,
+        pos_drop_rate=0.1,
+        proj_drop_rate=0.1,
+        mlp_layer=models_lape.CompactMlp,
+        **kwargs,
+    )
+
+
+TIMMS: dict[str, Callable[..., nn.Module]] = {
+    "deit_tiny_patch16_224": deit_tiny_patch16_224,
+    "vit_compact_patch4_32": timms_compact,
+}
+NUM_CLASSES = 10
+
+
+Pair = tuple[str, str]
+
+
+def maker(name: str, pair: Pair | None) -> Callable[..., nn.Module]:
+    """Makes our model with a pair, or timm's for None."""
+    if pair is None:
+        return TIMMS[name]
+    return partial(timm.create_model, name, pe=pair[0], join_type=pair[1])
+
+
+def reference_of(pair: Pair, reference: str) -> Pair | None:
+    return (pair[0], "basic") if reference == "basic" else None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How all models are run."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compiled: bool
+    batch_size: int
+    repeats: int
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+class Workload:
+    """A model with its data and its optimiser."""
+
+    def __init__(self, make: Callable[..., nn.Module], setting: Setting) -> None:
+        torch.manual_seed(0)
+        self.setting = setting
+        self.model = make(num_classes=NUM_CLASSES).to(setting.device)
+        size = self.model.patch_embed.img_size  # type: ignore[union-attr]
+        self.images = torch.randn(setting.batch_size, 3, *size, device=setting.device)  # type: ignore[misc]
+        self.labels = torch.randint(NUM_CLASSES, (setting.batch_size,), device=setting.device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
+        self.call = torch.compile(self.model) if setting.compiled else self.model
+
+    @torch.no_grad()
+    def forward(self) -> Tensor:
+        with self.setting.autocast():
+            return self.call(self.images)
+
+    def train(self) -> None:
+        with self.setting.autocast():
+            loss = F.cross_entropy(self.call(self.images).float(), self.labels)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def compare(self, other: "Workload", step: str) -> tuple[Sample, Sample]:
+        for workload in (self, other):
+            workload.model.train(step == "train")
+        ours, theirs = alternate([getattr(self, step), getattr(other, step)], self.setting.repeats, self.setting.device)
+        return ours, theirs
+
+
+def training_flops(workload: Workload) -> int:
+    """Of the matrix products of one training step."""
+    workload.model.train()
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(workload.model(workload.images), workload.labels).backward()
+    workload.optimizer.zero_grad()
+    return counter.get_total_flops()
+
+
+def peak_memory(make: Callable[..., nn.Module], setting: Setting) -> int:
+    """Of a model, its optimiser and two training steps, in bytes."""
+    meter = MemoryMeter(setting.device)
+    workload = Workload(make, setting)
+    workload.model.train()
+    workload.train()
+    workload.train()
+    return meter.peak()
+
+
+def measure(name: str, pairs: list[Pair], reference: str, setting: Setting) -> list[list[str]]:
+    """A row of the table for each pair."""
+    peak_flops = matmul_flops(setting.device, setting.dtype)
+    rows = []
+    for pair in pairs:
+        print(f"{name}: {', '.join(pair)}", file=sys.stderr)
+        make, make_other = maker(name, pair), maker(name, reference_of(pair, reference))
+        ours, other = Workload(make, setting), Workload(make_other, setting)
+        forward, other_forward = ours.compare(other, "forward")
+        step, other_step = ours.compare(other, "train")
+        share = training_flops(ours) / step.median / peak_flops
+        rows.append(
+            [
+                ", ".join(pair),
+                f"{setting.batch_size / forward.median:,.0f}",
+                str(forward.ratio_to(other_forward)),
+                f"{setting.batch_size / step.median:,.0f}",
+                str(step.ratio_to(other_step)),
+                f"{share:.0%}",
+            ]
+        )
+    return rows
+
+
+def compare_memory(name: str, pairs: list[Pair], reference: str, setting: Setting) -> list[str]:
+    """Peak memory of each pair over that of the reference."""
+    peaks: dict[Pair | None, int] = {}
+    ratios = []
+    # A process of its own, as what makes memory measurable makes it slow.
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
+        process.submit(peak_memory, maker(name, None), setting).result()  # loads what stays
+        for pair in pairs:
+            other = reference_of(pair, reference)
+            for one in (pair, other):
+                if one not in peaks:
+                    peaks[one] = process.submit(peak_memory, maker(name, one), setting).result()
+            ratios.append(f"{peaks[pair] / peaks[other]:.3f}")
+    return ratios
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", nargs="+", choices=TIMMS, default=list(TIMMS))
+    parser.add_argument("--pe", nargs="+", metavar="NAME", help="only these encodings; default: all, sums left out")
+    parser.add_argument("--join-type", nargs="+", metavar="NAME", help="only these joins; default: all")
+    parser.add_argument(
+        "--reference",
+        choices=("timm", "basic"),
+        default="timm",
+        help="compare with timm's model, or with the same encoding joined by basic (default: timm)",
+    )
+    parser.add_argument("--batch-size", type=int, default=None, help="default: 16 of 224 x 224, 128 of 32 x 32")
+    parser.add_argument("--repeats", type=int, default=10, help="steps of each model that are measured (default: 10)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="compile both models (default: eager)")
+    args = parser.parse_args()
+    pairs = [
+        (pe, join_type)
+        for pe, join_type in legal_pairs()
+        if (pe in args.pe if args.pe else "+" not in pe) and (not args.join_type or join_type in args.join_type)
+    ]
+    if not pairs:
+        parser.error("no legal pair of these encodings and joins: see python main.py --help")
+    device = torch.device(args.device)
+    for name in args.model:
+        batch_size = args.batch_size or (16 if name.endswith("224") else 128)
+        setting = Setting(device, getattr(torch, args.dtype), args.compile, batch_size, args.repeats)
+        rows = measure(name, pairs, args.reference, setting)
+        if MemoryMeter.can_measure(device):
+            ratios = compare_memory(name, pairs, args.reference, setting)
+            rows = [[*row, ratio] for row, ratio in zip(rows, ratios, strict=True)]
+        mode = f"{args.dtype}, {'compiled' if args.compile else 'eager'}, batch {batch_size}"
+        time, memory = (f"{what} / {args.reference}'s" for what in ("time", "memory"))
+        header = ["pair", "forward, images/s", time, "training, images/s", time, "of peak", memory]
+        print_table(f"{name}: {mode}\n{describe_machine(device)}", header[: len(rows[0])], rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-multinode test-oldest clean
+.PHONY: help demo test lint format bench test-multinode test-oldest clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,13 @@ lint: .venv/.installed-dev ## lint, format check and types only
 format: .venv/.installed-dev ## let ruff mend what it can
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
+
+bench: .venv/.installed ## speed next to plain timm, of models, loader (of DATA=a folder of JPEGs) and start (2 hours on 2 cores)
+	.venv/bin/python -m benchmarks.models
+	.venv/bin/python -m benchmarks.models --reference basic --join-type share unshare LaPE LaPE_share
+	.venv/bin/python -m benchmarks.models --compile
+	.venv/bin/python -m benchmarks.loader $(if $(DATA),--data-path $(DATA))
+	.venv/bin/python -m benchmarks.startup
 
 test-multinode: .venv/.installed-dev ## two hosts train together and one is killed; needs root and iproute2 (5 minutes)
 	$(ONE_THREAD) .venv/bin/python -m pytest -x -m multinode tests/test_multinode.py

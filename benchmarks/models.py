@@ -25,7 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models_lape
 from benchmarks.timing import MemoryMeter, Sample, alternate, describe_machine, matmul_flops, print_table
-from lape_vit.joins import legal_pairs
+from comparison.plan import sort_pairs
+from lape_vit.encodings import ENCODINGS
+from lape_vit.joins import JOINS, legal_joins
 
 
 def timms_compact(**kwargs: Any) -> nn.Module:
@@ -63,7 +65,7 @@ def maker(name: str, pair: Pair | None) -> Callable[..., nn.Module]:
 
 
 def reference_of(pair: Pair, reference: str) -> Pair | None:
-    return (pair[0], "basic") if reference == "basic" else None
+    return None if reference == "timm" else (pair[0], reference)
 
 
 @dataclass(frozen=True)
@@ -174,13 +176,13 @@ def compare_memory(name: str, pairs: list[Pair], reference: str, setting: Settin
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", choices=TIMMS, default=list(TIMMS))
-    parser.add_argument("--pe", nargs="+", metavar="NAME", help="only these encodings; default: all, sums left out")
-    parser.add_argument("--join-type", nargs="+", metavar="NAME", help="only these joins; default: all")
+    parser.add_argument("--pe", nargs="+", metavar="NAME", help="encodings; default: all, without sums")
+    parser.add_argument("--join-type", nargs="+", metavar="NAME", help="joins, where they are legal; default: all")
     parser.add_argument(
         "--reference",
-        choices=("timm", "basic"),
+        choices=("timm", *JOINS),
         default="timm",
-        help="compare with timm's model, or with the same encoding joined by basic (default: timm)",
+        help="compare with timm's model, or with the same encoding under this join (default: timm)",
     )
     parser.add_argument("--batch-size", type=int, default=None, help="default: 16 of 224 x 224, 128 of 32 x 32")
     parser.add_argument("--repeats", type=int, default=10, help="steps of each model that are measured (default: 10)")
@@ -188,13 +190,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile both models (default: eager)")
     args = parser.parse_args()
-    pairs = [
-        (pe, join_type)
-        for pe, join_type in legal_pairs()
-        if (pe in args.pe if args.pe else "+" not in pe) and (not args.join_type or join_type in args.join_type)
-    ]
-    if not pairs:
-        parser.error("no legal pair of these encodings and joins: see python main.py --help")
+    try:
+        pairs, _ = sort_pairs(args.pe or list(ENCODINGS), args.join_type or list(JOINS))
+    except ValueError as error:
+        parser.error(str(error))
+    without = [pe for pe, _ in pairs if args.reference not in ("timm", *legal_joins(pe))]
+    if without:
+        parser.error(
+            f"--reference {args.reference} cannot carry {', '.join(dict.fromkeys(without))}: name others by --pe"
+        )
     device = torch.device(args.device)
     for name in args.model:
         batch_size = args.batch_size or (16 if name.endswith("224") else 128)

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 import tiny_run
+import torch
 from tiny_run import call, differences, load, log_of, timeless
+
+from tests.models import images, over_sampled_pairs, tiny
 
 pytestmark = pytest.mark.gpu
 
@@ -35,3 +38,16 @@ def test_a_deterministic_run_repeats_bit_for_bit(tmp_path: Path, recipe: Path) -
     checkpoints = [load(tmp_path / name / "checkpoint.pth") for name in ("one", "other")]
     assert differences(*checkpoints) == []
     assert timeless(tmp_path / "one") == timeless(tmp_path / "other")
+
+
+@over_sampled_pairs
+@torch.no_grad()
+def test_a_move_to_the_gpu_and_back_leaves_nothing_stale(pe: str, join_type: str) -> None:
+    model, pixels = tiny(pe, join_type), images()
+    before = model(pixels)
+    torch.testing.assert_close(model.cuda()(pixels.cuda()).cpu(), before)
+    for parameter in model.parameters():
+        parameter.add_(0.1)
+    changed = model(pixels.cuda()).cpu()
+    torch.testing.assert_close(model.cpu()(pixels), changed)
+    assert not torch.equal(changed, before)

@@ -1,0 +1,43 @@
+"""The benchmarks run and print what they promise; how fast anything is, is none of a test's business."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_models_are_compared_with_timms() -> None:
+    small = ("--model", "vit_compact_patch4_32", "--batch-size", "2", "--repeats", "1")
+    done = run("benchmarks.models", *small, "--pe", "relative", "learnable", "--join-type", "basic", "LaPE")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("│")[1].strip() for line in done.stdout.splitlines() if line.startswith("│")]
+    assert rows == ["learnable, basic", "learnable, LaPE", "relative, basic"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--pe", "none", "--join-type", "LaPE"), "none of the pairs"),
+        (("--pe", "learnable", "foo"), "foo"),
+        (("--pe", "rope", "--reference", "LaPE"), "--reference LaPE cannot carry rope"),
+    ],
+)
+def test_what_cannot_be_compared_is_an_error_in_one_line(arguments: tuple[str, ...], message: str) -> None:
+    done = run("benchmarks.models", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+
+
+def test_the_start_is_measured() -> None:
+    done = run("benchmarks.startup", "--repeats", "1")
+    assert done.returncode == 0, done.stderr
+    assert "import models_lape" in done.stdout
+    assert "to the first step" in done.stdout

@@ -94,19 +94,19 @@ def measure(is_train: bool, repeats: int, files: Sequence[Path]) -> np.ndarray:
             for turn in range(len(compared)):
                 place = (number + turn) % len(compared)
                 value: Any = file
-                begin = _now()
+                stamps = [_now()]
                 seed_everything(0, AUGMENTATION, repeat, number)
-                for stage, step in enumerate([None, *compared[place].values()]):
-                    value = step(value) if step else value
-                    end = _now()
-                    times[repeat, place, stage] += end - begin
-                    begin = end
+                stamps.append(_now())
+                for step in compared[place].values():
+                    value = step(value)
+                    stamps.append(_now())
+                times[repeat, place] += np.diff(stamps, axis=0)
     times[:, 0, 0] = 0  # the plain pipeline does not seed each image
     return times[1:] / len(files) * 1000
 
 
-def _now() -> np.ndarray:
-    return np.array((time.process_time(), time.perf_counter()))
+def _now() -> tuple[float, float]:
+    return time.process_time(), time.perf_counter()
 
 
 def measure_on_cores(is_train: bool, repeats: int, files: Sequence[Path], workers: int) -> np.ndarray:
@@ -149,7 +149,7 @@ def write_photos(folder: Path, count: int) -> None:
 
 
 def main() -> None:
-    """Measure, and print a table for training and one for evaluation."""
+    """Measure, and print a table of training and one of evaluation."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description="How fast a core loads images.")
     parser.add_argument("--data-path", type=Path, metavar="DIR", help="any folder of JPEGs; default: random ones")
     parser.add_argument("--images", type=whole(1), metavar="N", help="that many of them; default: all")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.loader --data-path FOLDER
 
-All pipelines have DeiT's recipe. They take turns at each image, with the same random state, so that what else the
+All pipelines have DeiT's recipe. They take turns at each few images, with the same random states, so that what else the
 machine does slows all of them.
 """
 
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +33,8 @@ from training.options import build_parser, find_recipe, read_recipe, whole
 from training.seeding import AUGMENTATION, seed_everything
 
 SIZE = 224
+BLOCK = 16
+"""Images that one pipeline loads before it is the next one's turn."""
 STAGES = ("seed", "read", "decode", "crop and resize", "augment", "to tensor")
 PLAIN = "torchvision and timm"
 
@@ -90,9 +93,9 @@ def measure(is_train: bool, repeats: int, files: Sequence[Path]) -> np.ndarray:
     compared = list(pipelines(is_train).values())
     times = np.zeros((1 + repeats, len(compared), len(STAGES), 2))  # once more, to warm up
     for repeat in range(1 + repeats):
-        for number, file in enumerate(files):
-            for turn in range(len(compared)):
-                place = (number + turn) % len(compared)
+        for first, turn in product(range(0, len(files), BLOCK), range(len(compared))):
+            place = (first // BLOCK + turn) % len(compared)
+            for number, file in enumerate(files[first : first + BLOCK], first):
                 value: Any = file
                 stamps = [_now()]
                 seed_everything(0, AUGMENTATION, repeat, number)

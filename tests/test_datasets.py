@@ -1,6 +1,7 @@
 """Data sets, transforms and loaders: a user's mistake is one line; what a run sees is exact and reproducible."""
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -27,7 +29,16 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms_factory import create_transform
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.transforms import ColorJitter, Compose, RandomChoice
+from torchvision.transforms import (
+    CenterCrop,
+    ColorJitter,
+    Compose,
+    InterpolationMode,
+    Normalize,
+    RandomChoice,
+    Resize,
+    ToTensor,
+)
 
 from datasets import (
     DATA_SETS,
@@ -38,6 +49,7 @@ from datasets import (
     build_transform,
     canonical_data_set,
 )
+from training.images import read_image, read_pixels
 from training.interrupt import SIGNALS, leave_signals_to_parent
 
 CIFARS = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
@@ -56,6 +68,7 @@ def make_args(**changes) -> Namespace:
         eval_crop_ratio=0.875,
         interpolation="bicubic",
         train_crop="none",
+        fast_crop=None,
         scale=None,
         hflip=0.0,
         aa=None,
@@ -499,11 +512,18 @@ def test_the_random_resized_crop_gives_deits_own_images(train_interpolation):
         assert torch.equal(*results)
 
 
+def test_evaluation_gives_torchvisions_own_images():
+    mean, std = DATA_SETS["IMNET"].mean, DATA_SETS["IMNET"].std
+    ours = build_transform(False, make_args(data_set="IMNET", input_size=56, mean=mean, std=std))
+    theirs = Compose([Resize(64, InterpolationMode.BICUBIC), CenterCrop(56), ToTensor(), Normalize(mean, std)])
+    assert torch.equal(ours(noise_image(100, 80)), theirs(noise_image(100, 80)))
+
+
 def test_the_cifar_recipe_crops_flips_augments_and_normalises_in_this_order():
     args = make_args(data_set="CIFAR10", input_size=32, train_crop="pad", hflip=0.5, aa="torchvision")
     steps = [step for step in flatten(build_transform(True, args)) if not isinstance(step, RandomChoice | ColorJitter)]
     names = [type(step).__name__ for step in steps]
-    assert names == ["RandomCrop", "RandomHorizontalFlip", "RandAugment", "MaybeToTensor", "Normalize"]
+    assert names == ["RandomCrop", "RandomHorizontalFlip", "RandAugment", "Normalise"]
     assert tuple(steps[0].padding) == (4, 4)
 
 
@@ -648,6 +668,167 @@ def test_an_illegal_option_of_the_transform_names_its_flag(is_train, flag, value
     with pytest.raises(ValueError, match=flag) as error:
         build_transform(is_train, make_args(**{flag[2:].replace("-", "_"): value}))
     assert_one_line(error, str(value))
+
+
+# ---- the fast crop
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth, with a little noise, as photographs are."""
+    smooth = np.asarray(noise_image(5, 4, seed).resize((width, height), Image.Resampling.BICUBIC), dtype=float)
+    noise = np.random.default_rng(seed).normal(0, 4, smooth.shape)
+    return Image.fromarray((smooth + noise).clip(0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+PHOTO = photo(50, 37)
+JPEGS = {
+    "halved colours": encoded(PHOTO),
+    "full colours": encoded(PHOTO, subsampling=0),
+    "progressive": encoded(PHOTO, progressive=True),
+    "RGB": encoded(PHOTO, keep_rgb=True),
+    "grey": encoded(PHOTO.convert("L")),
+    "one pixel": encoded(photo(1, 1)),
+}
+OTHERS = {
+    "CMYK": encoded(PHOTO.convert("CMYK")),
+    "palette": encoded(PHOTO.convert("P"), "PNG"),
+    "alpha": encoded(PHOTO.convert("RGBA"), "PNG"),
+    "webp": encoded(PHOTO, "WEBP"),
+    "garbage before the end": encoded(PHOTO)[:-2] + b"garbage" + encoded(PHOTO)[-2:],
+}
+
+
+@pytest.mark.parametrize("content", [*JPEGS.values(), *OTHERS.values()], ids=[*JPEGS, *OTHERS])
+def test_an_image_is_read_to_pils_pixels_and_by_pil_where_it_is_no_plain_jpeg(tmp_path, content):
+    (file := tmp_path / "image").write_bytes(content)
+    for source in (content, str(file)):
+        pixels = read_pixels(source)
+        assert isinstance(pixels, np.ndarray if content in JPEGS.values() else Image.Image)
+        np.testing.assert_array_equal(pixels, read_image(source))
+
+
+@pytest.mark.parametrize("content", [JPEGS["grey"][:-300], JPEGS["progressive"][:900], b"", b"no image", None])
+def test_what_pil_cannot_read_is_the_same_error(tmp_path, content):
+    file = tmp_path / "image.jpg"
+    if content is not None:
+        file.write_bytes(content)
+    messages = []
+    for read in (read_pixels, read_image):
+        with pytest.raises(UnreadableImageError) as error:
+            read(str(file))
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    assert str(file) in messages[0]
+
+
+def test_whether_an_image_is_too_large_is_for_pil_to_say(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)
+    with pytest.raises(UnreadableImageError, match="bomb"):
+        read_pixels(JPEGS["RGB"], "image")
+
+
+def photo_folder(root: Path, sizes: list[tuple[int, int]]) -> Path:
+    for split in ("train", "val"):
+        (root / split / "class").mkdir(parents=True)
+        for number, (width, height) in enumerate(sizes):
+            photo(width, height, number).save(root / split / "class" / f"{number:03}.jpg")
+    return root
+
+
+def seeded_item(dataset: Dataset, index: int, seed: int) -> tuple[torch.Tensor, tuple]:
+    """An image, and the random numbers that come after it."""
+    seed_all(seed)
+    image, _ = dataset[index]
+    return image, (random.random(), np.random.rand(), torch.rand(1).item())
+
+
+SIZES = [(300, 200), (90, 400), (32, 32), (20, 11), (3, 60), (1, 1)]
+
+
+@pytest.mark.parametrize("input_size", [32, [24, 40]])
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear", "random"])
+def test_the_fast_crop_is_pils_but_for_rounding(tmp_path, mode, input_size):
+    options = {"train_crop": "random-resized", "train_interpolation": mode, "hflip": 0.5, "input_size": input_size}
+    args = folder_args(photo_folder(tmp_path, SIZES), **options, mean=(0.0,) * 3, std=(1.0,) * 3)
+    args.data_set = "IMNET"
+    fast, exact = (build_dataset(True, Namespace(**{**vars(args), "fast_crop": flag}))[0] for flag in (None, False))
+    differences = []
+    for index in range(len(SIZES)):
+        for seed in range(20):
+            (ours, our_state), (pils, pils_state) = (seeded_item(dataset, index, seed) for dataset in (fast, exact))
+            differences.append(((ours - pils) * 255).abs().round().flatten())
+            assert our_state == pils_state
+    assert torch.cat(differences).max() <= 2
+    assert 0 < (torch.cat(differences) > 0).float().mean() < 0.02
+    assert (torch.cat(differences) > 1).float().mean() < 1e-4
+
+
+def test_the_fast_crop_draws_what_pils_does_before_policy_and_erasing(tmp_path):
+    args = folder_args(photo_folder(tmp_path, SIZES[:2]), **AUGMENTED)
+    fast, exact = (build_dataset(True, Namespace(**{**vars(args), "fast_crop": flag}))[0] for flag in (True, False))
+    for seed in range(20):
+        assert seeded_item(fast, seed % 2, seed)[1] == seeded_item(exact, seed % 2, seed)[1]
+
+
+def test_without_the_fast_crop_jpegs_become_timms_own_images(tmp_path):
+    mean, std = DATA_SETS["IMNET"].mean, DATA_SETS["IMNET"].std
+    args = folder_args(photo_folder(tmp_path, SIZES), **AUGMENTED, input_size=48, mean=mean, std=std, fast_crop=False)
+    deit = create_transform(
+        48, is_training=True, auto_augment=AUGMENTED["aa"], interpolation="bicubic", re_prob=0.5, re_mode="pixel"
+    )
+    ours, _ = build_dataset(True, args)
+    for index, (path, _) in enumerate(ours.samples):
+        image, _ = seeded_item(ours, index, index)
+        seed_all(index)
+        assert torch.equal(image, deit(Image.open(path).convert("RGB")))
+
+
+RANDOM_RESIZED = {"train_crop": "random-resized"}
+
+
+@pytest.mark.parametrize(
+    ("is_train", "options", "decoded"),
+    [
+        (True, RANDOM_RESIZED, 1),
+        (True, {**RANDOM_RESIZED, "fast_crop": True}, 1),
+        (True, {**RANDOM_RESIZED, "fast_crop": False}, 0),
+        (True, {**RANDOM_RESIZED, "src": True}, 0),
+        (True, {"train_crop": "pad"}, 0),
+        (True, {"train_crop": "none"}, 0),
+        (False, RANDOM_RESIZED, 0),
+    ],
+)
+def test_only_the_random_resized_crops_of_training_are_fast(tmp_path, monkeypatch, is_train, options, decoded):
+    count = []
+    decode = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda content: count.append(1) or decode(content))
+    dataset, _ = build_dataset(is_train, folder_args(photo_folder(tmp_path, [(40, 30)]), **options))
+    assert dataset[0][0].shape == (3, 16, 16)
+    assert len(count) == decoded
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_fast_crop_that_is_asked_for_or_refused_in_vain_is_told(caplog, flag):
+    for options in ({}, RANDOM_RESIZED, {**RANDOM_RESIZED, "data_set": "FOLDER"}):
+        build_transform(True, make_args(**options))
+    build_transform(True, make_args(**RANDOM_RESIZED, data_set="FOLDER", fast_crop=flag))
+    build_transform(False, make_args(fast_crop=flag))
+    assert caplog.messages == []
+    for options in (
+        {"data_set": "FOLDER"},
+        {"data_set": "WDS", **RANDOM_RESIZED, "src": True},
+        {"data_set": "CIFAR10", **RANDOM_RESIZED},
+    ):
+        caplog.clear()
+        build_transform(True, make_args(**options, fast_crop=flag))
+        (message,) = caplog.messages
+        assert message.startswith("--fast-crop is without effect" if flag else "--no-fast-crop is without effect")
 
 
 # ---- loaders
@@ -1006,8 +1187,14 @@ def test_inaturalist_takes_its_splits_and_classes_from_the_annotations(
         images, names = build_dataset(is_train, args)
         assert names == classes
         assert [label for _, label in images] == labels
+        assert images.read_file is read_image
         levels = [round((image.mean().item() * 0.5 + 0.5) * 255) for image, _ in images]
         assert levels == list(range(first, first + len(labels)))
+
+
+def test_inaturalist_has_the_fast_crop(tmp_path):
+    args = make_args(data_set="INAT", data_path=str(make_inaturalist(tmp_path, 2018)), train_crop="random-resized")
+    assert build_dataset(True, args)[0].read_file is read_pixels
 
 
 def damage_inaturalist(kind: str, root: Path) -> None:

@@ -232,18 +232,42 @@ def test_shards_before_the_place_are_not_opened(args, monkeypatch):
     assert len(opened) <= 2
 
 
+@pytest.mark.parametrize(("is_train", "fast_crop"), [(False, None), (True, None), (True, False)])
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-def test_images_are_those_of_a_folder(tmp_path, suffix):
-    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+def test_images_are_those_of_a_folder(tmp_path, suffix, is_train, fast_crop):
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     content = encoded(pixels, suffix)
     for split in ("train", "val"):
         write_tar(tmp_path / f"{split}.tar", {f"a.{suffix.upper()}": content, "a.cls": b" 0\n"})
         (tmp_path / split / "class").mkdir(parents=True)
         (tmp_path / split / "class" / f"a.{suffix}").write_bytes(content)
-    ours = make_args(data_set="WDS", data_path=f"{tmp_path}/train.tar", eval_data_path=f"{tmp_path}/val.tar")
-    theirs = make_args(data_set="FOLDER", data_path=str(tmp_path))
-    images = [next(iter(build_loader(build_dataset(False, a)[0], False, a, 0, 1)))[0] for a in (ours, theirs)]
-    assert torch.equal(*images)
+    options = {"train_crop": "random-resized", "fast_crop": fast_crop, "batch_size": 1, "input_size": 64}
+    paths = {"data_path": f"{tmp_path}/train.tar", "eval_data_path": f"{tmp_path}/val.tar"}
+    images = []
+    for args in (
+        make_args(data_set="WDS", **paths, **options),
+        make_args(data_set="FOLDER", data_path=str(tmp_path), **options),
+        make_args(data_set="FOLDER", data_path=str(tmp_path), **{**options, "fast_crop": False}),
+    ):
+        images.append(next(iter(build_loader(build_dataset(is_train, args)[0], is_train, args, 0, 1)))[0])
+    assert torch.equal(images[0], images[1])
+    is_fast = is_train and fast_crop is None and suffix == "jpg"
+    assert torch.equal(images[1], images[2]) is not is_fast
+
+
+def test_a_truncated_jpeg_is_the_same_error_with_and_without_the_fast_crop(tmp_path):
+    content = encoded(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8), "jpg")[:-500]
+    for split in ("train", "val"):
+        write_tar(tmp_path / f"{split}.tar", {"a.jpg": content, "a.cls": b"0"})
+    paths = {"data_path": f"{tmp_path}/train.tar", "eval_data_path": f"{tmp_path}/val.tar"}
+    messages = []
+    for fast_crop in (True, False):
+        args = make_args(data_set="WDS", **paths, train_crop="random-resized", batch_size=1, fast_crop=fast_crop)
+        with pytest.raises(UnreadableImageError) as error:
+            next(iter(build_loader(build_dataset(True, args)[0], True, args, 0, 1)))
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    assert_one_line(error, "a.jpg", "train.tar", "truncated")
 
 
 # ---- classes and counts

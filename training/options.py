@@ -267,6 +267,9 @@ def _data_options(add: Callable[..., None]) -> None:
 def _augmentation_options(add: Callable[..., None]) -> None:
     add("--train-crop", default="random-resized", metavar="HOW",
         help="random-resized; pad, for a crop of the image padded by an eighth of its side; none")
+    add("--fast-crop", action=argparse.BooleanOptionalAction,
+        help="make the random resized crops of image files faster, within a rounding of PIL's pixels; without, by PIL; "
+             "default: on")
     add("--scale", type=FRACTION, nargs=2, metavar=("LOW", "HIGH"),
         help="area of the random resized crop, part of the image's; default: 0.08 1")
     add("--src", action=argparse.BooleanOptionalAction, default=False,

@@ -11,12 +11,11 @@ The order depends on the numbers of processes and of workers. An image's augment
 
 import argparse
 import hashlib
-import io
 import json
 import math
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice, repeat
@@ -27,19 +26,16 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from training.checkpoint import atomic_write
 from training.distributed import in_turns
-from training.images import UnreadableImageError, one_line, read_image
+from training.images import Reader, Transform, UnreadableImageError, one_line
 from training.seeding import AUGMENTATION, seed_everything
 
 _logger = getLogger(__name__)
 
-Transform = Callable[[Image.Image], Tensor]
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 LABEL_SUFFIX = "cls"
 BLOCK = 1000
@@ -65,15 +61,17 @@ class Shards(Dataset):
 
     Args:
         urls: of the files: paths, or what else webdataset opens, such as `https:` URLs or `pipe:` and a command.
-        transform: PIL RGB image -> (3, H, W).
+        transform: RGB image -> (3, H, W).
+        read_file: the bytes of an image's file, and its name for errors -> what `transform` takes.
 
     Raises:
         DamagedShardError: a file is not as it should be.
     """
 
-    def __init__(self, urls: Sequence[str], transform: Transform) -> None:
+    def __init__(self, urls: Sequence[str], transform: Transform, read_file: Reader) -> None:
         self.urls = list(urls)
         self.transform = transform
+        self.read_file = read_file
         contents = find_contents(self.urls)
         self.lengths, self.labels = contents.lengths, contents.labels
 
@@ -124,7 +122,12 @@ def _first_argument(error: Exception) -> str:
 
 
 def open_shards(
-    is_train: bool, data_path: str | None, transform: Transform, eval_data_path: str | None, num_classes: int | None
+    is_train: bool,
+    data_path: str | None,
+    transform: Transform,
+    read_file: Reader,
+    eval_data_path: str | None,
+    num_classes: int | None,
 ) -> tuple[Shards, list[str]]:
     """The images to train or to test with, and their classes, which are numbers.
 
@@ -138,7 +141,7 @@ def open_shards(
     """
     patterns = {"--data-path": data_path, "--eval-data-path": eval_data_path}
     flag = "--data-path" if is_train else "--eval-data-path"
-    images = Shards(find_shards(flag, patterns[flag]), transform)
+    images = Shards(find_shards(flag, patterns[flag]), transform, read_file)
     if not len(images):
         raise FileNotFoundError(f"no image in {flag} {patterns[flag]}")
     labels = {*images.labels}
@@ -354,8 +357,8 @@ class ShardStream(IterableDataset):
             sample = block[(place + other) % len(block)]
             suffix = next(suffix for suffix in IMAGE_SUFFIXES if suffix in sample)
             try:
-                image = read_image(
-                    io.BytesIO(sample[suffix]), f"{sample['__key__']}.{suffix} of shard {sample['__url__']}"
+                image = self.shards.read_file(
+                    sample[suffix], f"{sample['__key__']}.{suffix} of shard {sample['__url__']}"
                 )
             except UnreadableImageError as error:
                 complaint = complaint or str(error)

@@ -9,6 +9,8 @@ import pytest
 from test_recipes import PARSER, resolve
 from torch.distributed.run import get_args_parser
 
+import compare
+from comparison.plan import make_plan
 from training.optimisation import images_per_update, learning_rate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,10 +18,10 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 def commands(page: Path) -> list[str]:
-    """The lines of shell that start `main.py`, continued lines joined, with their comments."""
+    """The lines of shell that train, continued lines joined, with their comments."""
     blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in lines if "main.py" in line or "train.sbatch" in line]
+    return [line for line in lines if re.search(r"main\.py|train\.sbatch|compare\.py", line)]
 
 
 ALL = [command for page in PAGES for command in commands(page)]
@@ -36,8 +38,9 @@ def test_every_page_has_commands_and_its_links_lead_somewhere(page: Path) -> Non
 
 @pytest.mark.parametrize("command", ALL)
 def test_every_command_is_understood(command: str) -> None:
-    arguments = re.split(r".*(?:main\.py|train\.sbatch) ", command)[1]
-    assert PARSER.read(shlex.split(arguments, comments=True))
+    program, arguments = re.fullmatch(r".*(main\.py|train\.sbatch|compare\.py) (.*)", command).groups()  # type: ignore[union-attr]
+    given = shlex.split(arguments, comments=True)
+    assert make_plan(*compare.read_options(given)).runs if program == "compare.py" else PARSER.read(given)
 
 
 @pytest.mark.parametrize("command", TOLD)

@@ -80,7 +80,7 @@ def test_each_flag_is_read_with_dashes_and_with_underscores(name: str) -> None:
         "mixup_mode": ["pair"],
         "sched": ["tanh"],
     }
-    values |= {"distillation_type": ["soft"], "pin_mem": []}
+    values |= {"distillation_type": ["soft"], "pin_mem": [], "fast_crop": []}
     value = values.get(name, [] if isinstance(PARSER.defaults[name], bool) else ["1"])
     assert PARSER.read([dashes, *value]) == PARSER.read([underscores, *value])
     assert PARSER.read([dashes, *value]).keys() == {name}

@@ -13,9 +13,9 @@ from comparison.forecast import forecast
 from comparison.jobs import FAILED, Job, alone_in, places, run_jobs
 from comparison.pictures import draw_comparison
 from comparison.plan import Plan, make_plan
-from comparison.screen import Screen, print_table
+from comparison.screen import Screen
 from comparison.sizes import evaluations, write_sizes
-from comparison.tables import heading, outcomes, table_rows, write_tables
+from comparison.tables import NAMES, heading, outcomes, table_rows, write_tables
 from datasets import build_dataset
 from lape_vit.encodings import all_options
 from lape_vit.joins import Basic
@@ -24,6 +24,7 @@ from training.distributed import world_from_environment
 from training.interrupt import Interrupted, defer_interrupts
 from training.logs import end_in_one_line, start_logging
 from training.options import WIDTH, Parser, flag_of, whole, with_dashes
+from training.tables import print_table
 
 _logger = getLogger(__name__)
 
@@ -200,7 +201,8 @@ def write_results(plan: Plan, failures: dict[str, str]) -> None:
 def show_results(plan: Plan, console: Console) -> None:
     """Print the table, but for what a terminal has no room for."""
     rows = table_rows(plan, outcomes(plan))
-    print_table(console, heading(plan), [{name: row[name] for name in row if "epoch" not in name} for row in rows])
+    without_epochs = [{name: row[name] for name in row if "epoch" not in name} for row in rows]
+    print_table(console, heading(plan), without_epochs, NAMES)
     _logger.info("%s: table.md, table.csv and compare.png", plan.folder)
 
 

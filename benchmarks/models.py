@@ -24,10 +24,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import models_lape
-from benchmarks.timing import MemoryMeter, Sample, alternate, describe_machine, matmul_flops, print_table
+from benchmarks.timing import MemoryMeter, Sample, alternate, describe_machine, matmul_flops
 from comparison.plan import sort_pairs
+from comparison.tables import NAMES
 from lape_vit.encodings import ENCODINGS
 from lape_vit.joins import JOINS, legal_joins
+from training.logs import start_logging
+from training.tables import Row, print_table
 
 
 def timms_compact(**kwargs: Any) -> nn.Module:
@@ -133,7 +136,7 @@ def peak_memory(make: Callable[..., nn.Module], setting: Setting) -> int:
     return meter.peak()
 
 
-def measure(name: str, pairs: list[Pair], reference: str, setting: Setting) -> list[list[str]]:
+def measure(name: str, pairs: list[Pair], reference: str, setting: Setting) -> list[Row]:
     """A row of the table for each pair."""
     peak_flops = matmul_flops(setting.device, setting.dtype)
     rows = []
@@ -144,15 +147,14 @@ def measure(name: str, pairs: list[Pair], reference: str, setting: Setting) -> l
         forward, other_forward = ours.compare(other, "forward")
         step, other_step = ours.compare(other, "train")
         share = training_flops(ours) / step.median / peak_flops
+        time = f"time / {reference}'s"
         rows.append(
-            [
-                ", ".join(pair),
-                f"{setting.batch_size / forward.median:,.0f}",
-                str(forward.ratio_to(other_forward)),
-                f"{setting.batch_size / step.median:,.0f}",
-                str(step.ratio_to(other_step)),
-                f"{share:.0%}",
-            ]
+            dict(zip(NAMES, pair, strict=True))
+            | {"forward, images/s": f"{setting.batch_size / forward.median:,.0f}"}
+            | {f"forward, {time}": str(forward.ratio_to(other_forward))}
+            | {"training, images/s": f"{setting.batch_size / step.median:,.0f}"}
+            | {f"training, {time}": str(step.ratio_to(other_step))}
+            | {"share of matmul peak": f"{share:.0%}"}
         )
     return rows
 
@@ -200,17 +202,17 @@ def main() -> None:
             f"--reference {args.reference} cannot carry {', '.join(dict.fromkeys(without))}: name others by --pe"
         )
     device = torch.device(args.device)
+    console = start_logging(is_main=True)
     for name in args.model:
         batch_size = args.batch_size or (16 if name.endswith("224") else 128)
         setting = Setting(device, getattr(torch, args.dtype), args.compile, batch_size, args.repeats)
         rows = measure(name, pairs, args.reference, setting)
         if MemoryMeter.can_measure(device):
             ratios = compare_memory(name, pairs, args.reference, setting)
-            rows = [[*row, ratio] for row, ratio in zip(rows, ratios, strict=True)]
+            memory = f"training, memory / {args.reference}'s"
+            rows = [row | {memory: ratio} for row, ratio in zip(rows, ratios, strict=True)]
         mode = f"{args.dtype}, {'compiled' if args.compile else 'eager'}, batch {batch_size}"
-        time, memory = (f"{what} / {args.reference}'s" for what in ("time", "memory"))
-        header = ["pair", "forward, images/s", time, "training, images/s", time, "of peak", memory]
-        print_table(f"{name}: {mode}\n{describe_machine(device)}", header[: len(rows[0])], rows)
+        print_table(console, f"{name}: {mode}; {describe_machine(device)}", rows, NAMES)
 
 
 if __name__ == "__main__":

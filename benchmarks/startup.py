@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import Sample, alternate, describe_machine, print_table
+from benchmarks.timing import Sample, alternate, describe_machine
+from training.logs import start_logging
+from training.tables import print_table
 
 ROOT = Path(__file__).resolve().parent.parent
 # The whole data set but a few images is one step.
@@ -46,13 +48,13 @@ def main() -> None:
     names = ["import timm", "import models_lape"]
     timms, ours = alternate([lambda name=name: run("-c", name) for name in names], args.repeats, cpu)  # type: ignore[misc]
     whole = Sample([run_to_first_step() for _ in range(args.repeats)])
-    ratio = whole.median / timms.median
+    first_step = f"python main.py {' '.join(RUN)}, to the first step"
+    of_timms = ("1", str(ours.ratio_to(timms)), f"{whole.median / timms.median:.1f}")
     rows = [
-        [names[0], f"{timms.median:.2f} s", "1"],
-        [names[1], f"{ours.median:.2f} s", str(ours.ratio_to(timms))],
-        [f"python main.py {' '.join(RUN)}, to the first step", f"{whole.median:.2f} s", f"{ratio:.3f}"],
+        {"what": what, "time": f"{sample.median:.2f} s", "time / import timm's": ratio}
+        for what, sample, ratio in zip((*names, first_step), (timms, ours, whole), of_timms, strict=True)
     ]
-    print_table(f"start\n{describe_machine(cpu)}", ["", "time", "time / import timm's"], rows)
+    print_table(start_logging(is_main=True), f"start; {describe_machine(cpu)}", rows, ("what",))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -128,15 +126,3 @@ def _cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
     names: Iterator[str] = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
-
-
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Left-aligned names first, then right-aligned figures."""
-    table = Table(title=title, title_justify="left")
-    for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    console.width = max(console.width, 160)
-    console.print(table)

@@ -13,11 +13,11 @@ from rich.console import Console
 import main
 import run_setup
 from comparison.plan import Plan, Run, count_cores
-from comparison.screen import print_table
-from comparison.tables import NAMES, Row, heading
+from comparison.tables import NAMES, heading
 from model_setup import count_parameters
 from training.distributed import World
 from training.logs import Loop, LoopDisplay, clock
+from training.tables import Row, print_table
 
 _logger = getLogger(__name__)
 
@@ -130,7 +130,7 @@ def forecast(plan: Plan, jobs: int, console: Console) -> int:
             row |= {"waiting for data": f"{100 * cost.waiting:.0f} %"}
             row |= {"an epoch": f"{cost.epoch:.1f} s", "a run": clock(cost.epoch * runs[0].epochs)}
         rows.append(row)
-    print_table(console, heading(plan), rows)
+    print_table(console, heading(plan), rows, NAMES)
     each = f", if {jobs} at a time are each as fast as one alone on {plan.common['device']}" if jobs > 1 else ""
     _logger.info("about %s in all%s", clock(max(total / jobs, longest)), each)
     return code

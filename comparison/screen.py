@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from comparison.jobs import FAILED, FINISHED, RUNNING, WAITING, Job
-from comparison.tables import NAMES, NOT_YET, Row, columns_of, markdown
 from training.logs import LINES_PER_LOOP, clock
 
 _logger = getLogger(__name__)
@@ -153,20 +152,3 @@ class Screen:
 def best(rows: Sequence[dict[str, Any]]) -> float:
     """The best test accuracy, per cent."""
     return max(row["test_acc1"] for row in rows)
-
-
-def print_table(console: Console, title: str, rows: Sequence[Row]) -> None:
-    """Print a table; as Markdown where it is no terminal."""
-    if not console.is_terminal:
-        _logger.info("\n%s\n\n%s", title, markdown(rows))
-        return
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    columns = columns_of(rows)
-    lines = [[row.get(column, NOT_YET) for column in columns] for row in rows]
-    for place, column in enumerate(columns):
-        is_narrow = max(len(line[place]) for line in lines) < len(column)
-        header = column.replace(" ", "\n") if is_narrow else column
-        table.add_column(header, justify="left" if column in NAMES else "right", no_wrap=column in NAMES)
-    for line in lines:
-        table.add_row(*line)
-    console.print(table, highlight=False)

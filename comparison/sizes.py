@@ -8,9 +8,10 @@ from typing import Any
 from comparison.jobs import Job
 from comparison.pictures import draw_sizes
 from comparison.plan import Plan, Run
-from comparison.tables import NAMES, NOT_YET, Pair, Spread, csv_text, failed, heading, markdown, mean_and_deviation
+from comparison.tables import NAMES, Pair, Spread, csv_text, failed, heading, mean_and_deviation
 from training.checkpoint import atomic_write
 from training.files import write_text
+from training.tables import NOT_YET, markdown
 
 Measured = dict[Pair, dict[int, list[float]]]
 """Accuracies over seeds, per cent, by pair and size."""
@@ -66,7 +67,7 @@ def write_sizes(plan: Plan, sizes: Sequence[int], failures: Mapping[str, str]) -
         f"\nTest accuracy (%) of each run's best epoch by the side of the input in pixels; trained at {trained_at}: "
         "mean ± standard deviation over seeds.\n"
     )
-    text = f"# {heading(plan)}, at other sizes\n\n{markdown(rows)}{remark}{failed(failures)}"
+    text = f"# {heading(plan)}, at other sizes\n\n{markdown(rows, NAMES)}{remark}{failed(failures)}"
     write_text(plan.folder / "sizes.md", text)
     write_text(plan.folder / "sizes.csv", csv_text(list(csv_rows(found))))
     if any(accuracies for by_size in found.values() for accuracies in by_size.values()):

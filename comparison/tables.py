@@ -9,15 +9,13 @@ from typing import Any
 
 from comparison.plan import Plan, Run
 from training.files import write_text
+from training.tables import Row, markdown
 
 Pair = tuple[str, str]
 
-Row = dict[str, str]
-"""Cells by their columns."""
 NAMES = ("encoding", "join")
 """Columns that hold no numbers."""
 BEST = "best (%)"
-NOT_YET = "-"
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def write_tables(plan: Plan, found: Mapping[Pair, Sequence[Outcome]], failures: 
     for row, mean_of_pair in zip(rows, means, strict=True):
         if BEST in row and mean_of_pair == max(means):
             row[BEST] = f"**{row[BEST]}**"
-    text = f"# {heading(plan)}\n\n{markdown(rows)}{remarks(plan)}{failed(failures)}"
+    text = f"# {heading(plan)}\n\n{markdown(rows, NAMES)}{remarks(plan)}{failed(failures)}"
     write_text(plan.folder / "table.md", text)
     write_text(plan.folder / "table.csv", csv_text(csv_rows(found, failures, plan)))
 
@@ -186,29 +184,6 @@ def remarks(plan: Plan) -> str:
 def failed(failures: Mapping[str, str]) -> str:
     """The failures and their reasons."""
     return "\nFailed:\n\n" + "".join(f"- {name}: {reason}\n" for name, reason in failures.items()) if failures else ""
-
-
-def columns_of(rows: Sequence[Row]) -> list[str]:
-    """Of the fullest row."""
-    fullest = max(rows, key=len)
-    return list(fullest)
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """A table with names aligned to the left, and numbers to the right."""
-    columns = columns_of(rows)
-    widths = {column: max(3, len(column), *(len(row.get(column, NOT_YET)) for row in rows)) for column in columns}
-
-    def line(cells: Row) -> str:
-        aligned = (
-            text.ljust(widths[column]) if column in NAMES else text.rjust(widths[column])
-            for column, text in cells.items()
-        )
-        return f"| {' | '.join(aligned)} |\n"
-
-    rule = {column: "-" * width if column in NAMES else "-" * (width - 1) + ":" for column, width in widths.items()}
-    body = ({column: row.get(column, NOT_YET) for column in columns} for row in rows)
-    return "".join(map(line, (dict(zip(columns, columns, strict=True)), rule, *body)))
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:

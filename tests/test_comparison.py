@@ -16,13 +16,14 @@ from comparison import forecast
 from comparison.jobs import FAILED, FINISHED, RUNNING, Job
 from comparison.pictures import LOOKS, colours_of, draw_comparison, draw_sizes
 from comparison.plan import Plan, Run
-from comparison.screen import Screen, print_table
-from comparison.tables import outcomes, table_rows, write_tables
+from comparison.screen import Screen
+from comparison.tables import NAMES, outcomes, table_rows, write_tables
 from lape_vit import encodings
 from lape_vit.joins import JOINS, legal_joins, legal_pairs
 from tests.fake_runs import accuracies, finish, finish_all, plan_of, row
 from tests.tiny_run import set_up
 from training.options import build_parser, config_text, saved_options
+from training.tables import print_table
 
 QUICK = ("--data-set", "DIGITS", "--device", "cpu")
 PNG = b"\x89PNG"
@@ -269,7 +270,7 @@ def test_without_a_terminal_each_change_is_a_line(tmp_path: Path, caplog: pytest
 def test_a_table_is_printed_as_markdown_where_there_is_no_terminal(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     rows = [{"encoding": "none", "join": "basic", "best (%)": "1.00"}, {"encoding": "rope", "join": "basic"}]
-    print_table(Console(file=io.StringIO()), "title", rows)
+    print_table(Console(file=io.StringIO()), "title", rows, NAMES)
     (text,) = caplog.messages
     assert text.splitlines()[3:] == [
         "| encoding | join  | best (%) |",
@@ -278,5 +279,5 @@ def test_a_table_is_printed_as_markdown_where_there_is_no_terminal(caplog: pytes
         "| rope     | basic |        - |",
     ]
     console = Console(force_terminal=True, width=80, file=io.StringIO())
-    print_table(console, "title", rows)
+    print_table(console, "title", rows, NAMES)
     assert "rope" in console.file.getvalue()  # type: ignore[attr-defined]

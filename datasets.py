@@ -28,7 +28,7 @@ from timm.data.transforms_factory import create_transform
 from timm.layers import to_2tuple
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.transforms import (
     CenterCrop,
@@ -42,14 +42,25 @@ from torchvision.transforms import (
 )
 
 from training.distributed import in_turns
-from training.images import Picture, Reader, Transform, UnreadableImageError, one_line, read_image, read_pixels
+from training.images import (
+    Batching,
+    Crop,
+    Picture,
+    Reader,
+    Sample,
+    Transform,
+    UnreadableImageError,
+    one_line,
+    read_image,
+    read_pixels,
+)
 from training.interrupt import hold_signals, leave_signals_to_parent
-from training.seeding import AUGMENTATION, seed_everything
+from training.seeding import CROP, seed_everything
 from training.shards import Shards, ShardStream, open_shards, share_of_shards
 
 _logger = getLogger(__name__)
 
-LabelledImages = tuple[Dataset, list[str]]  # the images, and the class names in the order of their labels
+LabelledImages = tuple[Dataset, list[str]]  # cropped images, and the class names in the order of their labels
 
 
 # ---- data sets
@@ -59,7 +70,7 @@ LabelledImages = tuple[Dataset, list[str]]  # the images, and the class names in
 class DataSet:
     """What differs from one data set to the next."""
 
-    open: Callable[..., LabelledImages]  # (is_train, data path, transform), and a reader unless in memory
+    open: Callable[..., LabelledImages]  # (is_train, data path, crop), and a reader unless in memory
     mean: tuple[float, float, float]  # of the training images scaled to 0..1
     std: tuple[float, float, float]
     recipe: str  # the recipe used when none is named
@@ -82,11 +93,31 @@ def canonical_data_set(name: str) -> str:
     return key
 
 
-def build_dataset(is_train: bool, args: argparse.Namespace) -> LabelledImages:
+class Images(Dataset):
+    """One split of a data set: an item is (image (3, H, W), label).
+
+    Args:
+        cropped: (PIL RGB image of the input's size, label) by index; or `Shards`, which have no index.
+        finish: what makes an image of a cropped one.
+    """
+
+    def __init__(self, cropped: Dataset, finish: Transform) -> None:
+        self.cropped = cropped
+        self.finish = finish
+
+    def __len__(self) -> int:
+        return len(self.cropped)  # type: ignore[arg-type]  # torch's Dataset declares no __len__; all of ours have one
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.cropped[index]
+        return self.finish(image), label
+
+
+def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Images, list[str]]:
     """Open one split of `args.data_set` (a key of `DATA_SETS`), transformed by `build_transform`.
 
     Returns:
-        The data set of (image (3, H, W), label) pairs, and the class names in the order of their labels.
+        The images, and the class names in the order of their labels.
 
     Raises:
         FileNotFoundError: images are missing and, for CIFAR, cannot be downloaded.
@@ -106,10 +137,12 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> LabelledImages:
     if not data_set.small:
         options["read_file"] = read_pixels if is_train and _crops_pixels(args) else read_image
     data_path = args.data_path or data_set.default_data_path
-    return data_set.open(is_train, data_path, build_transform(is_train, args), **options)
+    crop, finish = build_transform(is_train, args).transforms
+    cropped, classes = data_set.open(is_train, data_path, crop, **options)
+    return Images(cropped, finish), classes
 
 
-def _open_folders(is_train: bool, data_path: str | None, transform: Transform, read_file: Reader) -> LabelledImages:
+def _open_folders(is_train: bool, data_path: str | None, crop: Crop, read_file: Reader) -> LabelledImages:
     if data_path is None:
         raise ValueError("--data-path is missing: name the folder that holds train/ and val/")
     splits = {split: Path(data_path).expanduser() / split for split in ("train", "val")}
@@ -119,7 +152,7 @@ def _open_folders(is_train: bool, data_path: str | None, transform: Transform, r
     classes = {split: _class_folders(path) for split, path in splits.items() if path.is_dir()}
     _check_same_classes(data_path, classes.get("train"), classes.get("val"))
 
-    images = ImageFolder(folder, transform, loader=read_file, allow_empty=True)
+    images = ImageFolder(folder, crop, loader=read_file, allow_empty=True)
     if empty := set(range(len(images.classes))).difference(images.targets):
         names = _first_few([images.classes[label] for label in sorted(empty)])
         raise FileNotFoundError(f"no image in class folder {names} of {folder}: add images or remove the folder")
@@ -146,7 +179,7 @@ def _first_few(names: Sequence[str], few: int = 5) -> str:
     return ", ".join(names[:few]) + rest
 
 
-def _open_cifar(cifar: type[CIFAR10], is_train: bool, data_path: str | None, transform: Transform) -> LabelledImages:
+def _open_cifar(cifar: type[CIFAR10], is_train: bool, data_path: str | None, crop: Crop) -> LabelledImages:
     assert data_path is not None  # DATA_SETS has a default
     folder = Path(data_path).expanduser() / cifar.base_folder
     with in_turns() as may_download:
@@ -154,7 +187,7 @@ def _open_cifar(cifar: type[CIFAR10], is_train: bool, data_path: str | None, tra
             _logger.info("%s is not in %s: downloading it from %s", cifar.__name__, folder, cifar.url)
         try:
             # torchvision downloads only what is not already there, whole and with the right checksums
-            images = cifar(folder.parent, train=is_train, transform=transform, download=may_download)
+            images = cifar(folder.parent, train=is_train, transform=crop, download=may_download)
         except (OSError, HTTPException, RuntimeError) as error:
             raise FileNotFoundError(
                 f"{cifar.__name__} is not complete in {folder}, and its download from {cifar.url} failed "
@@ -167,10 +200,10 @@ def _open_cifar(cifar: type[CIFAR10], is_train: bool, data_path: str | None, tra
 class Digits(Dataset):
     """Scikit-learn's 1,797 scans of handwritten digits, 8 x 8 and installed with it: 1,437 to train and 360 to test.
 
-    The split is fixed and stratified by class. An item is (transform of a PIL RGB image, label).
+    The split is fixed and stratified by class. An item is (crop of a PIL RGB image, label).
     """
 
-    def __init__(self, is_train: bool, transform: Transform) -> None:
+    def __init__(self, is_train: bool, crop: Crop) -> None:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
@@ -182,20 +215,20 @@ class Digits(Dataset):
         self.images = np.rint(digits.images[split] * (255 / 16)).astype(np.uint8)  # scanned in 17 grey levels, 0..16
         self.targets: list[int] = digits.target[split].tolist()
         self.classes = [str(name) for name in digits.target_names]
-        self.transform = transform
+        self.crop = crop
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.images[index]).convert("RGB")), self.targets[index]
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.crop(Image.fromarray(self.images[index]).convert("RGB")), self.targets[index]
 
 
 class INaturalist(Dataset):
     """A split of iNaturalist 2018 or 2019, which its annotation files tell, with classes of any taxonomic rank.
 
     torchvision's class of this name knows no splits. Labels number the classes in the order in which the training
-    annotations first name them, as DeiT's do. An item is (transform of what `read_file` reads, label).
+    annotations first name them, as DeiT's do. An item is (crop of what `read_file` reads, label).
 
     Args:
         folder: holds `train{year}.json`, `val{year}.json`, `categories.json` and the images they name.
@@ -207,10 +240,8 @@ class INaturalist(Dataset):
         ValueError: a damaged file, or an unknown category.
     """
 
-    def __init__(
-        self, folder: Path, year: int, is_train: bool, category: str, transform: Transform, read_file: Reader
-    ) -> None:
-        self.transform = transform
+    def __init__(self, folder: Path, year: int, is_train: bool, category: str, crop: Crop, read_file: Reader) -> None:
+        self.crop = crop
         self.read_file = read_file
         groups = {entry["id"]: entry for entry in _read_json(folder / "categories.json")}
         if unknown := [entry for entry in groups.values() if category not in entry]:
@@ -231,9 +262,9 @@ class INaturalist(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
-        return self.transform(self.read_file(str(path))), label
+        return self.crop(self.read_file(str(path))), label
 
 
 def _read_json(path: Path) -> Any:
@@ -246,12 +277,12 @@ def _read_json(path: Path) -> Any:
 
 
 def _open_inaturalist(
-    year: int, is_train: bool, data_path: str | None, transform: Transform, read_file: Reader, category: str
+    year: int, is_train: bool, data_path: str | None, crop: Crop, read_file: Reader, category: str
 ) -> LabelledImages:
     if data_path is None:
         raise ValueError(f"--data-path is missing: name the folder that holds train{year}.json and the images")
     try:
-        images = INaturalist(Path(data_path).expanduser(), year, is_train, category, transform, read_file)
+        images = INaturalist(Path(data_path).expanduser(), year, is_train, category, crop, read_file)
     except (KeyError, TypeError) as error:
         raise ValueError(f"the annotation files in --data-path {data_path} do not fit together: {error!r}") from error
     if missing := next((path for path, _ in images.samples if not path.is_file()), None):
@@ -259,12 +290,12 @@ def _open_inaturalist(
     return images, images.classes
 
 
-def _open_digits(is_train: bool, data_path: str | None, transform: Transform) -> LabelledImages:
+def _open_digits(is_train: bool, data_path: str | None, crop: Crop) -> LabelledImages:
     if data_path is not None:
         raise ValueError(
             f"--data-path {data_path} means nothing to DIGITS, which comes with scikit-learn: leave it out"
         )
-    digits = Digits(is_train, transform)
+    digits = Digits(is_train, crop)
     return digits, digits.classes
 
 
@@ -323,6 +354,8 @@ TIMM_POLICY = re.compile(
 def build_transform(is_train: bool, args: argparse.Namespace) -> Compose:
     """The transform of one split: PIL RGB image -> normalised float32 tensor (3, H, W) of `args.input_size`.
 
+    Its two halves are the crop, to a PIL image of that size, and all that follows.
+
     Training: crop (`args.train_crop`), flip, `args.aa`, colour jitter, normalisation, random erasing, as in DeiT; `pad`
     crops the whole image padded by an eighth of its side, `none` takes the whole image. `args.src` and
     `args.three_augment` put DeiT III's simple random crop and its three augmentations in the place of `args.train_crop`
@@ -379,7 +412,7 @@ def _train_transform(args: argparse.Namespace) -> Compose:
     if args.aa == "torchvision" and not args.three_augment:
         augment = Compose([RandAugment(), augment])
     _to_tensor, _normalise, *erase = finish.transforms
-    return Compose([crop_and_flip, augment, Normalise(args.mean, args.std), *erase])
+    return Compose([crop_and_flip, Compose([augment, Normalise(args.mean, args.std), *erase])])
 
 
 def _may_crop_pixels(args: argparse.Namespace) -> bool:
@@ -461,7 +494,7 @@ def _eval_transform(args: argparse.Namespace) -> Compose:
     else:
         around = [int(side / args.eval_crop_ratio) for side in size]
         crop = [ResizeKeepRatio(around, interpolation=args.interpolation), CenterCrop(size)]
-    return Compose([*crop, Normalise(args.mean, args.std)])
+    return Compose([Compose(crop), Normalise(args.mean, args.std)])
 
 
 def _check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
@@ -522,8 +555,8 @@ class TrainSampler(Sampler[tuple[int, int, int]]):
             yield index, self.epoch, number * self.order.num_replicas + self.order.rank
 
 
-class _Samples(Dataset):
-    """The items of a data set, each augmented by its own seed, with a complaint if it stands in for an unreadable one.
+class _Samples(Dataset[Sample]):
+    """The items of a data set, each cropped by its own seed; the next one where one is unreadable.
 
     An index is what `TrainSampler` yields.
     """
@@ -533,17 +566,20 @@ class _Samples(Dataset):
         self.seed = seed
 
     def __len__(self) -> int:
-        return _size(self.dataset)
+        return len(self.dataset)  # type: ignore[arg-type]  # torch's Dataset declares no __len__; all of ours have one
 
-    def __getitem__(self, place: tuple[int, int, int]) -> tuple[Any, str]:
-        index, epoch, number = place
-        seed_everything(self.seed, AUGMENTATION, epoch, number)
+    def __getitem__(self, index_and_place: tuple[int, int, int]) -> Sample:
+        index, epoch, number = index_and_place
+        place = (epoch, number)
+        seed_everything(self.seed, CROP, *place)
         complaint = ""
         for other in range(len(self)):
             try:
-                return self.dataset[(index + other) % len(self)], complaint
+                image, label = self.dataset[(index + other) % len(self)]
             except UnreadableImageError as error:
                 complaint = complaint or str(error)
+            else:
+                return Sample(image, label, place, complaint)
         raise UnreadableImageError(complaint)
 
 
@@ -559,7 +595,7 @@ class ImageLoader(DataLoader):
     def __init__(
         self, samples: _Samples | ShardStream, num_images: int, skips_unreadable: bool, **options: Any
     ) -> None:
-        super().__init__(samples, collate_fn=_collate, worker_init_fn=leave_signals_to_parent, **options)
+        super().__init__(samples, worker_init_fn=leave_signals_to_parent, **options)
         self.num_images = num_images
         self.skips_unreadable = skips_unreadable
         self.num_skipped = 0
@@ -586,13 +622,7 @@ class ImageLoader(DataLoader):
             yield batch
 
 
-def _collate(items: list[Any]) -> Any:
-    """A batch, or the error that stands in the place of an item."""
-    errors = (item for item in items if isinstance(item, Exception))
-    return next(errors, None) or default_collate(items)
-
-
-def build_loader(dataset: Dataset, is_train: bool, args: argparse.Namespace, rank: int, world_size: int) -> ImageLoader:
+def build_loader(dataset: Images, is_train: bool, args: argparse.Namespace, rank: int, world_size: int) -> ImageLoader:
     """The batches of process `rank` of `world_size`: images (B, 3, H, W) and labels (B,), B = `args.batch_size`.
 
     Training: full batches only, as many as fill whole updates of `args.accum_steps`, in an order and with augmentations
@@ -614,39 +644,36 @@ def build_loader(dataset: Dataset, is_train: bool, args: argparse.Namespace, ran
         rank, world_size = 0, 1
     load = partial(
         ImageLoader,
-        num_images=_size(dataset),
+        num_images=len(dataset),
+        collate_fn=Batching(dataset.finish, args.seed),
         skips_unreadable=is_train and args.skip_bad_images,
         batch_size=args.batch_size if is_train else int(1.5 * args.batch_size),
         drop_last=is_train,
         num_workers=args.num_workers,
         pin_memory=args.pin_mem,
     )
-    if isinstance(dataset, Shards):
+    if isinstance(dataset.cropped, Shards):
         repeats = REPEATS if is_train and args.repeated_aug else 1
-        return load(share_of_shards(dataset, is_train, args, rank, world_size, repeats))
-    samples = _Samples(dataset, args.seed)
+        return load(share_of_shards(dataset.cropped, is_train, args, rank, world_size, repeats))
+    samples = _Samples(dataset.cropped, args.seed)
     if not is_train:
-        return load(samples, sampler=[(index, 0, index) for index in range(rank, _size(dataset), world_size)])
+        return load(samples, sampler=[(index, 0, index) for index in range(rank, len(dataset), world_size)])
     order = _train_order(dataset, args, rank, world_size)
     return load(samples, sampler=TrainSampler(order, args.batch_size * args.accum_steps))
 
 
-def _check_fills_a_batch(dataset: Dataset, args: argparse.Namespace, world_size: int) -> None:
-    if _size(dataset) < args.batch_size * args.accum_steps * world_size:
+def _check_fills_a_batch(dataset: Images, args: argparse.Namespace, world_size: int) -> None:
+    if len(dataset) < args.batch_size * args.accum_steps * world_size:
         times = f" x --accum-steps {args.accum_steps}" if args.accum_steps > 1 else ""
         raise ValueError(
-            f"{_size(dataset)} training images do not fill a batch of {args.batch_size}{times} on each of {world_size} "
+            f"{len(dataset)} training images do not fill a batch of {args.batch_size}{times} on each of {world_size} "
             "process(es): lower --batch-size or the number of processes"
         )
 
 
 def _train_order(
-    dataset: Dataset, args: argparse.Namespace, rank: int, world_size: int
+    dataset: Images, args: argparse.Namespace, rank: int, world_size: int
 ) -> DistributedSampler | SeededRepeatAugSampler:
     if args.repeated_aug:
         return SeededRepeatAugSampler(dataset, world_size, rank, args.seed)
     return DistributedSampler(dataset, world_size, rank, seed=args.seed, drop_last=True)
-
-
-def _size(dataset: Dataset) -> int:
-    return len(dataset)  # type: ignore[arg-type]  # torch's Dataset declares no __len__; all of ours have one

@@ -142,7 +142,7 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
         model=model.to(device),
         description=describe_model(args, classes),
         test_loader=build_loader(test_set, False, args, world.rank, world.size),
-        num_test_images=len(test_set),  # type: ignore[arg-type]  # torch's Dataset declares no __len__
+        num_test_images=len(test_set),
     )
     if not args.eval:
         run.training = set_up_training(run, parser, checkpoint)

@@ -2,8 +2,7 @@
 
     python -m benchmarks.loader --data-path FOLDER
 
-All pipelines have DeiT's recipe. They take turns at each few images, with the same random states, so that what else the
-machine does slows all of them.
+All pipelines have DeiT's recipe. They take turns at each batch, so that what else the machine does slows all of them.
 """
 
 import argparse
@@ -11,6 +10,7 @@ import io
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
@@ -21,43 +21,56 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 from timm.data.transforms_factory import create_transform
 from torchvision.transforms import Compose
 
+from benchmarks.timing import describe_machine
 from datasets import DATA_SETS, build_transform
 from lape_vit.encodings import all_options
 from training.images import read_image, read_pixels
+from training.logs import start_logging
 from training.options import build_parser, find_recipe, read_recipe, whole
-from training.seeding import AUGMENTATION, seed_everything
+from training.seeding import AUGMENTATION, CROP, seed_everything
+from training.tables import Row, print_table
 
 SIZE = 224
-BLOCK = 16
+BATCH = 64
 """Images that one pipeline loads before it is the next one's turn."""
 STAGES = ("seed", "read", "decode", "crop and resize", "augment", "to tensor")
 PLAIN = "torchvision and timm"
 
-Pipeline = dict[str, Callable[[Any], Any]]  # from the path on, what each stage makes of what the one before made
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Loads a batch in passes over its images: what each stage makes, from the path on, of what the one before made.
+
+    Attributes:
+        seeds: whether each image is seeded anew in each pass.
+    """
+
+    passes: Sequence[dict[str, Callable[[Any], Any]]]
+    seeds: bool
+
+
+def recipe() -> argparse.Namespace:
+    """DeiT's options on ImageNet."""
+    parser = build_parser(all_options())
+    deit, imagenet = read_recipe(parser, find_recipe("deit")), DATA_SETS["IMNET"]
+    return argparse.Namespace(
+        **{**parser.defaults, **deit, "input_size": SIZE, "mean": imagenet.mean, "std": imagenet.std}
+    )
 
 
 def pipelines(is_train: bool) -> dict[str, Pipeline]:
     """Those to compare, by name: the plain one first, ours as it is by default last."""
-    parser = build_parser(all_options())
-    deit, imagenet = read_recipe(parser, find_recipe("deit")), DATA_SETS["IMNET"]
-    args = argparse.Namespace(
-        **{**parser.defaults, **deit, "input_size": SIZE, "mean": imagenet.mean, "std": imagenet.std}
-    )
+    args = recipe()
     if not is_train:
         resize, crop, *finish = create_transform(
             SIZE, interpolation=args.interpolation, crop_pct=args.eval_crop_ratio
         ).transforms
-        our_resize, our_crop, *our_finish = build_transform(False, args).transforms
-        return {
-            PLAIN: _stages(_decode, [resize, crop], [], finish),
-            "ours": _stages(read_image, [our_resize, our_crop], [], our_finish),
-        }
-    plain = create_transform(
+        plain = _plain(Compose([resize, crop]), Compose([]), Compose(finish))
+        return {PLAIN: plain, "ours": _ours(read_image, build_transform(False, args))}
+    transforms = create_transform(
         SIZE,
         is_training=True,
         hflip=args.hflip,
@@ -68,23 +81,29 @@ def pipelines(is_train: bool) -> dict[str, Pipeline]:
         re_count=args.recount,
         separate=True,
     )
-    compared = {PLAIN: _stages(_decode, *([part] for part in plain))}
-    for name, fast_crop, decode in (("ours, --no-fast-crop", False, read_image), ("ours", None, read_pixels)):
-        crop, augment, *finish = build_transform(
-            True, argparse.Namespace(**{**vars(args), "fast_crop": fast_crop})
-        ).transforms
-        compared[name] = _stages(decode, [crop], [augment], finish)
-    return compared
+    return {PLAIN: _plain(*transforms)} | {
+        name: _ours(decode, build_transform(True, argparse.Namespace(**{**vars(args), "fast_crop": fast_crop})))
+        for name, fast_crop, decode in (("ours, --no-fast-crop", False, read_image), ("ours", None, read_pixels))
+    }
+
+
+def _plain(*transforms: Compose) -> Pipeline:
+    steps = (Path.read_bytes, _decode, *transforms)
+    return Pipeline([dict(zip(STAGES[1:], steps, strict=True))], seeds=False)
+
+
+def _ours(decode: Callable[[bytes], Any], transform: Compose) -> Pipeline:
+    """As `datasets.ImageLoader` loads a batch."""
+    crop, finish = transform.transforms
+    *augment, to_tensor, erase = finish.transforms if isinstance(finish, Compose) else [finish, Compose([])]
+    first = (Path.read_bytes, decode, crop)
+    last = (Compose(augment), Compose([to_tensor, erase]))
+    return Pipeline([dict(zip(STAGES[1:4], first, strict=True)), dict(zip(STAGES[4:], last, strict=True))], seeds=True)
 
 
 def _decode(content: bytes) -> Image.Image:
     """As torchvision's `pil_loader`."""
     return Image.open(io.BytesIO(content)).convert("RGB")
-
-
-def _stages(decode: Callable[[bytes], Any], crop: list, augment: list, finish: list) -> Pipeline:
-    steps = (Path.read_bytes, decode, Compose(crop), Compose(augment), Compose(finish))
-    return dict(zip(STAGES[1:], steps, strict=True))
 
 
 def measure(is_train: bool, repeats: int, files: Sequence[Path]) -> np.ndarray:
@@ -93,19 +112,28 @@ def measure(is_train: bool, repeats: int, files: Sequence[Path]) -> np.ndarray:
     compared = list(pipelines(is_train).values())
     times = np.zeros((1 + repeats, len(compared), len(STAGES), 2))  # once more, to warm up
     for repeat in range(1 + repeats):
-        for first, turn in product(range(0, len(files), BLOCK), range(len(compared))):
-            place = (first // BLOCK + turn) % len(compared)
-            for number, file in enumerate(files[first : first + BLOCK], first):
-                value: Any = file
-                stamps = [_now()]
-                seed_everything(0, AUGMENTATION, repeat, number)
-                stamps.append(_now())
-                for step in compared[place].values():
-                    value = step(value)
-                    stamps.append(_now())
-                times[repeat, place] += np.diff(stamps, axis=0)
-    times[:, 0, 0] = 0  # the plain pipeline does not seed each image
+        for first, turn in product(range(0, len(files), BATCH), range(len(compared))):
+            place = (first // BATCH + turn) % len(compared)
+            batch = dict(enumerate(files[first : first + BATCH], first))
+            load(compared[place], batch, repeat, times[repeat, place])
     return times[1:] / len(files) * 1000
+
+
+def load(pipeline: Pipeline, batch: dict[int, Any], epoch: int, times: np.ndarray) -> dict[int, Any]:
+    """Make images of paths, by their places in the epoch, and add to what each stage took: (stages, 2)."""
+    for passing, stages in enumerate(pipeline.passes):
+        taken = [STAGES.index(stage) for stage in stages]
+        for number, value in batch.items():
+            stamps = [_now()]
+            if pipeline.seeds:
+                seed_everything(0, (CROP, AUGMENTATION)[passing], epoch, number)
+                stamps.append(_now())
+            for step in stages.values():
+                value = step(value)
+                stamps.append(_now())
+            batch[number] = value
+            times[[STAGES.index("seed"), *taken] if pipeline.seeds else taken] += np.diff(stamps, axis=0)
+    return batch
 
 
 def _now() -> tuple[float, float]:
@@ -119,22 +147,23 @@ def measure_on_cores(is_train: bool, repeats: int, files: Sequence[Path], worker
         return np.mean(list(processes.map(partial(measure, is_train, repeats), shares)), axis=0)
 
 
-def table_of(title: str, names: Sequence[str], times: np.ndarray) -> Table:
+def rows_of(names: Sequence[str], times: np.ndarray) -> list[Row]:
     """Medians over the repeats, with half the range that the repeats span."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("ms per image")
-    for name in names:
-        table.add_column(name, justify="right")
-    for number, stage in enumerate(STAGES):
-        table.add_row(stage, *(f"{value:.3f}" for value in np.median(times[:, :, number, 0], axis=0)))
     cpu, wall = times.sum(axis=2).transpose(2, 0, 1)
-    table.add_section()
-    table.add_row("all", *(_with_spread(column, 3) for column in cpu.T))
-    table.add_section()
-    table.add_row("images/s of a core's time", *(_with_spread(column, 0) for column in 1000 / cpu.T))
-    table.add_row("images/s by the clock", *(_with_spread(column, 0) for column in 1000 / wall.T))
-    table.add_row("times as fast", *(_with_spread(column, 2) for column in (cpu[:, :1] / cpu).T))
-    return table
+    stages = {
+        f"{stage}, ms": [f"{value:.3f}" for value in np.median(times[:, :, number, 0], axis=0)]
+        for number, stage in enumerate(STAGES)
+    }
+    sums = {
+        "all, ms": (cpu, 3),
+        "images/s of a core's time": (1000 / cpu, 0),
+        "images/s by the clock": (1000 / wall, 0),
+        "times as fast": (cpu[:, :1] / cpu, 2),
+    }
+    lines = stages | {
+        what: [_with_spread(column, digits) for column in values.T] for what, (values, digits) in sums.items()
+    }
+    return [{"per image": what} | dict(zip(names, cells, strict=True)) for what, cells in lines.items()]
 
 
 def _with_spread(values: np.ndarray, digits: int) -> str:
@@ -159,7 +188,7 @@ def main() -> None:
     parser.add_argument("--workers", type=whole(1), default=1, metavar="N", help="processes at a time; default: 1")
     parser.add_argument("--repeats", type=whole(1), default=5, metavar="N", help="passes over the images; default: 5")
     args = parser.parse_args()
-    console = Console(highlight=False, width=110)
+    console = start_logging(is_main=True)
     with TemporaryDirectory() as temporary:
         if args.data_path is None:
             write_photos(Path(temporary), 64)
@@ -172,10 +201,11 @@ def main() -> None:
         for split, is_train in (("training", True), ("evaluation", False)):
             times = measure_on_cores(is_train, args.repeats, files, args.workers)
             title = f"{split}: {len(files)} images, {args.workers} process(es), median of {args.repeats} passes"
-            console.print(table_of(title, list(pipelines(is_train)), times))
+            rows = rows_of(list(pipelines(is_train)), times)
+            print_table(console, f"{title}; {describe_machine(torch.device('cpu'))}", rows, ("per image",))
             cpu = times[..., 0].sum(axis=2)
             ratios.append(f"{split} {_with_spread(cpu[:, 0] / cpu[:, -1], 2)}")
-    console.print(f"times as fast as {PLAIN}, per core: {', '.join(ratios)}")
+    console.print(f"times as fast as {PLAIN}, per core: {', '.join(ratios)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

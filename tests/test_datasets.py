@@ -43,6 +43,7 @@ from torchvision.transforms import (
 from datasets import (
     DATA_SETS,
     TRAIN_CROPS,
+    Images,
     UnreadableImageError,
     build_dataset,
     build_loader,
@@ -155,7 +156,8 @@ def test_digits_are_split_into_1437_and_360_disjoint_images_that_make_up_all_of_
     assert (len(train), len(test)) == (1437, 360)
     assert classes == [str(digit) for digit in range(10)]
     whole = load_digits()
-    ours = zip(np.concatenate([train.images, test.images]), train.targets + test.targets, strict=True)
+    parts = train.cropped, test.cropped
+    ours = zip(np.concatenate([part.images for part in parts]), [*parts[0].targets, *parts[1].targets], strict=True)
     theirs = zip(np.rint(whole.images / 16 * 255).astype(np.uint8), whole.target.tolist(), strict=True)
     assert Counter((image.tobytes(), label) for image, label in ours) == Counter(
         (image.tobytes(), label) for image, label in theirs
@@ -163,7 +165,7 @@ def test_digits_are_split_into_1437_and_360_disjoint_images_that_make_up_all_of_
 
 
 def test_digits_are_split_alike_in_every_class():
-    train, test = (np.bincount(build_dataset(is_train, make_args())[0].targets) for is_train in (True, False))
+    train, test = (np.bincount(build_dataset(is_train, make_args())[0].cropped.targets) for is_train in (True, False))
     np.testing.assert_allclose(test, (train + test) * 360 / 1797, atol=1)
 
 
@@ -171,7 +173,7 @@ def test_digits_split_is_the_same_whatever_the_random_state():
     splits = []
     for seed in (1, 2):
         seed_all(seed)
-        splits.append(build_dataset(False, make_args(seed=seed))[0])
+        splits.append(build_dataset(False, make_args(seed=seed))[0].cropped)
     np.testing.assert_array_equal(splits[0].images, splits[1].images)
     assert splits[0].targets[:12] == [
         7,
@@ -206,7 +208,7 @@ def test_digits_refuse_a_data_path_that_they_would_not_read(tmp_path):
 
 
 def test_digits_mean_and_std_are_those_of_the_training_images():
-    images = build_dataset(True, make_args())[0].images / 255
+    images = build_dataset(True, make_args())[0].cropped.images / 255
     assert DATA_SETS["DIGITS"].mean == pytest.approx([images.mean()] * 3, abs=1e-4)
     assert DATA_SETS["DIGITS"].std == pytest.approx([images.std()] * 3, abs=1e-4)
 
@@ -783,7 +785,7 @@ def test_without_the_fast_crop_jpegs_become_timms_own_images(tmp_path):
         48, is_training=True, auto_augment=AUGMENTED["aa"], interpolation="bicubic", re_prob=0.5, re_mode="pixel"
     )
     ours, _ = build_dataset(True, args)
-    for index, (path, _) in enumerate(ours.samples):
+    for index, (path, _) in enumerate(ours.cropped.samples):
         image, _ = seeded_item(ours, index, index)
         seed_all(index)
         assert torch.equal(image, deit(Image.open(path).convert("RGB")))
@@ -834,12 +836,12 @@ def test_a_fast_crop_that_is_asked_for_or_refused_in_vain_is_told(caplog, flag):
 # ---- loaders
 
 
-def indices(count: int) -> TensorDataset:
-    return TensorDataset(torch.arange(count))
+def indices(count: int) -> Images:
+    return Images(TensorDataset(torch.arange(count), torch.zeros(count)), finish=lambda index: index)
 
 
 def seen(loader: DataLoader) -> list[int]:
-    return [index for (batch,) in loader for index in batch.tolist()]
+    return [index for batch, _ in loader for index in batch.tolist()]
 
 
 def train_orders(args: Namespace, count: int, epoch: int, world_size: int = 1) -> list[list[int]]:
@@ -974,14 +976,16 @@ class Counting(Dataset):
     def __len__(self) -> int:
         return 37
 
-    def __getitem__(self, index: int) -> int:
+    def __getitem__(self, index: int) -> tuple[int, int]:
         self.read.append(index)
-        return index
+        return index, 0
 
 
 def test_images_before_the_start_and_beyond_the_last_update_are_not_read():
     dataset = Counting()
-    loader = build_loader(dataset, True, make_args(batch_size=4, accum_steps=2), 0, 1)
+    loader = build_loader(
+        Images(dataset, finish=lambda index: index), True, make_args(batch_size=4, accum_steps=2), 0, 1
+    )
     assert len(loader) == 8  # of 4, which are 4 updates
     loader.sampler.set_epoch(0, 24)
     assert len(list(loader)) == 2
@@ -1023,16 +1027,17 @@ class InterruptProbe(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, bool]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, bool]:
         return self.images[index][0], signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_a_spawned_worker_loads_the_same_images_and_ignores_ctrl_c():
     args = make_args(batch_size=256)
     dataset, _ = build_dataset(False, args)
-    here = build_loader(InterruptProbe(dataset), False, args, 0, 1)
+    probe = Images(InterruptProbe(dataset.cropped), dataset.finish)
+    here = build_loader(probe, False, args, 0, 1)
     args.num_workers = 1
-    there = build_loader(InterruptProbe(dataset), False, args, 0, 1)
+    there = build_loader(probe, False, args, 0, 1)
     there.multiprocessing_context = "spawn"
     (images, ignored), (images_of_worker, ignored_by_worker) = next(iter(here)), next(iter(there))
     assert torch.equal(images, images_of_worker)
@@ -1187,14 +1192,14 @@ def test_inaturalist_takes_its_splits_and_classes_from_the_annotations(
         images, names = build_dataset(is_train, args)
         assert names == classes
         assert [label for _, label in images] == labels
-        assert images.read_file is read_image
+        assert images.cropped.read_file is read_image
         levels = [round((image.mean().item() * 0.5 + 0.5) * 255) for image, _ in images]
         assert levels == list(range(first, first + len(labels)))
 
 
 def test_inaturalist_has_the_fast_crop(tmp_path):
     args = make_args(data_set="INAT", data_path=str(make_inaturalist(tmp_path, 2018)), train_crop="random-resized")
-    assert build_dataset(True, args)[0].read_file is read_pixels
+    assert build_dataset(True, args)[0].cropped.read_file is read_pixels
 
 
 def damage_inaturalist(kind: str, root: Path) -> None:

@@ -1,18 +1,68 @@
 """Images as they come from a file."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate
+
+from training.seeding import AUGMENTATION, seed_everything
 
 Picture = Image.Image | np.ndarray
 """RGB: an array is uint8 (H, W, 3)."""
 Reader = Callable[..., Picture]  # (path or content of a file, name for the error)
-Transform = Callable[[Picture], Tensor]
+Crop = Callable[[Picture], Image.Image]
+Transform = Callable[[Image.Image], Tensor]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A cropped image on its way to a batch.
+
+    Attributes:
+        place: (epoch, place in the order of all images), which its augmentation depends on.
+        complaint: about the unreadable image that it stands in for, if it does.
+    """
+
+    image: Image.Image
+    label: int
+    place: tuple[int, int]
+    complaint: str
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Finishes samples and collates them: a loader's `collate_fn`.
+
+    A batch passes each half of the transform at a time, as a core that keeps to one piece of code is some 15 % faster
+    than one that does all of an image before the next.
+
+    Args:
+        finish: the transform after the crop.
+        seed: of the augmentations.
+    """
+
+    finish: Transform
+    seed: int
+
+    def __call__(self, samples: Sequence[Sample | Exception]) -> Any:
+        """Returns:
+        ((images (B, 3, H, W), labels (B,)), complaints), or the error that stands in the place of a sample.
+        """
+        finished, complaints = [], []
+        for sample in samples:
+            if isinstance(sample, Exception):
+                return sample
+            seed_everything(self.seed, AUGMENTATION, *sample.place)
+            finished.append((self.finish(sample.image), sample.label))
+            complaints.append(sample.complaint)
+        return default_collate(finished), complaints
 
 
 class UnreadableImageError(ValueError):

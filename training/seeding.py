@@ -1,9 +1,9 @@
 """Random states, each a function of where the run is.
 
-Nothing random is carried over from one batch to the next: an image's augmentation is seeded by its place in the epoch's
-order over all processes, and what is random in a step (mixup, dropout, stochastic depth) by the step and the process.
-So a run that goes on from any step draws what it would have drawn, with any number of loader workers, and there is no
-random state to save.
+Nothing random is carried over from one batch to the next: an image's crop and its augmentation are seeded by its place
+in the epoch's order over all processes, and what is random in a step (mixup, dropout, stochastic depth) by the step and
+the process. So a run that goes on from any step draws what it would have drawn, with any number of loader workers, and
+there is no random state to save.
 """
 
 import random
@@ -11,7 +11,7 @@ import random
 import numpy as np
 import torch
 
-AUGMENTATION, STEP = 1, 2  # the first number of a place says what is seeded; without a place: the weights
+CROP, STEP, AUGMENTATION = 1, 2, 3  # the first number of a place says what is seeded; without a place: the weights
 
 
 def seed_everything(seed: int, *place: int) -> None:

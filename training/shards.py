@@ -31,8 +31,8 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from training.checkpoint import atomic_write
 from training.distributed import in_turns
-from training.images import Reader, Transform, UnreadableImageError, one_line
-from training.seeding import AUGMENTATION, seed_everything
+from training.images import Crop, Reader, Sample, UnreadableImageError, one_line
+from training.seeding import CROP, seed_everything
 
 _logger = getLogger(__name__)
 
@@ -61,16 +61,16 @@ class Shards(Dataset):
 
     Args:
         urls: of the files: paths, or what else webdataset opens, such as `https:` URLs or `pipe:` and a command.
-        transform: RGB image -> (3, H, W).
-        read_file: the bytes of an image's file, and its name for errors -> what `transform` takes.
+        crop: of what `read_file` reads.
+        read_file: the bytes of an image's file, and its name for errors -> what `crop` takes.
 
     Raises:
         DamagedShardError: a file is not as it should be.
     """
 
-    def __init__(self, urls: Sequence[str], transform: Transform, read_file: Reader) -> None:
+    def __init__(self, urls: Sequence[str], crop: Crop, read_file: Reader) -> None:
         self.urls = list(urls)
-        self.transform = transform
+        self.crop = crop
         self.read_file = read_file
         contents = find_contents(self.urls)
         self.lengths, self.labels = contents.lengths, contents.labels
@@ -124,7 +124,7 @@ def _first_argument(error: Exception) -> str:
 def open_shards(
     is_train: bool,
     data_path: str | None,
-    transform: Transform,
+    crop: Crop,
     read_file: Reader,
     eval_data_path: str | None,
     num_classes: int | None,
@@ -141,7 +141,7 @@ def open_shards(
     """
     patterns = {"--data-path": data_path, "--eval-data-path": eval_data_path}
     flag = "--data-path" if is_train else "--eval-data-path"
-    images = Shards(find_shards(flag, patterns[flag]), transform, read_file)
+    images = Shards(find_shards(flag, patterns[flag]), crop, read_file)
     if not len(images):
         raise FileNotFoundError(f"no image in {flag} {patterns[flag]}")
     labels = {*images.labels}
@@ -264,8 +264,8 @@ def _label_of(sample: dict[str, Any]) -> int:
 class ShardStream(IterableDataset):
     """One process's share of an epoch, from any place on, for a loader of any number of workers.
 
-    An item is ((image, label), complaint), the complaint empty unless the image stands in for an unreadable one; or an
-    error, again and again: what a worker raises comes with that worker's traceback in its message.
+    An item is a `Sample`; or an error, again and again: what a worker raises comes with that worker's traceback in its
+    message.
 
     Args:
         begin: this process's first image in the sequence of all.
@@ -273,7 +273,7 @@ class ShardStream(IterableDataset):
         batch_size: of the loader; its batches are full, but for the last.
         repeats: how often each image is shown, one time after the other.
         shuffles: whether `seed` and the epoch decide the order; else it is that of the files.
-        seed: of order and augmentations.
+        seed: of order and crops.
     """
 
     def __init__(
@@ -349,9 +349,9 @@ class ShardStream(IterableDataset):
             return np.arange(length)
         return np.random.default_rng((self.seed, *place)).permutation(length)
 
-    def _item(self, block: list[dict[str, Any]], place: int, number: int) -> tuple[Any, str]:
-        """The image at a place of the block, augmented as the showing of this number."""
-        seed_everything(self.seed, AUGMENTATION, self.epoch, number)
+    def _item(self, block: list[dict[str, Any]], place: int, number: int) -> Sample:
+        """The image at a place of the block, cropped as the showing of this number."""
+        seed_everything(self.seed, CROP, self.epoch, number)
         complaint = ""
         for other in range(len(block)):
             sample = block[(place + other) % len(block)]
@@ -363,7 +363,7 @@ class ShardStream(IterableDataset):
             except UnreadableImageError as error:
                 complaint = complaint or str(error)
             else:
-                return (self.shards.transform(image), int(sample[LABEL_SUFFIX])), complaint
+                return Sample(self.shards.crop(image), int(sample[LABEL_SUFFIX]), (self.epoch, number), complaint)
         raise UnreadableImageError(complaint)
 
 

@@ -342,6 +342,17 @@ def test_weight_decay_spares_biases_and_what_the_model_exempts() -> None:
     assert decayed[0] is model.linear.weight
 
 
+@pytest.mark.parametrize("opt", ["adamw", "lookahead_adamw", "sgd", "lamb"])
+def test_an_optimizer_is_fused_where_it_can_be(opt: str) -> None:
+    model = Exempting()
+    optimizer = build_optimizer(options(opt=opt), model, 0.1)
+    assert [group.get("fused", False) for group in optimizer.param_groups] == [opt != "lamb"] * 2
+    before = model.linear.weight.detach().clone()
+    model.linear(model.table).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.linear.weight, before)
+
+
 def test_an_option_that_the_optimizer_does_not_have_is_told(caplog: pytest.LogCaptureFixture) -> None:
     build_optimizer(options(opt="sgd", opt_eps=1e-8, momentum=0.5), Exempting(), 0.1)
     assert "sgd has no eps" in caplog.text

@@ -1,6 +1,7 @@
 """Mixup, loss, optimizer and schedule from the options, with timm's parts."""
 
 import argparse
+import inspect
 import warnings
 from logging import getLogger
 from typing import Any
@@ -95,6 +96,8 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> Op
             options[option] = value
         elif value is not None:
             _logger.warning("%s has no %s: %s is without effect", args.opt, option, value)
+    if "fused" in inspect.signature(info.opt_class).parameters:
+        options["fused"] = True  # one kernel for all weights
     try:
         return create_optimizer_v2(model, args.opt, lr, args.weight_decay, **options)
     except Exception as error:  # each optimizer has its own checks and dependencies, and raises what it likes

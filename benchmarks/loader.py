@@ -180,13 +180,18 @@ def write_photos(folder: Path, count: int) -> None:
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{number:03}.jpg", quality=90)
 
 
-def main() -> None:
-    """Measure, and print a table of training and one of evaluation."""
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description="How fast a core loads images.")
     parser.add_argument("--data-path", type=Path, metavar="DIR", help="any folder of JPEGs; default: random ones")
     parser.add_argument("--images", type=whole(1), metavar="N", help="that many of them; default: all")
     parser.add_argument("--workers", type=whole(1), default=1, metavar="N", help="processes at a time; default: 1")
     parser.add_argument("--repeats", type=whole(1), default=5, metavar="N", help="passes over the images; default: 5")
+    return parser
+
+
+def main() -> None:
+    """Measure, and print a table of training and one of evaluation."""
+    parser = command_line()
     args = parser.parse_args()
     console = start_logging(is_main=True)
     with TemporaryDirectory() as temporary:

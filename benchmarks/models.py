@@ -55,6 +55,7 @@ TIMMS: dict[str, Callable[..., nn.Module]] = {
     "vit_compact_patch4_32": timms_compact,
 }
 NUM_CLASSES = 10
+FORWARD = 4
 
 
 Pair = tuple[str, str]
@@ -111,9 +112,11 @@ class Workload:
         self.optimizer.zero_grad()
 
     def compare(self, other: "Workload", step: str) -> tuple[Sample, Sample]:
+        """Forward steps, which are shorter, are repeated `FORWARD` times as often."""
         for workload in (self, other):
             workload.model.train(step == "train")
-        ours, theirs = alternate([getattr(self, step), getattr(other, step)], self.setting.repeats, self.setting.device)
+        repeats = self.setting.repeats * (1 if step == "train" else FORWARD)
+        ours, theirs = alternate([getattr(self, step), getattr(other, step)], repeats, self.setting.device)
         return ours, theirs
 
 
@@ -175,7 +178,7 @@ def compare_memory(name: str, pairs: list[Pair], reference: str, setting: Settin
     return ratios
 
 
-def main() -> None:
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", choices=TIMMS, default=list(TIMMS))
     parser.add_argument("--pe", nargs="+", metavar="NAME", help="encodings; default: all, without sums")
@@ -187,10 +190,20 @@ def main() -> None:
         help="compare with timm's model, or with the same encoding under this join (default: timm)",
     )
     parser.add_argument("--batch-size", type=int, default=None, help="default: 16 of 224 x 224, 128 of 32 x 32")
-    parser.add_argument("--repeats", type=int, default=10, help="steps of each model that are measured (default: 10)")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=10,
+        help=f"training steps of each model, and {FORWARD} times as many forward ones (default: 10)",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile both models (default: eager)")
+    return parser
+
+
+def main() -> None:
+    parser = command_line()
     args = parser.parse_args()
     try:
         pairs, _ = sort_pairs(args.pe or list(ENCODINGS), args.join_type or list(JOINS))

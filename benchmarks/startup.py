@@ -40,10 +40,14 @@ def run_to_first_step() -> float:
     raise RuntimeError("main.py ended before its first step")
 
 
-def main() -> None:
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7, help="of each (default: 7)")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = command_line().parse_args()
     cpu = torch.device("cpu")
     names = ["import timm", "import models_lape"]
     timms, ours = alternate([lambda name=name: run("-c", name) for name in names], args.repeats, cpu)  # type: ignore[misc]

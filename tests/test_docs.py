@@ -3,6 +3,7 @@
 import argparse
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,14 @@ from training.optimisation import images_per_update, learning_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+PROGRAM = r"(main\.py|train\.sbatch|compare\.py|benchmarks\.\w+)"
 
 
 def commands(page: Path) -> list[str]:
-    """The lines of shell that train, continued lines joined, with their comments."""
+    """The lines of shell that train or measure, continued lines joined, with their comments."""
     blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in lines if re.search(r"main\.py|train\.sbatch|compare\.py", line)]
+    return [line for line in lines if re.search(PROGRAM, line)]
 
 
 ALL = [command for page in PAGES for command in commands(page)]
@@ -38,9 +40,12 @@ def test_every_page_has_commands_and_its_links_lead_somewhere(page: Path) -> Non
 
 @pytest.mark.parametrize("command", ALL)
 def test_every_command_is_understood(command: str) -> None:
-    program, arguments = re.fullmatch(r".*(main\.py|train\.sbatch|compare\.py) (.*)", command).groups()  # type: ignore[union-attr]
+    program, arguments = re.fullmatch(f".*{PROGRAM}(.*)", command).groups()  # type: ignore[union-attr]
     given = shlex.split(arguments, comments=True)
-    assert make_plan(*compare.read_options(given)).runs if program == "compare.py" else PARSER.read(given)
+    if program.startswith("benchmarks."):
+        assert import_module(program).command_line().parse_args(given)
+    else:
+        assert make_plan(*compare.read_options(given)).runs if program == "compare.py" else PARSER.read(given)
 
 
 @pytest.mark.parametrize("command", TOLD)

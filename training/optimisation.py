@@ -96,7 +96,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> Op
             options[option] = value
         elif value is not None:
             _logger.warning("%s has no %s: %s is without effect", args.opt, option, value)
-    if "fused" in inspect.signature(info.opt_class).parameters:
+    if isinstance(info.opt_class, type) and "fused" in inspect.signature(info.opt_class).parameters:
         options["fused"] = True  # one kernel for all weights
     try:
         return create_optimizer_v2(model, args.opt, lr, args.weight_decay, **options)

@@ -2,13 +2,12 @@
 
 python -m benchmarks.models [--model NAME ...] [--pe NAME ...] [--join-type NAME ...] [--batch-size N] [--compile] ...
 
-Each model and timm's take turns, a step each; a ratio is the median of the ratios of neighbouring steps, with its
-quartiles. A training step is forward, cross-entropy, backward and a step of fused AdamW.
+All models take turns, a step each; a ratio is the median of the ratios to the reference's step of the same round, with
+its quartiles. A training step is forward, cross-entropy, backward and a step of fused AdamW.
 """
 
 import argparse
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -68,8 +67,8 @@ def maker(name: str, pair: Pair | None) -> Callable[..., nn.Module]:
     return partial(timm.create_model, name, pe=pair[0], join_type=pair[1])
 
 
-def reference_of(pair: Pair, reference: str) -> Pair | None:
-    return None if reference == "timm" else (pair[0], reference)
+def reference_of(pair: Pair | None, reference: str) -> Pair | None:
+    return None if pair is None or reference == "timm" else (pair[0], reference)
 
 
 @dataclass(frozen=True)
@@ -111,14 +110,6 @@ class Workload:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def compare(self, other: "Workload", step: str) -> tuple[Sample, Sample]:
-        """Forward steps, which are shorter, are repeated `FORWARD` times as often."""
-        for workload in (self, other):
-            workload.model.train(step == "train")
-        repeats = self.setting.repeats * (1 if step == "train" else FORWARD)
-        ours, theirs = alternate([getattr(self, step), getattr(other, step)], repeats, self.setting.device)
-        return ours, theirs
-
 
 def training_flops(workload: Workload) -> int:
     """Of the matrix products of one training step."""
@@ -139,43 +130,46 @@ def peak_memory(make: Callable[..., nn.Module], setting: Setting) -> int:
     return meter.peak()
 
 
-def measure(name: str, pairs: list[Pair], reference: str, setting: Setting) -> list[Row]:
-    """A row of the table for each pair."""
+def take_turns(workloads: Sequence[Workload], step: str, setting: Setting) -> list[Sample]:
+    """Forward steps, which are shorter, are repeated `FORWARD` times as often."""
+    for workload in workloads:
+        workload.model.train(step == "train")
+    repeats = setting.repeats * (1 if step == "train" else FORWARD)
+    return alternate([getattr(workload, step) for workload in workloads], repeats, setting.device)
+
+
+def measure(name: str, compared: Sequence[Pair | None], reference: str, setting: Setting) -> list[Row]:
+    """A row of the table for each pair, and for another of timm's models: so much do two equals differ."""
+    references = list(dict.fromkeys(reference_of(pair, reference) for pair in compared))
+    models = [Workload(maker(name, pair), setting) for pair in (*references, *compared)]
+    forward, train = (take_turns(models, step, setting) for step in ("forward", "train"))
     peak_flops = matmul_flops(setting.device, setting.dtype)
     rows = []
-    for pair in pairs:
-        print(f"{name}: {', '.join(pair)}", file=sys.stderr)
-        make, make_other = maker(name, pair), maker(name, reference_of(pair, reference))
-        ours, other = Workload(make, setting), Workload(make_other, setting)
-        forward, other_forward = ours.compare(other, "forward")
-        step, other_step = ours.compare(other, "train")
-        share = training_flops(ours) / step.median / peak_flops
+    for number, pair in enumerate(compared, len(references)):
+        other = references.index(reference_of(pair, reference))
+        share = training_flops(models[number]) / train[number].median / peak_flops
         time = f"time / {reference}'s"
         rows.append(
-            dict(zip(NAMES, pair, strict=True))
-            | {"forward, images/s": f"{setting.batch_size / forward.median:,.0f}"}
-            | {f"forward, {time}": str(forward.ratio_to(other_forward))}
-            | {"training, images/s": f"{setting.batch_size / step.median:,.0f}"}
-            | {f"training, {time}": str(step.ratio_to(other_step))}
+            dict(zip(NAMES, pair or ("timm's, again", ""), strict=True))
+            | {"forward, images/s": f"{setting.batch_size / forward[number].median:,.0f}"}
+            | {f"forward, {time}": str(forward[number].ratio_to(forward[other]))}
+            | {"training, images/s": f"{setting.batch_size / train[number].median:,.0f}"}
+            | {f"training, {time}": str(train[number].ratio_to(train[other]))}
             | {"share of matmul peak": f"{share:.0%}"}
         )
     return rows
 
 
-def compare_memory(name: str, pairs: list[Pair], reference: str, setting: Setting) -> list[str]:
+def compare_memory(name: str, compared: Sequence[Pair | None], reference: str, setting: Setting) -> list[str]:
     """Peak memory of each pair over that of the reference."""
     peaks: dict[Pair | None, int] = {}
-    ratios = []
     # A process of its own, as what makes memory measurable makes it slow.
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
         process.submit(peak_memory, maker(name, None), setting).result()  # loads what stays
-        for pair in pairs:
-            other = reference_of(pair, reference)
-            for one in (pair, other):
-                if one not in peaks:
-                    peaks[one] = process.submit(peak_memory, maker(name, one), setting).result()
-            ratios.append(f"{peaks[pair] / peaks[other]:.3f}")
-    return ratios
+        for one in (*compared, *(reference_of(pair, reference) for pair in compared)):
+            if one not in peaks:
+                peaks[one] = process.submit(peak_memory, maker(name, one), setting).result()
+    return [f"{peaks[pair] / peaks[reference_of(pair, reference)]:.3f}" for pair in compared]
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -214,14 +208,15 @@ def main() -> None:
         parser.error(
             f"--reference {args.reference} cannot carry {', '.join(dict.fromkeys(without))}: name others by --pe"
         )
+    compared = [None, *pairs] if args.reference == "timm" else pairs
     device = torch.device(args.device)
     console = start_logging(is_main=True)
     for name in args.model:
         batch_size = args.batch_size or (16 if name.endswith("224") else 128)
         setting = Setting(device, getattr(torch, args.dtype), args.compile, batch_size, args.repeats)
-        rows = measure(name, pairs, args.reference, setting)
+        rows = measure(name, compared, args.reference, setting)
         if MemoryMeter.can_measure(device):
-            ratios = compare_memory(name, pairs, args.reference, setting)
+            ratios = compare_memory(name, compared, args.reference, setting)
             memory = f"training, memory / {args.reference}'s"
             rows = [row | {memory: ratio} for row, ratio in zip(rows, ratios, strict=True)]
         mode = f"{args.dtype}, {'compiled' if args.compile else 'eager'}, batch {batch_size}"

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from statistics import median, quantiles
 
 import torch
@@ -47,14 +48,13 @@ class Spread:
 
 
 def alternate(calls: Sequence[Callable[[], object]], repeats: int, device: torch.device) -> list[Sample]:
-    """Measure calls in turns, each after one that does not count; every other round goes backwards."""
+    """Measure calls in turns, each after one that does not count; every round has an order of its own."""
     for call in calls:
         call()
     synchronize(device)
     seconds: list[list[float]] = [[] for _ in calls]
     for turn in range(repeats):
-        order = range(len(calls))
-        for number in order if turn % 2 == 0 else reversed(order):
+        for number in Random(turn).sample(range(len(calls)), len(calls)):
             start = time.perf_counter()
             calls[number]()
             synchronize(device)

@@ -52,8 +52,10 @@ class Batching:
     seed: int
 
     def __call__(self, samples: Sequence[Sample | Exception]) -> Any:
-        """Returns:
-        ((images (B, 3, H, W), labels (B,)), complaints), or the error that stands in the place of a sample.
+        """Make a batch.
+
+        Returns:
+            ((images (B, 3, H, W), labels (B,)), complaints), or the error that stands in the place of a sample.
         """
         finished, complaints = [], []
         for sample in samples:

@@ -26,7 +26,7 @@ format: .venv/.installed-dev ## let ruff mend what it can
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 
-bench: .venv/.installed ## speed next to plain timm, of models, loader (of DATA=a folder of JPEGs) and start (2 hours on 2 cores)
+bench: .venv/.installed ## speed next to plain timm, of models, loader (of DATA=a folder of JPEGs) and start (long: it also compiles every model)
 	.venv/bin/python -m benchmarks.models
 	.venv/bin/python -m benchmarks.models --reference basic --join-type share unshare LaPE LaPE_share
 	.venv/bin/python -m benchmarks.models --compile

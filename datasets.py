@@ -494,7 +494,7 @@ def _eval_transform(args: argparse.Namespace) -> Compose:
     else:
         around = [int(side / args.eval_crop_ratio) for side in size]
         crop = [ResizeKeepRatio(around, interpolation=args.interpolation), CenterCrop(size)]
-    return Compose([Compose(crop), Normalise(args.mean, args.std)])
+    return Compose([Compose(crop), Compose([Normalise(args.mean, args.std)])])
 
 
 def _check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
@@ -561,25 +561,24 @@ class _Samples(Dataset[Sample]):
     An index is what `TrainSampler` yields.
     """
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
-        self.dataset = dataset
+    def __init__(self, images: Images, seed: int) -> None:
+        self.images = images
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]  # torch's Dataset declares no __len__; all of ours have one
+        return len(self.images)
 
     def __getitem__(self, index_and_place: tuple[int, int, int]) -> Sample:
         index, epoch, number = index_and_place
-        place = (epoch, number)
-        seed_everything(self.seed, CROP, *place)
+        seed_everything(self.seed, CROP, epoch, number)
         complaint = ""
         for other in range(len(self)):
             try:
-                image, label = self.dataset[(index + other) % len(self)]
+                image, label = self.images.cropped[(index + other) % len(self)]
             except UnreadableImageError as error:
                 complaint = complaint or str(error)
             else:
-                return Sample(image, label, place, complaint)
+                return Sample(image, label, (epoch, number), complaint)
         raise UnreadableImageError(complaint)
 
 
@@ -645,7 +644,7 @@ def build_loader(dataset: Images, is_train: bool, args: argparse.Namespace, rank
     load = partial(
         ImageLoader,
         num_images=len(dataset),
-        collate_fn=Batching(dataset.finish, args.seed),
+        collate_fn=Batching(dataset.finish, args.seed if is_train else None),
         skips_unreadable=is_train and args.skip_bad_images,
         batch_size=args.batch_size if is_train else int(1.5 * args.batch_size),
         drop_last=is_train,
@@ -655,7 +654,7 @@ def build_loader(dataset: Images, is_train: bool, args: argparse.Namespace, rank
     if isinstance(dataset.cropped, Shards):
         repeats = REPEATS if is_train and args.repeated_aug else 1
         return load(share_of_shards(dataset.cropped, is_train, args, rank, world_size, repeats))
-    samples = _Samples(dataset.cropped, args.seed)
+    samples = _Samples(dataset, args.seed)
     if not is_train:
         return load(samples, sampler=[(index, 0, index) for index in range(rank, len(dataset), world_size)])
     order = _train_order(dataset, args, rank, world_size)

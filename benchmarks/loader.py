@@ -25,7 +25,7 @@ from timm.data.transforms_factory import create_transform
 from torchvision.transforms import Compose
 
 from benchmarks.timing import describe_machine
-from datasets import DATA_SETS, build_transform
+from datasets import DATA_SETS, Normalise, build_transform
 from lape_vit.encodings import all_options
 from training.images import read_image, read_pixels
 from training.logs import start_logging
@@ -41,15 +41,18 @@ PLAIN = "torchvision and timm"
 
 
 @dataclass(frozen=True)
-class Pipeline:
-    """Loads a batch in passes over its images: what each stage makes, from the path on, of what the one before made.
+class Pass:
+    """Over the images of a batch: what each stage makes of what the one before made, the first of a path.
 
     Attributes:
-        seeds: whether each image is seeded anew in each pass.
+        seeds: what each image is seeded for, if it is.
     """
 
-    passes: Sequence[dict[str, Callable[[Any], Any]]]
-    seeds: bool
+    stages: dict[str, Callable[[Any], Any]]
+    seeds: int | None
+
+
+Pipeline = list[Pass]
 
 
 def recipe() -> argparse.Namespace:
@@ -69,7 +72,7 @@ def pipelines(is_train: bool) -> dict[str, Pipeline]:
             SIZE, interpolation=args.interpolation, crop_pct=args.eval_crop_ratio
         ).transforms
         plain = _plain(Compose([resize, crop]), Compose([]), Compose(finish))
-        return {PLAIN: plain, "ours": _ours(read_image, build_transform(False, args))}
+        return {PLAIN: plain, "ours": _ours(False, read_image, build_transform(False, args))}
     transforms = create_transform(
         SIZE,
         is_training=True,
@@ -82,23 +85,27 @@ def pipelines(is_train: bool) -> dict[str, Pipeline]:
         separate=True,
     )
     return {PLAIN: _plain(*transforms)} | {
-        name: _ours(decode, build_transform(True, argparse.Namespace(**{**vars(args), "fast_crop": fast_crop})))
+        name: _ours(True, decode, build_transform(True, argparse.Namespace(**{**vars(args), "fast_crop": fast_crop})))
         for name, fast_crop, decode in (("ours, --no-fast-crop", False, read_image), ("ours", None, read_pixels))
     }
 
 
 def _plain(*transforms: Compose) -> Pipeline:
     steps = (Path.read_bytes, _decode, *transforms)
-    return Pipeline([dict(zip(STAGES[1:], steps, strict=True))], seeds=False)
+    return [Pass(dict(zip(STAGES[1:], steps, strict=True)), seeds=None)]
 
 
-def _ours(decode: Callable[[bytes], Any], transform: Compose) -> Pipeline:
+def _ours(is_train: bool, decode: Callable[[bytes], Any], transform: Compose) -> Pipeline:
     """As `datasets.ImageLoader` loads a batch."""
     crop, finish = transform.transforms
-    *augment, to_tensor, erase = finish.transforms if isinstance(finish, Compose) else [finish, Compose([])]
+    steps = finish.transforms
+    to_tensor = next(number for number, step in enumerate(steps) if isinstance(step, Normalise))
     first = (Path.read_bytes, decode, crop)
-    last = (Compose(augment), Compose([to_tensor, erase]))
-    return Pipeline([dict(zip(STAGES[1:4], first, strict=True)), dict(zip(STAGES[4:], last, strict=True))], seeds=True)
+    last = (Compose(steps[:to_tensor]), Compose(steps[to_tensor:]))
+    return [
+        Pass(dict(zip(STAGES[1:4], first, strict=True)), seeds=CROP),
+        Pass(dict(zip(STAGES[4:], last, strict=True)), seeds=AUGMENTATION if is_train else None),
+    ]
 
 
 def _decode(content: bytes) -> Image.Image:
@@ -119,21 +126,21 @@ def measure(is_train: bool, repeats: int, files: Sequence[Path]) -> np.ndarray:
     return times[1:] / len(files) * 1000
 
 
-def load(pipeline: Pipeline, batch: dict[int, Any], epoch: int, times: np.ndarray) -> dict[int, Any]:
-    """Make images of paths, by their places in the epoch, and add to what each stage took: (stages, 2)."""
-    for passing, stages in enumerate(pipeline.passes):
+def load(pipeline: Pipeline, batch: dict[int, Any], epoch: int, times: np.ndarray) -> None:
+    """Turn paths, by their places in the epoch, into images, and add to what each stage took: (stages, 2)."""
+    for one in pipeline:
+        stages = ["seed"] * (one.seeds is not None) + [*one.stages]
         taken = [STAGES.index(stage) for stage in stages]
         for number, value in batch.items():
             stamps = [_now()]
-            if pipeline.seeds:
-                seed_everything(0, (CROP, AUGMENTATION)[passing], epoch, number)
+            if one.seeds is not None:
+                seed_everything(0, one.seeds, epoch, number)
                 stamps.append(_now())
-            for step in stages.values():
+            for step in one.stages.values():
                 value = step(value)
                 stamps.append(_now())
             batch[number] = value
-            times[[STAGES.index("seed"), *taken] if pipeline.seeds else taken] += np.diff(stamps, axis=0)
-    return batch
+            times[taken] += np.diff(stamps, axis=0)
 
 
 def _now() -> tuple[float, float]:

@@ -7,6 +7,7 @@ its quartiles. A training step is forward, cross-entropy, backward and a step of
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import models_lape
 from benchmarks.timing import MemoryMeter, Sample, alternate, describe_machine, matmul_flops
 from comparison.plan import sort_pairs
-from comparison.tables import NAMES
+from comparison.tables import NAMES, Pair
 from lape_vit.encodings import ENCODINGS
 from lape_vit.joins import JOINS, legal_joins
 from training.logs import start_logging
@@ -55,9 +56,6 @@ TIMMS: dict[str, Callable[..., nn.Module]] = {
 }
 NUM_CLASSES = 10
 FORWARD = 4
-
-
-Pair = tuple[str, str]
 
 
 def maker(name: str, pair: Pair | None) -> Callable[..., nn.Module]:
@@ -135,6 +133,7 @@ def take_turns(workloads: Sequence[Workload], step: str, setting: Setting) -> li
     for workload in workloads:
         workload.model.train(step == "train")
     repeats = setting.repeats * (1 if step == "train" else FORWARD)
+    print(f"{len(workloads)} models take turns: {repeats} {step} steps each", file=sys.stderr)
     return alternate([getattr(workload, step) for workload in workloads], repeats, setting.device)
 
 
@@ -192,7 +191,7 @@ def command_line() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="compile both models (default: eager)")
+    parser.add_argument("--compile", action="store_true", help="compile all models (default: eager)")
     return parser
 
 

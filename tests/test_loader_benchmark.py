@@ -24,8 +24,8 @@ def photos(tmp_path: Path) -> list[Path]:
 def finish(pipeline: loader.Pipeline, photo: Path) -> torch.Tensor:
     """An image by all stages, with a random state that is known before the crop and after it."""
     value: Any = photo
-    for stages in pipeline.passes:
-        for stage, step in stages.items():
+    for one in pipeline:
+        for stage, step in one.stages.items():
             if stage in ("crop and resize", "augment"):
                 seed_everything(0)
             value = step(value)

@@ -45,11 +45,11 @@ class Batching:
 
     Args:
         finish: the transform after the crop.
-        seed: of the augmentations.
+        seed: of the augmentations; None where nothing is random.
     """
 
     finish: Transform
-    seed: int
+    seed: int | None
 
     def __call__(self, samples: Sequence[Sample | Exception]) -> Any:
         """Make a batch.
@@ -61,7 +61,8 @@ class Batching:
         for sample in samples:
             if isinstance(sample, Exception):
                 return sample
-            seed_everything(self.seed, AUGMENTATION, *sample.place)
+            if self.seed is not None:
+                seed_everything(self.seed, AUGMENTATION, *sample.place)
             finished.append((self.finish(sample.image), sample.label))
             complaints.append(sample.complaint)
         return default_collate(finished), complaints

@@ -3,8 +3,9 @@
 Shapes: B batch, h heads, d head width, H x W patches, P prefix tokens, N = P + H*W tokens, k the largest distance told
 apart, M = 2k + 2 buckets: 0 for every pair with a prefix token, 1 .. 2k+1 for distances -k .. k.
 
-All that a key is to a query here is its column and its row, or that it is a prefix token. These are marks: one-hot
-channels for W columns, H rows and one for prefix tokens, and some of zeros to fill up, E in all.
+All that a key is to a query here is its column and its row, or that it is a prefix token. These are marks, E channels:
+one for each of W columns, one for each of H - 1 rows (who has none of them is in the last row), one for prefix tokens,
+and some of zeros to fill up.
 """
 
 import torch
@@ -52,35 +53,40 @@ class Relative(AttentionEncoding):
     def no_weight_decay(self) -> set[str]:
         return {"key_x", "key_y", "value_x", "value_y"}
 
-    def fixed_tables(self, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-        """Bucket of each query and column (N, W), of each query and row (N, H), and the marks of each key (N, E)."""
-        k, P, device = self.max_relative_distance, self.num_prefix_tokens, self.anchor.device
-        patches = torch.arange(grid[0] * grid[1], device=device)
-        x, y = patches % grid[1], torch.div(patches, grid[1], rounding_mode="floor")
-        buckets_x = (torch.arange(grid[1], device=device) - x[:, None]).clamp(-k, k) + k + 1
-        buckets_y = (torch.arange(grid[0], device=device) - y[:, None]).clamp(-k, k) + k + 1
-        of_patches = F.pad(torch.cat([F.one_hot(x, grid[1]), F.one_hot(y, grid[0])], dim=1), (0, 1))
-        of_prefix = F.pad(of_patches.new_ones(P, 1), (grid[0] + grid[1], 0))
+    def fixed_tables(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        """How often each query's vector of each mark holds each row of both tables (N, E, 2M), and each key's marks (N, E).
+
+        The vectors of a column and of a row add up to those of both offsets. So the last row, which has no mark, is
+        part of each column's vector, and is taken off again in that of any other row.
+        """
+        (H, W), P, k = grid, self.num_prefix_tokens, self.max_relative_distance
+        M = 2 * k + 2
+        patches = torch.arange(H * W, device=self.anchor.device)
+        x, y = patches % W, torch.div(patches, W, rounding_mode="floor")
+        to_columns = (patches[:W] - x[:, None]).clamp(-k, k) + k + 1
+        to_rows = (patches[:H] - y[:, None]).clamp(-k, k) + k + 1
+        columns = F.one_hot(F.pad(to_columns, (0, 0, P, 0)), 2 * M)
+        rows = F.one_hot(F.pad(to_rows, (0, 0, P, 0)) + M, 2 * M)
+        last_row, prefix = rows[:, -1:], columns.new_zeros(P + H * W, 1, 2 * M)
+        prefix[:, :, 0::M] = 1
+        vectors = torch.cat([columns + last_row, rows[:, :-1] - last_row, prefix], dim=1)
+
+        of_patches = F.pad(torch.cat([F.one_hot(x, W), F.one_hot(y, H)[:, :-1]], dim=1), (0, 1))
+        of_prefix = F.pad(of_patches.new_ones(P, 1), (W + H - 1, 0))
         marks = torch.cat([of_prefix, of_patches])
-        unused = -(self.head_dim + marks.shape[1]) % 8  # channels, a multiple of which fused kernels want
-        return (
-            F.pad(buckets_x, (0, 0, P, 0)),
-            F.pad(buckets_y, (0, 0, P, 0)),
-            F.pad(marks, (0, unused)).to(self.anchor.dtype),
-        )
+        unused = -(self.head_dim + W + H) % 8  # channels, a multiple of which fused kernels want
+        dtype = self.anchor.dtype
+        return F.pad(vectors, (0, 0, 0, unused)).to(dtype), F.pad(marks, (0, unused)).to(dtype)
 
     def vectors(self, table_x: Tensor, table_y: Tensor, like: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Each query's vector for each mark (N, E, d), and the marks of each key (N, E), in the dtype of ``like``."""
         if torch.jit.is_scripting():
-            buckets_x, buckets_y, marks = self.fixed_tables(grid)
+            vectors, marks = self.fixed_tables(grid)
         else:
-            buckets_x, buckets_y, marks = self.cache.get(like, [], self.fixed_tables, grid)
-        d, (N, E) = self.head_dim, marks.shape
-        columns = F.pad(F.embedding(buckets_x, table_x), (0, d // 2))
-        rows = F.pad(F.embedding(buckets_y, table_y), (d // 2, 0))
-        prefix = torch.cat([table_x[0], table_y[0]]).expand(N, 1, d)
-        vectors = F.pad(torch.cat([columns, rows, prefix], dim=1), (0, 0, 0, E - grid[0] - grid[1] - 1))
-        return vectors.to(like.dtype), marks.to(like.dtype)
+            vectors, marks = self.cache.get(like, [], self.fixed_tables, grid)
+        half = self.head_dim // 2
+        tables = torch.cat([F.pad(table_x, (0, half)), F.pad(table_y, (half, 0))])
+        return (vectors @ tables).to(like.dtype), marks.to(like.dtype)
 
     def bias(self, q: Tensor, grid: Grid) -> Tensor:
         vectors, marks = self.vectors(self.key_x, self.key_y, q, grid)

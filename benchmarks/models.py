@@ -18,7 +18,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.deit import deit_tiny_patch16_224  # timm's own: models_lape registers another
+from timm.models.deit import deit_small_patch16_224, deit_tiny_patch16_224  # timm's own: models_lape registers others
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -52,8 +52,10 @@ def timms_compact(**kwargs: Any) -> nn.Module:
 
 TIMMS: dict[str, Callable[..., nn.Module]] = {
     "deit_tiny_patch16_224": deit_tiny_patch16_224,
+    "deit_small_patch16_224": deit_small_patch16_224,
     "vit_compact_patch4_32": timms_compact,
 }
+DEFAULT_MODELS = ["deit_tiny_patch16_224", "vit_compact_patch4_32"]
 NUM_CLASSES = 10
 FORWARD = 4
 
@@ -173,7 +175,7 @@ def compare_memory(name: str, compared: Sequence[Pair | None], reference: str, s
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", nargs="+", choices=TIMMS, default=list(TIMMS))
+    parser.add_argument("--model", nargs="+", choices=TIMMS, default=DEFAULT_MODELS, help="default: all but DeiT-S")
     parser.add_argument("--pe", nargs="+", metavar="NAME", help="encodings; default: all, without sums")
     parser.add_argument("--join-type", nargs="+", metavar="NAME", help="joins, where they are legal; default: all")
     parser.add_argument(

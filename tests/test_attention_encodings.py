@@ -1,5 +1,6 @@
 """Encodings that live in attention, each against an independent reference."""
 
+import math
 from typing import Any
 
 import pytest
@@ -50,6 +51,7 @@ def test_relative_is_shaws_sum_over_vectors_of_each_pair(grid: Grid, prefix: int
             value_vectors[i, j] = torch.cat([encoding.value_x[x], encoding.value_y[y]])
     assert_near(encoding.bias(q, grid), torch.einsum("bhid,ijd->bhij", q, key_vectors) / D**0.5)
     wide_q, wide_k, wide_v = encoding.widen(q, k := noise(B, HEADS, tokens, D, seed=2), k, grid)
+    assert wide_q.shape[-1] == math.ceil((D + sum(grid)) / 8) * 8  # no more than there are places, in eights
     assert_near(wide_q @ wide_k.mT, q @ k.mT + torch.einsum("bhid,ijd->bhij", q, key_vectors))
     gathered = torch.einsum("bhij,bhijd->bhid", attention, k[:, :, None] + value_vectors)
     assert_near(encoding.narrow(attention @ wide_v, grid), gathered)

@@ -60,6 +60,26 @@ def test_every_pair_compiles_into_one_graph(pe: str, join_type: str) -> None:
     torch.testing.assert_close(compiled(images), model(images))
 
 
+@over_pairs
+def test_every_pair_trains_without_compiling_again(pe: str, join_type: str) -> None:
+    torch.compiler.reset()
+    model, images = model_and_images(pe, join_type)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def train_and_evaluate() -> None:
+        compiled.train()(images).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled.eval()(images), model(images))
+
+    train_and_evaluate()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        train_and_evaluate()
+        train_and_evaluate()
+
+
 @over_single_encodings
 def test_every_encoding_exports_with_a_dynamic_batch(pe: str) -> None:
     model, images = model_and_images(pe)

@@ -21,8 +21,8 @@ class Relative(AttentionEncoding):
 
     Shaw et al. 2018 (https://arxiv.org/abs/1803.02155, Eq. 3 and 4) in two dimensions: the offset's column picks the
     first half of the vector, its row the second; one pair of tables for the keys, one for the values. Neither an
-    (N, N, d) nor an (N, N) tensor is built: q is widened by what it adds for each mark, k by its marks, and attention
-    gathers marks beside values.
+    (N, N, d) nor an (N, N) tensor is built: a query's product with each bucket is spread over the marks, by which q is
+    widened as k is by its marks; attention gathers marks beside values, and their buckets are what the tables weigh.
 
     Args:
         max_relative_distance: k, in patches; longer offsets count as k.
@@ -54,10 +54,10 @@ class Relative(AttentionEncoding):
         return {"key_x", "key_y", "value_x", "value_y"}
 
     def fixed_tables(self, grid: Grid) -> tuple[Tensor, Tensor]:
-        """How often each query's vector of each mark holds each row of both tables (N, E, 2M), and each key's marks (N, E).
+        """How often each mark counts for each bucket of a query (N, 2M, E), x before y, and each key's marks (N, E).
 
-        The vectors of a column and of a row add up to those of both offsets. So the last row, which has no mark, is
-        part of each column's vector, and is taken off again in that of any other row.
+        The marks of a column and of a row add up to the buckets of both offsets. So the last row, which has no mark, is
+        counted with each column, and taken off again with any other row.
         """
         (H, W), P, k = grid, self.num_prefix_tokens, self.max_relative_distance
         M = 2 * k + 2
@@ -69,39 +69,48 @@ class Relative(AttentionEncoding):
         rows = F.one_hot(F.pad(to_rows, (0, 0, P, 0)) + M, 2 * M)
         last_row, prefix = rows[:, -1:], columns.new_zeros(P + H * W, 1, 2 * M)
         prefix[:, :, 0::M] = 1
-        vectors = torch.cat([columns + last_row, rows[:, :-1] - last_row, prefix], dim=1)
+        buckets = torch.cat([columns + last_row, rows[:, :-1] - last_row, prefix], dim=1)
 
         of_patches = F.pad(torch.cat([F.one_hot(x, W), F.one_hot(y, H)[:, :-1]], dim=1), (0, 1))
         of_prefix = F.pad(of_patches.new_ones(P, 1), (W + H - 1, 0))
         marks = torch.cat([of_prefix, of_patches])
         unused = -(self.head_dim + W + H) % 8  # channels, a multiple of which fused kernels want
         dtype = self.anchor.dtype
-        return F.pad(vectors, (0, 0, 0, unused)).to(dtype), F.pad(marks, (0, unused)).to(dtype)
+        return F.pad(buckets, (0, 0, 0, unused)).mT.to(dtype), F.pad(marks, (0, unused)).to(dtype)
 
-    def vectors(self, table_x: Tensor, table_y: Tensor, like: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Each query's vector for each mark (N, E, d), and the marks of each key (N, E), in the dtype of ``like``."""
+    def tables_for(self, like: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """The fixed tables in the dtype of ``like``."""
         if torch.jit.is_scripting():
-            vectors, marks = self.fixed_tables(grid)
+            buckets, marks = self.fixed_tables(grid)
         else:
-            vectors, marks = self.cache.get(like, [], self.fixed_tables, grid)
+            buckets, marks = self.cache.get(like, [], self.fixed_tables, grid)
+        return buckets.to(like.dtype), marks.to(like.dtype)
+
+    def vectors(self, table_x: Tensor, table_y: Tensor, like: Tensor) -> Tensor:
+        """What each bucket adds to a key or value (2M, d), x before y, in the dtype of ``like``."""
         half = self.head_dim // 2
-        tables = torch.cat([F.pad(table_x, (0, half)), F.pad(table_y, (half, 0))])
-        return (vectors @ tables).to(like.dtype), marks.to(like.dtype)
+        return torch.cat([F.pad(table_x, (0, half)), F.pad(table_y, (half, 0))]).to(like.dtype)
+
+    def asked(self, q: Tensor, buckets: Tensor) -> Tensor:
+        """What each query q (B, h, N, d) adds for each mark: (B, h, N, E)."""
+        of_buckets = q.transpose(1, 2) @ self.vectors(self.key_x, self.key_y, q).T  # in the order of q's memory
+        return torch.einsum("bihm,ime->bhie", of_buckets, buckets)
 
     def bias(self, q: Tensor, grid: Grid) -> Tensor:
-        vectors, marks = self.vectors(self.key_x, self.key_y, q, grid)
-        return torch.einsum("bhid,ied,je->bhij", q * self.head_dim**-0.5, vectors, marks)
+        buckets, marks = self.tables_for(q, grid)
+        return self.asked(q * self.head_dim**-0.5, buckets) @ marks.T
 
     def widen(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-        vectors, marks = self.vectors(self.key_x, self.key_y, q, grid)
-        asked = torch.einsum("bhid,ied->bhie", q, vectors)
+        buckets, marks = self.tables_for(q, grid)
+        asked = self.asked(q, buckets)
         marks = marks.expand(q.shape[0], q.shape[1], -1, -1)
         return torch.cat([q, asked], dim=-1), torch.cat([k, marks], dim=-1), torch.cat([v, marks], dim=-1)
 
     def narrow(self, x: Tensor, grid: Grid) -> Tensor:
-        vectors, _ = self.vectors(self.value_x, self.value_y, x, grid)
-        values, gathered = x.split([self.head_dim, vectors.shape[1]], dim=-1)
-        return values + torch.einsum("bhie,ied->bhid", gathered, vectors)
+        buckets, marks = self.tables_for(x, grid)
+        values, gathered = x.split([self.head_dim, marks.shape[1]], dim=-1)
+        of_buckets = torch.einsum("bhie,ime->bihm", gathered, buckets)
+        return values + (of_buckets @ self.vectors(self.value_x, self.value_y, x)).transpose(1, 2)
 
     def views(self, queries: Tensor, grid: Grid) -> list[LayerView]:
         tables = {"key x": self.key_x, "key y": self.key_y, "value x": self.value_x, "value y": self.value_y}

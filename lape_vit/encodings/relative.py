@@ -53,7 +53,7 @@ class Relative(AttentionEncoding):
     def no_weight_decay(self) -> set[str]:
         return {"key_x", "key_y", "value_x", "value_y"}
 
-    def fixed_tables(self, grid: Grid) -> tuple[Tensor, Tensor]:
+    def fixed_tables(self, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """How often each mark counts for each bucket of a query (N, 2M, E), x before y, and each key's marks (N, E).
 
         The marks of a column and of a row add up to the buckets of both offsets. So the last row, which has no mark, is
@@ -75,16 +75,15 @@ class Relative(AttentionEncoding):
         of_prefix = F.pad(of_patches.new_ones(P, 1), (W + H - 1, 0))
         marks = torch.cat([of_prefix, of_patches])
         unused = -(self.head_dim + W + H) % 8  # channels, a multiple of which fused kernels want
-        dtype = self.anchor.dtype
         return F.pad(buckets, (0, 0, 0, unused)).mT.to(dtype), F.pad(marks, (0, unused)).to(dtype)
 
     def tables_for(self, like: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """The fixed tables in the dtype of ``like``."""
         if torch.jit.is_scripting():
-            buckets, marks = self.fixed_tables(grid)
+            tables = self.fixed_tables(grid, like.dtype)
         else:
-            buckets, marks = self.cache.get(like, [], self.fixed_tables, grid)
-        return buckets.to(like.dtype), marks.to(like.dtype)
+            tables = self.cache.get(like, [], self.fixed_tables, grid, like.dtype)
+        return tables
 
     def vectors(self, table_x: Tensor, table_y: Tensor, like: Tensor) -> Tensor:
         """What each bucket adds to a key or value (2M, d), x before y, in the dtype of ``like``."""

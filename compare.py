@@ -1,8 +1,13 @@
 """Train every legal pair of encodings and joins under one recipe, and compare: `python compare.py --help`."""
 
+from training.interrupt import end_on_ctrl_c, raise_on_ctrl_c
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    end_on_ctrl_c("compare.py")
+
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from logging import getLogger
@@ -151,13 +156,12 @@ def compare(plan: Plan, args: argparse.Namespace, console: Console) -> int:
     where = places(args.jobs, plan.common["device"])
     failures: dict[str, str] = {}
     write_results(plan, failures)
-    with (
-        Screen(console, "training", jobs, args.jobs, trains=True) as screen,
-        closing(run_jobs(jobs, where, screen.watch)) as ended,
-    ):
-        for job in ended:
-            note(job, failures)
+    try:
+        for job in run_shown(Screen(console, "training", jobs, args.jobs, trains=True), jobs, where):
+            keep_failure(job, failures)
             write_results(plan, failures)
+    finally:  # runs may finish while they are stopped
+        write_results(plan, failures)
     show_results(plan, console)
     if args.sizes:
         evaluate(plan, args, where, console, failures)
@@ -172,18 +176,22 @@ def evaluate(
     """Evaluate every finished run at the sizes, and write that down."""
     failed: dict[str, str] = {}
     jobs = evaluations(plan, args.sizes)
-    with (
-        Screen(console, "evaluation", jobs, args.jobs, trains=False) as screen,
-        closing(run_jobs(jobs, where, screen.watch)) as ended,
-    ):
-        for job in ended:
-            note(job, failed)
-    write_sizes(plan, args.sizes, failed)
+    try:
+        for job in run_shown(Screen(console, "evaluation", jobs, args.jobs, trains=False), jobs, where):
+            keep_failure(job, failed)
+    finally:
+        write_sizes(plan, args.sizes, failed)
     failures |= failed
     _logger.info("%s: sizes.md, sizes.csv and sizes.png", plan.folder)
 
 
-def note(job: Job, failures: dict[str, str]) -> None:
+def run_shown(screen: Screen, jobs: Sequence[Job], where: Sequence[dict[str, str]]) -> Iterator[Job]:
+    """Run the jobs and show how far they are; yield each that has ended."""
+    with screen, closing(run_jobs(jobs, where, screen.watch)) as ended:
+        yield from ended
+
+
+def keep_failure(job: Job, failures: dict[str, str]) -> None:
     """Keep the reason if a job has failed."""
     if job.state == FAILED:
         failures[job.name] = f"{job.reason} ({job.output})"
@@ -207,4 +215,5 @@ def show_results(plan: Plan, console: Console) -> None:
 
 
 if __name__ == "__main__":
+    raise_on_ctrl_c()
     sys.exit(main())

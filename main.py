@@ -3,6 +3,11 @@
 `python main.py --help` lists the options; `torchrun main.py` does the same work in several processes.
 """
 
+from training.interrupt import end_on_ctrl_c, raise_on_ctrl_c
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    end_on_ctrl_c("main.py")
+
 import json
 import math
 import sys
@@ -31,7 +36,7 @@ from training.state import Progress
 _logger = getLogger(__name__)
 
 SECONDS_BETWEEN_DRAWINGS = 30
-SECONDS_FOR_MAIN_PROCESS = 15
+SECONDS_FOR_OTHERS = 15
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end(f"error: {error}", 2, world)
     except (FloatingPointError, OSError) as error:
         return _end(f"error: {error}", 1, world)
+    except RuntimeError as error:
+        if not distributed.is_lost_connection(error):
+            raise
+        time.sleep(SECONDS_FOR_OTHERS)  # where torchrun ends this process meanwhile, it names the one that failed
+        return end_in_one_line("main.py", f"process {world.rank}: error: another process has ended before its time", 1)
     except Interrupted as interrupt:
         return _end(str(interrupt), interrupt.exit_code, world) if world.is_main else interrupt.exit_code
     except KeyboardInterrupt as interrupt:
@@ -69,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _end(message: str, exit_code: int, world: World) -> int:
     if not world.is_main:
         # If the main process fails too, torchrun ends this one while it waits, and one process has told what is wrong.
-        time.sleep(SECONDS_FOR_MAIN_PROCESS)
+        time.sleep(SECONDS_FOR_OTHERS)
         message = f"process {world.rank}: {message}"
     return end_in_one_line("main.py", message, exit_code)
 
@@ -259,4 +269,5 @@ def save(run: Run, training: Training, best: Sequence[str] = (), draws: bool = F
 
 
 if __name__ == "__main__":
+    raise_on_ctrl_c()
     sys.exit(main())

@@ -34,7 +34,7 @@ from training.download import is_url
 from training.events import Events
 from training.files import find_checkpoint, open_output_dir, read_log, write_text
 from training.logs import LoopDisplay
-from training.optimisation import images_per_update, learning_rate
+from training.optimisation import highest_rate, images_per_update, learning_rate
 from training.options import (
     OptionParser,
     build_parser,
@@ -386,14 +386,18 @@ def introduce(run: Run, parser: OptionParser, given: dict[str, Any]) -> None:
         run.num_test_images,
         run.description["num_classes"],
     )
+    lr = learning_rate(args, world.size)
     _logger.info(
-        "%s on %s in %s: %d images per update, %d updates and %d different images per epoch, learning rate up to %g",
+        "%s on %s in %s: %d images per update, %d updates and %d different images per epoch, learning rate %g, at most "
+        "%.3g by its schedule%s",
         processes,
         args.device,
         args.amp_dtype,
         images_per_update(args, world.size),
         run.training.updates,
         unique_images(run.training, args, world.size),
-        learning_rate(args, world.size),
+        lr,
+        highest_rate(args, lr, run.training.updates),
+        ", without its noise" if args.lr_noise else "",
     )
     _logger.info("output: %s", run.output_dir or "none, as --output_dir is not given")

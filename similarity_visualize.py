@@ -3,6 +3,11 @@
 What is drawn of each encoding: see :func:`lape_vit.similarity.position_views`.
 """
 
+from training.interrupt import end_on_ctrl_c, raise_on_ctrl_c
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    end_on_ctrl_c("similarity_visualize.py")
+
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
@@ -228,4 +233,5 @@ def save_values(path: Path, values: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    raise_on_ctrl_c()
     sys.exit(main())

@@ -255,6 +255,24 @@ def test_a_stopped_comparison_stops_its_runs_and_goes_on(
     assert [len(calls_of(path.parent)) for path in logs] == [2, 2]
 
 
+@pytest.mark.parametrize("sizes", [(), ("--sizes", 24, 32)])
+def test_what_finishes_while_a_comparison_is_stopped_is_in_the_tables(
+    tmp_path: Path, stand_in: Callable[[str], None], sizes: tuple[object, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    stopped = "'--eval' in argv" if sizes else "'none' in argv"
+    stand_in(f"if {stopped}: os.kill(os.getppid(), signal.SIGINT); time.sleep(0.5); stopped = []")
+    argv = ("--pe", "none", "rope", *QUICK, "--output_dir", out, *sizes)
+    for name in ("none", "rope")[: 2 * len(sizes)]:
+        finish_all(plan_of("--pe", name, *QUICK, "--output_dir", out))
+    assert call(*argv) == 130
+    assert f"{2 if sizes else 1} of 2 runs are finished" in capsys.readouterr().err
+    if sizes:
+        assert [row["seeds"] for row in table_of(out / "sizes.csv")] == ["1", "0", "0", "0"]
+    else:
+        assert [row["seeds"] for row in table_of(out / "table.csv")] == ["1", "0"]
+
+
 def test_a_second_comparison_waits_for_the_runs_of_the_first_to_end(
     tmp_path: Path, stand_in: Callable[[str], None]
 ) -> None:

@@ -52,7 +52,7 @@ def test_every_command_is_understood(command: str) -> None:
 def test_the_images_per_update_and_the_learning_rate_are_those_of_the_command(command: str) -> None:
     command, told = command.split("#")
     args = argparse.Namespace(**resolve(command))
-    images, rate = re.fullmatch(r" (\d+) images per update, learning rate up to (\S+)", told).groups()  # type: ignore[union-attr]
+    images, rate = re.fullmatch(r" (\d+) images per update, learning rate (\S+)", told).groups()  # type: ignore[union-attr]
     assert images_per_update(args, processes := number_of_processes(command)) == int(images)
     assert f"{learning_rate(args, processes):g}" == rate
 

@@ -911,6 +911,20 @@ def test_bad_input_ends_the_process_with_code_2_and_one_line(tmp_path: Path, rec
     assert contents(tmp_path) == {}
 
 
+@pytest.mark.parametrize("command", ["main.py", "compare.py", "similarity_visualize.py"])
+def test_ctrl_c_while_a_command_imports_its_libraries_ends_it_in_one_line(command: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, ROOT / command, "--help"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{command}: interrupted\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_all_processes_of_a_run_ends_it_in_one_line_with_whole_files(
     number: signal.Signals, tmp_path: Path, recipe: Path
@@ -982,7 +996,8 @@ def test_two_processes_train_together_and_evaluate_exactly(tmp_path: Path, recip
     assert process.returncode == 0, err
     assert "2 processes on cpu" in out
     assert out.count("epoch 1/1") == 1  # only one of them tells
-    assert "12 images per update, 4 updates and 48 different images per epoch, learning rate up to 0.001" in out
+    update = "12 images per update, 4 updates and 48 different images per epoch"
+    assert f"{update}, learning rate 0.001, at most 0.000505 by its schedule" in out
 
     (row,) = log_of(tmp_path / "two")
     assert call("--eval", "--resume", tmp_path / "two" / "checkpoint.pth", "--output_dir", tmp_path / "eval") == 0

@@ -28,9 +28,17 @@ from training.distributed import World, check_size, pick_device, world_from_envi
 from training.files import read_log
 from training.interrupt import defer_interrupts, noted_signal
 from training.logs import LoopDisplay, clock
-from training.optimisation import build_criterion, build_mixup, build_optimizer, build_scheduler, learning_rate
+from training.optimisation import (
+    build_criterion,
+    build_mixup,
+    build_optimizer,
+    build_scheduler,
+    highest_rate,
+    learning_rate,
+)
 from training.options import RUN_ONLY, build_parser, config_text, describe, find_recipe, flag_of, read_recipe
 from training.seeding import seed_everything
+from training.tables import print_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PARSER = build_parser(all_options())
@@ -473,6 +481,51 @@ def test_a_schedule_by_updates_changes_between_them() -> None:
     assert rates == pytest.approx([0, 0.05, 0.25, 0.5, 1e-5], abs=1e-4)
 
 
+PEAKS: list[dict[str, Any]] = [
+    *(changes for changes, _ in SHAPES),
+    *({"sched": sched, "warmup_epochs": 2} for sched in ("cosine", "tanh", "poly", "step", "constant")),
+    {"min_lr": 2.0},  # which the schedule rises to
+    {"min_lr": 2.0, "cooldown_epochs": 2},
+    {"warmup_epochs": 2, "warmup_lr": 3.0},  # which it falls from
+    {"start_epoch": 3},
+]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [*PEAKS, *({**changes, "sched_on_updates": True} for changes in PEAKS if changes.get("sched") != "plateau")],
+    ids=str,
+)
+def test_the_highest_rate_is_that_of_all_updates(changes: dict[str, Any]) -> None:
+    args = options(**{"epochs": 6, "warmup_epochs": 0, **changes})
+    optimizer = build_optimizer(args, Exempting(), 1.0)
+    scheduler = build_scheduler(args, optimizer, 10)
+    rates = []
+    for update in range(10 * args.start_epoch, 10 * args.epochs):
+        if update % 10 == 0:
+            scheduler.step(update // 10, update)
+        scheduler.step_update(update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert highest_rate(args, 1.0, 10) == max(rates)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({}, "--min-lr 1e-05"),
+        ({"unscale_lr": True, "lr": 3e-6}, "--min-lr 1e-05"),
+        ({"min_lr": 1e-6, "warmup_lr": 1e-5}, "--warmup-lr 1e-05"),
+        ({"min_lr": 1e-6}, None),
+        ({"sched": "step"}, None),
+    ],
+)
+def test_an_unscaled_rate_above_the_scaled_one_is_told(
+    changes: dict[str, Any], flag: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    build_scheduler(args := options(epochs=20, **changes), build_optimizer(args, Exempting(), 3.125e-6), 10)
+    assert [line.split(" lies above the learning rate 3.125e-06")[0] for line in caplog.messages] == [flag] * bool(flag)
+
+
 def test_the_loss_is_the_one_of_the_labels_at_hand() -> None:
     logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
     plain = nn.functional.cross_entropy(logits, labels)
@@ -601,6 +654,19 @@ def test_other_processes_show_nothing_but_look_at_the_loss(
     assert show(None, monkeypatch, 10) == 10
     assert caplog.messages == []
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_piped_output_has_no_escapes_whatever_the_environment_says(
+    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, "1")  # as notebooks and CI do
+    console = logs.start_logging(is_main=True)
+    show(console, monkeypatch, 10)
+    print_table(console, "title", [{"name": "a"}], ["name"])
+    out = capsys.readouterr().out
+    assert "epoch 1/2  20/20" in out
+    assert "\x1b" not in out
 
 
 def test_log_lines_come_without_markup_and_wrapping(capsys: pytest.CaptureFixture[str]) -> None:

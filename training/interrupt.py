@@ -7,6 +7,7 @@ and a loop asks for it where all processes can stop together.
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,26 @@ class Interrupted(Exception):  # noqa: N818  (no error)
     def exit_code(self) -> int:
         """130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1 (on Linux), as shells count."""
         return 128 + self.signal_number
+
+
+def end_on_ctrl_c(program: str) -> None:
+    """Let Ctrl-C end this process in one line, until `raise_on_ctrl_c`.
+
+    For the seconds in which a command imports its libraries, whose tracebacks fill screens.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        os.write(sys.stderr.fileno(), f"{program}: interrupted\n".encode())
+        os._exit(130)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored on purpose, as by nohup
+        signal.signal(signal.SIGINT, end)
+
+
+def raise_on_ctrl_c() -> None:
+    """Let Ctrl-C raise a `KeyboardInterrupt` again, after `end_on_ctrl_c`."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

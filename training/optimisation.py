@@ -6,15 +6,19 @@ import warnings
 from logging import getLogger
 from typing import Any
 
+import torch
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 _logger = getLogger(__name__)
+
+ENDS_AT_MIN_LR = ("cosine", "tanh", "poly")
+"""Schedules that end at `--min-lr`."""
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
@@ -68,7 +72,7 @@ def images_per_update(args: argparse.Namespace, world_size: int) -> int:
 
 
 def learning_rate(args: argparse.Namespace, world_size: int) -> float:
-    """The peak learning rate: DeiT's linear scaling, unless `--unscale-lr`."""
+    """The learning rate before its schedule: DeiT's linear scaling, unless `--unscale-lr`."""
     return args.lr if args.unscale_lr else args.lr * images_per_update(args, world_size) / 512
 
 
@@ -119,23 +123,29 @@ def build_scheduler(args: argparse.Namespace, optimizer: Optimizer, updates_per_
         raise ValueError(f"--cooldown-epochs {cooldown} leaves nothing of --epochs {args.epochs}")
     if args.lr_noise and args.lr_noise != sorted(set(args.lr_noise))[:2]:
         raise ValueError(f"--lr-noise {args.lr_noise}: give where it starts and, if it ends, a larger number for where")
-    tell_unused_schedule_options(args)
+    warn_of_unused_schedule_options(args)
+    warn_of_rates_above_the_peak(args, optimizer.param_groups[0]["lr"])
+    return _scheduler(args, optimizer, updates_per_epoch, args.lr_noise)
+
+
+def _scheduler(
+    args: argparse.Namespace, optimizer: Optimizer, updates_per_epoch: int, noise: list[float] | None
+) -> Scheduler:
     constant = {"sched": "step", "decay_rate": 1.0}  # a step by a factor of 1 still has the warm-up
     decay_rate = 0.1 if args.decay_rate is None else args.decay_rate
-    warmup_lr = 1e-6 if args.warmup_lr is None else args.warmup_lr
     with warnings.catch_warnings():  # timm deprecates plateau as it does not save its state; ours is restored
         warnings.filterwarnings("ignore", message="PlateauLRScheduler is deprecated", category=FutureWarning)
         scheduler, _ = create_scheduler_v2(
             optimizer,
             **(constant if args.sched == "constant" else {"sched": args.sched, "decay_rate": decay_rate}),
-            num_epochs=args.epochs - cooldown,
+            num_epochs=args.epochs - (args.cooldown_epochs or 0),
             decay_epochs=30 if args.decay_epochs is None else args.decay_epochs,
             patience_epochs=10 if args.patience_epochs is None else args.patience_epochs,
-            min_lr=1e-5 if args.min_lr is None else args.min_lr,
+            min_lr=_min_lr(args),
             # timm's plateau starts from here even where there is no warm-up
-            warmup_lr=warmup_lr if args.warmup_epochs else optimizer.param_groups[0]["lr"],
+            warmup_lr=_warmup_lr(args) if args.warmup_epochs else optimizer.param_groups[0]["lr"],
             warmup_epochs=args.warmup_epochs,
-            noise=args.lr_noise,
+            noise=noise,  # type: ignore[arg-type]  # timm takes None for none
             noise_pct=0.67 if args.lr_noise_pct is None else args.lr_noise_pct,
             noise_std=1.0 if args.lr_noise_std is None else args.lr_noise_std,
             noise_seed=args.seed,
@@ -145,14 +155,64 @@ def build_scheduler(args: argparse.Namespace, optimizer: Optimizer, updates_per_
     return scheduler
 
 
-def tell_unused_schedule_options(args: argparse.Namespace) -> None:
+def _min_lr(args: argparse.Namespace) -> float:
+    return 1e-5 if args.min_lr is None else args.min_lr
+
+
+def _warmup_lr(args: argparse.Namespace) -> float:
+    return 1e-6 if args.warmup_lr is None else args.warmup_lr
+
+
+def highest_rate(args: argparse.Namespace, lr: float, updates_per_epoch: int) -> float:
+    """The highest learning rate of the run, without `--lr-noise`.
+
+    Within an epoch every schedule only rises or only falls, so its first and its last update tell.
+
+    Args:
+        lr: the learning rate that the schedule scales.
+    """
+    optimizer = SGD([nn.Parameter(torch.zeros(()))], lr)
+    scheduler = _scheduler(args, optimizer, updates_per_epoch, noise=None)
+    rates = []
+    for epoch in range(args.start_epoch, args.epochs):
+        scheduler.step(epoch, epoch)  # as if the accuracy grew with every epoch, so that plateau does not decay
+        for update in (epoch * updates_per_epoch, (epoch + 1) * updates_per_epoch - 1):
+            scheduler.step_update(update)
+            rates.append(optimizer.param_groups[0]["lr"])
+    return max(rates)
+
+
+def warn_of_rates_above_the_peak(args: argparse.Namespace, lr: float) -> None:
+    """Warn of the rates that are not scaled where they lie above the learning rate, which is.
+
+    Args:
+        lr: the learning rate that the schedule scales.
+    """
+    scaled = "--lr" if args.unscale_lr else f"--lr {args.lr:g} scaled to the images per update"
+    if args.sched in ENDS_AT_MIN_LR and _min_lr(args) > lr:
+        _logger.warning(
+            "--min-lr %g lies above the learning rate %g (%s): the learning rate rises to it; give a smaller --min-lr",
+            _min_lr(args),
+            lr,
+            scaled,
+        )
+    if args.warmup_epochs and _warmup_lr(args) > lr:
+        _logger.warning(
+            "--warmup-lr %g lies above the learning rate %g (%s): the warm-up falls to it; give a smaller --warmup-lr",
+            _warmup_lr(args),
+            lr,
+            scaled,
+        )
+
+
+def warn_of_unused_schedule_options(args: argparse.Namespace) -> None:
     """Warn of each option that was given and that the schedule does not look at."""
     for flag, value, schedules in (
         ("--decay-epochs", args.decay_epochs, ("step",)),
         ("--decay-rate", args.decay_rate, ("step", "plateau", "poly")),
         ("--patience-epochs", args.patience_epochs, ("plateau",)),
-        ("--cooldown-epochs", args.cooldown_epochs, ("cosine", "tanh", "poly")),
-        ("--min-lr", args.min_lr, ("cosine", "tanh", "poly", "plateau")),
+        ("--cooldown-epochs", args.cooldown_epochs, ENDS_AT_MIN_LR),
+        ("--min-lr", args.min_lr, (*ENDS_AT_MIN_LR, "plateau")),
     ):
         if value is not None and args.sched not in schedules:
             _logger.warning("%s %g is without effect under --sched %s", flag, value, args.sched)

@@ -997,7 +997,7 @@ def test_two_processes_train_together_and_evaluate_exactly(tmp_path: Path, recip
     assert "2 processes on cpu" in out
     assert out.count("epoch 1/1") == 1  # only one of them tells
     update = "12 images per update, 4 updates and 48 different images per epoch"
-    assert f"{update}, learning rate 0.001, at most 0.000505 by its schedule" in out
+    assert f"{update}, learning rate 0.001, at most 0.0001 by its schedule" in out
 
     (row,) = log_of(tmp_path / "two")
     assert call("--eval", "--resume", tmp_path / "two" / "checkpoint.pth", "--output_dir", tmp_path / "eval") == 0

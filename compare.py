@@ -15,7 +15,7 @@ from logging import getLogger
 from rich.console import Console
 
 from comparison.forecast import forecast
-from comparison.jobs import FAILED, Job, alone_in, places, run_jobs
+from comparison.jobs import FAILED, Job, alone_in, environments, run_jobs
 from comparison.pictures import draw_comparison
 from comparison.plan import Plan, make_plan
 from comparison.screen import Screen
@@ -24,11 +24,12 @@ from comparison.tables import NAMES, heading, outcomes, table_rows, write_tables
 from datasets import build_dataset
 from lape_vit.encodings import all_options
 from lape_vit.joins import Basic
-from training.checkpoint import atomic_write
+from run_setup import data_arguments
 from training.distributed import world_from_environment
+from training.files import atomic_write
 from training.interrupt import Interrupted, defer_interrupts
 from training.logs import end_in_one_line, start_logging
-from training.options import WIDTH, Parser, flag_of, whole, with_dashes
+from training.options import WIDTH, Parser, encoding_option, flag_of, whole
 from training.tables import print_table
 
 _logger = getLogger(__name__)
@@ -101,8 +102,8 @@ def build_parser() -> Parser:
         help="show the plan and the time that it takes, from some steps of each pair, and write nothing; CIFAR, which "
              "that needs, is downloaded if it is not there")
     group = parser.add_argument_group("options of encodings, which go to those that take them")
-    for name, (_, encodings) in all_options().items():
-        group.add_argument(flag_of(name), metavar="X", help=f"of {', '.join(encodings)} and their sums")
+    for name, (kind, encodings) in all_options().items():
+        group.add_argument(flag_of(name), **encoding_option(kind, encodings))
     return parser
 # fmt: on
 
@@ -113,7 +114,7 @@ def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         ValueError: an illegal value.
     """
-    args, rest = build_parser().parse_known_args([with_dashes(word) for word in argv])
+    args, rest = build_parser().parse_known_args(argv)
     for flag, values in (("--seeds", args.seeds), ("--sizes", args.sizes)):
         if len(set(values)) < len(values):
             raise ValueError(f"{flag} names a number twice")
@@ -143,7 +144,7 @@ def open_data(plan: Plan) -> None:
         ValueError, OSError: it is not.
     """
     if not all(run.is_finished() for run in plan.runs):
-        build_dataset(False, plan.args)
+        build_dataset(False, data_arguments(plan.options, {}))
 
 
 def compare(plan: Plan, args: argparse.Namespace, console: Console) -> int:
@@ -153,7 +154,7 @@ def compare(plan: Plan, args: argparse.Namespace, console: Console) -> int:
         Job(run.name, run, [*run.argv, "--output-dir", str(run.folder), "--auto-resume"], run.folder, run.is_finished)
         for run in todo
     ]
-    where = places(args.jobs, plan.common["device"])
+    where = environments(args.jobs, plan.common["device"])
     failures: dict[str, str] = {}
     write_results(plan, failures)
     try:

@@ -14,41 +14,42 @@ import models_lape  # noqa: F401  (registers the models)
 from lape_vit import convert_checkpoint, warm_start
 from lape_vit.encodings import all_options
 from training.checkpoint import description_of, load_checkpoint, load_weights
-from training.options import flag_of
+from training.options import Options, RunOptions, flag_of
 
 _logger = getLogger(__name__)
 
 
-def build_model(args: argparse.Namespace, num_classes: int, input_size: int | list[int]) -> Any:
-    """The model of the options; what they leave open, it decides, and `args` then says the encoding and the join."""
-    of_encoding = {name: getattr(args, name) for name in all_options() if getattr(args, name) is not None}
-    options = {"pe": args.pe, "join_type": args.join_type, "drop_rate": args.drop, "drop_path_rate": args.drop_path}
-    options = {name: value for name, value in options.items() if value is not None}
+def build_model(options: Options, num_classes: int, input_size: int | Sequence[int]) -> tuple[Any, Options]:
+    """The model of the options, and the options with what they left to the model: the encoding and the join."""
+    wanted = options.model
+    of_encoding = {name: value for name, value in wanted.encoding.items() if value is not None}
+    others: dict[str, Any] = {"pe": wanted.pe, "join_type": wanted.join_type}
+    others |= {"drop_rate": wanted.drop, "drop_path_rate": wanted.drop_path}
+    others = {name: value for name, value in others.items() if value is not None}
     try:
         model: Any = timm.create_model(
-            args.model, num_classes=num_classes, img_size=to_2tuple(input_size), **options, **of_encoding
+            wanted.model, num_classes=num_classes, img_size=to_2tuple(input_size), **others, **of_encoding
         )
     except TypeError as error:
         if not of_encoding:
             raise
         raise ValueError(f"{' '.join(map(flag_of, of_encoding))}: {error}") from error
     patch = model.patch_embed.patch_size
-    for side, multiple in zip(to_2tuple(args.input_size), patch, strict=True):
+    for side, multiple in zip(to_2tuple(wanted.input_size), patch, strict=True):
         if side % multiple:  # timm would leave the rest of the image out
-            raise ValueError(f"--input-size {side} is no multiple of the {multiple} pixels of {args.model}'s patches")
-    vars(args).update(pe=model.pe, join_type=model.join_type, **model.pe_options)
-    return model
+            raise ValueError(f"--input-size {side} is no multiple of the {multiple} pixels of {wanted.model}'s patches")
+    return model, options.changed(pe=model.pe, join_type=model.join_type, **model.pe_options)
 
 
-def weights_of(checkpoint: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+def weights_of(checkpoint: dict[str, Any], run: RunOptions) -> dict[str, Any]:
     """The weights of a checkpoint, or their average for `--eval-ema`.
 
     Raises:
         ValueError: it has no average.
     """
-    weights = checkpoint.get("model_ema") if args.eval_ema else checkpoint["model"]
+    weights = checkpoint.get("model_ema") if run.eval_ema else checkpoint["model"]
     if weights is None:
-        raise ValueError(f"{args.resume} holds no averaged weights: leave --eval-ema out")
+        raise ValueError(f"{run.resume} holds no averaged weights: leave --eval-ema out")
     return weights
 
 
@@ -69,30 +70,31 @@ def load_what_fits(model: Any, checkpoint: dict[str, Any], path: str) -> None:
     model.load_state_dict(start.state_dict)
 
 
-def build_teacher(args: argparse.Namespace, num_classes: int) -> nn.Module:
+def build_teacher(options: Options, num_classes: int) -> nn.Module:
     """The model to learn from: any of timm or of this project, with the weights of `--teacher-path`.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: an unknown model, other weights, other classes, or another image size.
     """
-    name, path = args.teacher_model, args.teacher_path
+    distillation = options.distillation
+    name, path = distillation.teacher_model, distillation.teacher_path
     if name is None or path is None:
         raise ValueError(
-            f"--distillation-type {args.distillation_type} needs --teacher-model NAME and --teacher-path FILE"
+            f"--distillation-type {distillation.distillation_type} needs --teacher-model NAME and --teacher-path FILE"
         )
     if name not in timm.list_models():
         raise ValueError(f"unknown --teacher-model {name!r}: timm.list_models() lists them")
     checkpoint = load_checkpoint(path)
-    weights, options = checkpoint["model"], {}
+    weights, build = checkpoint["model"], {}
     if name in timm.list_models(module="models_lape"):
         weights, description = convert_checkpoint(weights), description_of(checkpoint)
-        options = {key: description[key] for key in ("pe", "join_type", *all_options()) if key in description}
+        build = {key: description[key] for key in ("pe", "join_type", *all_options()) if key in description}
         if "input_size" in description:
-            options["img_size"] = to_2tuple(description["input_size"])
-    teacher = timm.create_model(name, num_classes=num_classes, **options)
+            build["img_size"] = to_2tuple(description["input_size"])
+    teacher = timm.create_model(name, num_classes=num_classes, **build)
     load_weights(teacher, weights, f"--teacher-path {path}", f"{name} of {num_classes} classes")
-    size = to_2tuple(args.input_size)
+    size = to_2tuple(options.model.input_size)
     try:
         with torch.no_grad():
             teacher.eval()(torch.zeros(1, 3, *size))
@@ -101,21 +103,22 @@ def build_teacher(args: argparse.Namespace, num_classes: int) -> nn.Module:
     return teacher
 
 
-def describe_model(args: argparse.Namespace, classes: Sequence[str]) -> dict[str, Any]:
+def describe_model(options: Options, args: argparse.Namespace, classes: Sequence[str]) -> dict[str, Any]:
     """What it takes to build the model and to prepare its images, as plain data."""
+    model, data = options.model, options.data
     return {
-        "model": args.model,
-        "pe": args.pe,
-        "join_type": args.join_type,
-        **{name: getattr(args, name) for name in all_options() if getattr(args, name) is not None},
+        "model": model.model,
+        "pe": model.pe,
+        "join_type": model.join_type,
+        **{name: value for name, value in model.encoding.items() if value is not None},
         "num_classes": len(classes),
         "classes": list(classes),
-        "input_size": args.input_size,
-        "data_set": args.data_set,
+        "input_size": model.input_size,
+        "data_set": data.data_set,
         "mean": list(args.mean),
         "std": list(args.std),
-        "interpolation": args.interpolation,
-        "eval_crop_ratio": args.eval_crop_ratio,
+        "interpolation": data.interpolation,
+        "eval_crop_ratio": data.eval_crop_ratio,
     }
 
 

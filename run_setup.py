@@ -12,7 +12,6 @@ from typing import Any
 import timm
 import torch
 from timm.layers import to_2tuple
-from torch import nn
 
 from datasets import DATA_SETS, REPEATS, ImageLoader, build_dataset, build_loader, canonical_data_set
 from lape_vit import convert_checkpoint
@@ -32,11 +31,14 @@ from training.checkpoint import description_of, is_ours, load_checkpoint, load_w
 from training.distributed import World
 from training.download import is_url
 from training.events import Events
-from training.files import find_checkpoint, open_output_dir, read_log, write_text
+from training.files import write_text
+from training.folder import find_checkpoint, open_output_dir, read_log
 from training.logs import LoopDisplay
 from training.optimisation import highest_rate, images_per_update, learning_rate
 from training.options import (
     OptionParser,
+    Options,
+    RunOptions,
     build_parser,
     config_text,
     describe,
@@ -45,9 +47,10 @@ from training.options import (
     read_recipe,
     saved_options,
 )
+from training.runtime import Runtime
 from training.seeding import seed_everything
 from training.shards import runs_commands
-from training.state import TrainingState, build_state, restore_progress, restore_state
+from training.state import Training, build_training, restore_progress, restore_state
 
 _logger = getLogger(__name__)
 
@@ -70,35 +73,31 @@ SLOW_AVERAGE = 0.1
 
 
 @dataclass
-class Training:
-    """What training needs besides what evaluation needs."""
+class Setup:
+    """All that `main.py` works on.
 
-    model: nn.Module  # the run's, wrapped for several processes, and compiled
-    state: TrainingState
-    loader: ImageLoader
-    updates: int  # per epoch
-    config: dict[str, Any]  # the options to save
-    events: Events | None = None  # for TensorBoard
-    unsaved: str = ""  # why the last checkpoint could not be saved
+    Attributes:
+        runtime: what this process computes on.
+        model: as it is evaluated and saved; training wraps it.
+        description: what it takes to build the model and to prepare its images, as a checkpoint holds it.
+        num_test_images: of all processes.
+        training: None where the model is only evaluated.
+        output_dir: in the main process, which alone writes.
+        events: for TensorBoard, if it is asked for.
+    """
 
-
-@dataclass
-class Run:
-    """What a run works with, in this process."""
-
-    args: argparse.Namespace
-    world: World
-    device: torch.device
-    display: LoopDisplay
-    model: nn.Module
+    options: Options
+    runtime: Runtime
+    model: Any
     description: dict[str, Any]
     test_loader: ImageLoader
     num_test_images: int
     training: Training | None = None
-    output_dir: Path | None = None  # in the main process, which alone writes
+    output_dir: Path | None = None
+    events: Events | None = None
 
 
-def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
+def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Setup:
     """Read the options, the data, the checkpoint and the model.
 
     Raises:
@@ -111,50 +110,78 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
     else:
         checkpoint = load_checkpoint(given["resume"]) if "resume" in given else {}
     description = description_of(checkpoint)
-    args, start = resolve_given(parser, given, checkpoint)
-    if args.tensorboard and not args.eval and args.output_dir is None:
-        raise ValueError("--tensorboard needs --output_dir DIR, to write to DIR/tensorboard")
-    device = distributed.pick_device(args.device, world)
-    resolve_device_options(args, device)
-    if args.deterministic:
-        distributed.make_deterministic()
-    distributed.check_size(args.world_size, world)
-    distributed.start(world, device, args.dist_url, args.init_timeout)
-    check_same_start(args, checkpoint, world, device)
+    options, start = resolve_given(parser, given, checkpoint)
+    runtime, options = start_process(options, world, display)
+    check_same_start(options.run, checkpoint, runtime)
 
+    args = data_arguments(options, description)
     test_set, classes = build_dataset(False, args)
     expected = description.get("num_classes", len(classes))
     if expected != len(classes):
-        raise ValueError(f"{args.data_set} has {len(classes)} classes, but the model of {args.resume} has {expected}")
-    seed_everything(args.seed)  # every process makes the same model
-    model = build_model(args, len(classes), description.get("input_size", args.input_size))
+        raise ValueError(
+            f"{options.data.data_set} has {len(classes)} classes, but the model of {options.run.resume} has {expected}"
+        )
+    seed_everything(options.run.seed)  # every process makes the same model
+    built_at: Any = description.get("input_size", options.model.input_size)
+    model, options = build_model(options, len(classes), built_at)
     if checkpoint:
-        name = f"{args.model} with {args.pe} and {args.join_type}"
-        load_weights(model, convert_checkpoint(weights_of(checkpoint, args)), args.resume, name)
-        model.set_input_size(img_size=to_2tuple(args.input_size))
+        name = f"{options.model.model} with {options.model.pe} and {options.model.join_type}"
+        load_weights(model, convert_checkpoint(weights_of(checkpoint, options.run)), given["resume"], name)
+        model.set_input_size(img_size=to_2tuple(options.model.input_size))
     if start:
-        load_what_fits(model, start, args.finetune)
-    run = Run(
-        args=args,
-        world=world,
-        device=device,
-        display=display,
-        model=model.to(device),
-        description=describe_model(args, classes),
+        load_what_fits(model, start, str(options.run.finetune))
+    setup = Setup(
+        options,
+        runtime,
+        model.to(runtime.device),
+        description=describe_model(options, args, classes),
         test_loader=build_loader(test_set, False, args, world.rank, world.size),
         num_test_images=len(test_set),
     )
-    if not args.eval:
-        run.training = set_up_training(run, parser, checkpoint)
+    if not options.run.eval:
+        setup.training = set_up_training(setup, args, checkpoint)
     if world.is_main:
-        run.output_dir = open_output_dir(args)
-        introduce(run, parser, given)
-        if run.training is not None and run.output_dir is not None:
-            text = config_text(run.training.config, shlex.join(["main.py", *argv]))
-            write_text(run.output_dir / "config.yaml", text)
-    if run.training is not None and args.tensorboard:
-        run.training.events = start_events(run, run.training)
-    return run
+        setup.output_dir = open_output_dir(options.run)
+        log_plan(setup, parser, given)
+        if setup.training is not None and setup.output_dir is not None:
+            text = config_text(saved_options(options), shlex.join(["main.py", *argv]))
+            write_text(setup.output_dir / "config.yaml", text)
+    if setup.training is not None and options.run.tensorboard:
+        setup.events = start_events(setup.training, setup.output_dir)
+    return setup
+
+
+def start_process(options: Options, world: World, display: LoopDisplay) -> tuple[Runtime, Options]:
+    """Pick the device and meet the other processes.
+
+    Returns:
+        What this process computes on, and the options with those that depend on it.
+    """
+    run = options.run
+    if run.tensorboard and not run.eval and run.output_dir is None:
+        raise ValueError("--tensorboard needs --output_dir DIR, to write to DIR/tensorboard")
+    device = distributed.pick_device(run.device, world)
+    options = resolve_device_options(options, device)
+    if run.deterministic:
+        distributed.make_deterministic()
+    distributed.check_size(run.world_size, world)
+    distributed.start(world, device, run.dist_url, run.init_timeout)
+    return Runtime(world, device, getattr(torch, options.run.amp_dtype or ""), display), options
+
+
+def data_arguments(options: Options, description: dict[str, Any]) -> argparse.Namespace:
+    """What the data sets, their transforms and loaders read: the options, and what the data set or a checkpoint knows.
+
+    Args:
+        description: of the checkpoint to evaluate or to resume.
+    """
+    data_set = DATA_SETS[options.data.data_set]
+    return argparse.Namespace(
+        **options.by_name(),
+        num_classes=description.get("num_classes"),  # else the data set's
+        mean=description.get("mean", data_set.mean),
+        std=description.get("std", data_set.std),
+    )
 
 
 def read_given(parser: OptionParser, argv: Sequence[str]) -> dict[str, Any]:
@@ -171,11 +198,11 @@ def read_given(parser: OptionParser, argv: Sequence[str]) -> dict[str, Any]:
     if "data_set" in given:
         given["data_set"] = canonical_data_set(given["data_set"])
     if "finetune" in given and "resume" in given:
-        raise ValueError("--finetune starts a run and --resume goes on with one: give one of them")
+        raise ValueError("--finetune starts a run and --resume continues one: give one of them")
     if "start_epoch" in given and ("resume" in given or given.get("auto_resume")):
-        raise ValueError("--start-epoch is for a run that starts; --resume goes on where its checkpoint was")
+        raise ValueError("--start-epoch is for a run that starts; --resume continues where its checkpoint was")
     if is_url(given.get("resume", "")) and not given.get("eval") and "output_dir" not in given:
-        raise ValueError(f"--resume {given['resume']} needs --output_dir DIR, where the training goes on")
+        raise ValueError(f"--resume {given['resume']} needs --output_dir DIR, where the training continues")
     if given.get("eval") and given.get("tensorboard"):
         raise ValueError("--tensorboard shows how a training goes: leave it out with --eval")
     return given
@@ -183,57 +210,53 @@ def read_given(parser: OptionParser, argv: Sequence[str]) -> dict[str, Any]:
 
 def resolve_given(
     parser: OptionParser, given: dict[str, Any], checkpoint: dict[str, Any]
-) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """All options, but for those that the device decides, and the checkpoint to fine-tune, empty if there is none.
+) -> tuple[Options, dict[str, Any]]:
+    """All options, except for those that the device decides, and the checkpoint to fine-tune, empty if there is none.
 
     Raises:
-        ValueError, OSError: an unknown name or file, or an option that contradicts the checkpoint to go on with.
+        ValueError, OSError: an unknown name or file, or an option that contradicts the checkpoint to resume.
     """
     recipe = pick_recipe(parser, given, checkpoint)
     finetune = None if checkpoint else {**recipe, **given}.get("finetune")
     start = load_checkpoint(finetune) if finetune else {}
-    args = resolve_options(parser, given, recipe, description_of(checkpoint), description_of(start))
-    refuse_foreign_commands(args, given)
-    if args.resplit:
-        raise ValueError(
-            "--resplit spares a clean augmentation split from erasing, but DeiT, whose flag it is, makes no splits: it "
-            "never had an effect, so leave it out"
-        )
-    return args, start
+    options = resolve_options(parser, given, recipe, description_of(checkpoint), description_of(start))
+    refuse_foreign_commands(options, given)
+    return options, start
 
 
-def start_events(run: Run, training: Training) -> Events:
+def start_events(training: Training, output_dir: Path | None) -> Events:
     """What writes for TensorBoard, if this is the main process, from where the training is."""
-    folder = None if run.output_dir is None else run.output_dir / "tensorboard"
-    return Events(folder, training.state.epoch, training.state.progress, training.updates)
+    folder = None if output_dir is None else output_dir / "tensorboard"
+    return Events(folder, training.epoch, training.progress, training.updates)
 
 
-def refuse_foreign_commands(args: argparse.Namespace, given: dict[str, Any]) -> None:
+def refuse_foreign_commands(options: Options, given: dict[str, Any]) -> None:
     """See that no checkpoint or recipe, which may come from anyone, runs a command.
 
     Raises:
         ValueError: one would.
     """
     for name in {"data_path", "eval_data_path"} - given.keys():
-        pattern = getattr(args, name)
-        if pattern is not None and DATA_SETS[args.data_set].is_sharded and runs_commands(pattern):
+        pattern = getattr(options.data, name)
+        if pattern is not None and DATA_SETS[options.data.data_set].is_sharded and runs_commands(pattern):
             raise ValueError(
-                f"{args.recipe} asks for {flag_of(name)} {pattern}: a command is run only if the command line has it: "
-                "repeat it there if you trust it"
+                f"{options.run.recipe} asks for {flag_of(name)} {pattern}: a command is run only if the command line "
+                "has it: repeat it there if you trust it"
             )
 
 
-def check_same_start(args: argparse.Namespace, checkpoint: dict[str, Any], world: World, device: torch.device) -> None:
-    """See that all processes go on from the same place.
+def check_same_start(run: RunOptions, checkpoint: dict[str, Any], runtime: Runtime) -> None:
+    """See that all processes start from the same place.
 
     Raises:
         ValueError: they do not.
     """
-    is_training = bool(checkpoint) and not args.eval and is_ours(checkpoint)
+    is_training = bool(checkpoint) and not run.eval and is_ours(checkpoint)
     place = [checkpoint["epoch"], checkpoint["progress"]["counts"]["step"]] if is_training else [-1, -1]
-    if len({tuple(found) for found in distributed.gather_over_ranks(place, world, device)}) > 1:
+    found = distributed.gather_over_ranks(place, runtime.world, runtime.device)
+    if any(other != found[0] for other in found):
         raise ValueError(
-            f"the processes found different checkpoints in {args.output_dir}: name a folder that all of them share"
+            f"the processes found different checkpoints in {run.output_dir}: name a folder that all of them share"
         )
 
 
@@ -243,11 +266,11 @@ def resolve_options(
     recipe: dict[str, Any],
     description: dict[str, Any],
     start: dict[str, Any],
-) -> argparse.Namespace:
+) -> Options:
     """All options: what was given, else what the checkpoint is of, else the recipe, else the default; canonical names.
 
     Args:
-        description: of the checkpoint to evaluate or to go on with, which nothing may contradict.
+        description: of the checkpoint to evaluate or to resume, which nothing may contradict.
         start: the description of the checkpoint to fine-tune, which goes before the recipe; it binds to nothing.
 
     Raises:
@@ -265,21 +288,18 @@ def resolve_options(
     model = {name: start[name] for name in FIXED if name in start}
     if given.get("pe", model.get("pe")) != model.get("pe"):
         model = {name: value for name, value in model.items() if name not in all_options()}
-    args = argparse.Namespace(**{**parser.defaults, **recipe, **model, **fixed, **given})
-    if args.resume and not args.eval and args.output_dir is None:
-        args.output_dir = str(Path(args.resume).parent)
-    if args.model not in (known := timm.list_models(module="models_lape")):
-        raise ValueError(f"unknown --model {args.model!r}: choose from {', '.join(known)}")
-    if args.input_size is None:
-        cfg = timm.models.get_pretrained_cfg(args.model)
+    values = {**parser.defaults, **recipe, **model, **fixed, **given}
+    if values["resume"] and not values["eval"] and values["output_dir"] is None:
+        values["output_dir"] = str(Path(values["resume"]).parent)
+    if values["model"] not in (known := timm.list_models(module="models_lape")):
+        raise ValueError(f"unknown --model {values['model']!r}: choose from {', '.join(known)}")
+    if values["input_size"] is None:
+        cfg = timm.models.get_pretrained_cfg(values["model"])
         assert cfg is not None  # all models of models_lape have one
-        args.input_size = cfg.input_size[-1]
-    args.data_set = canonical_data_set(args.data_set)
-    data_set = DATA_SETS[args.data_set]
-    args.data_path = args.data_path or data_set.default_data_path
-    args.num_classes = description.get("num_classes")  # else the data set's
-    args.mean, args.std = description.get("mean", data_set.mean), description.get("std", data_set.std)
-    return args
+        values["input_size"] = cfg.input_size[-1]
+    values["data_set"] = canonical_data_set(values["data_set"])
+    values["data_path"] = values["data_path"] or DATA_SETS[values["data_set"]].default_data_path
+    return Options.of(values)
 
 
 def pick_recipe(parser: OptionParser, given: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -287,7 +307,7 @@ def pick_recipe(parser: OptionParser, given: dict[str, Any], checkpoint: dict[st
     if "recipe" in given:
         return {**read_recipe(parser, find_recipe(given["recipe"])), "recipe": given["recipe"]}
     if "config" in checkpoint:
-        saved = dict(checkpoint["config"])
+        saved = {name: value for name, value in checkpoint["config"].items() if name in parser.defaults}
         if given.get("data_set", saved["data_set"]) != saved["data_set"]:
             saved |= {"data_path": None, "eval_data_path": None, "inat_category": None}  # are of the other data set
         options = {name: saved[name] for name in FOR_EVALUATION if name in saved} if given.get("eval") else saved
@@ -296,108 +316,123 @@ def pick_recipe(parser: OptionParser, given: dict[str, Any], checkpoint: dict[st
     return {**read_recipe(parser, find_recipe(name)), "recipe": name}
 
 
-def resolve_device_options(args: argparse.Namespace, device: torch.device) -> None:
-    """Fill in the options whose default depends on the device."""
+def resolve_device_options(options: Options, device: torch.device) -> Options:
+    """The options, with those whose default depends on the device."""
     on_gpu = device.type == "cuda"
-    args.device = args.device or device.type
-    if args.amp_dtype is None:
-        args.amp_dtype = (
-            ("bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16")
-            if on_gpu
-            else "float32"
-        )
-    if args.pin_mem is None:
-        args.pin_mem = on_gpu
+    amp_dtype, pin_mem = options.run.amp_dtype, options.data.pin_mem
+    if amp_dtype is None and on_gpu:
+        amp_dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return options.changed(
+        device=options.run.device or device.type,
+        amp_dtype=amp_dtype or "float32",
+        pin_mem=on_gpu if pin_mem is None else pin_mem,
+    )
 
 
-def set_up_training(run: Run, parser: OptionParser, checkpoint: dict[str, Any]) -> Training:
+def set_up_training(setup: Setup, args: argparse.Namespace, checkpoint: dict[str, Any]) -> Training:
     """The training data and the state of the training, restored from the checkpoint if there is one."""
-    args, world = run.args, run.world
-    if args.start_epoch >= args.epochs:
-        raise ValueError(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}")
-    if not args.train_mode and (args.drop or args.drop_path):
+    options, optimisation, world = setup.options, setup.options.optimisation, setup.runtime.world
+    if optimisation.start_epoch >= optimisation.epochs:
+        raise ValueError(f"--start-epoch {optimisation.start_epoch} leaves nothing of --epochs {optimisation.epochs}")
+    if not options.model.train_mode and (options.model.drop or options.model.drop_path):
         _logger.warning("--drop and --drop-path are without effect under --no-train-mode")
-    if args.attn_only:
-        freeze_all_but_attention(run.model)
+    if options.model.attn_only:
+        freeze_all_but_attention(setup.model)
     train_set, classes = build_dataset(True, args)
     loader = build_loader(train_set, True, args, world.rank, world.size)
-    updates = len(loader) // args.accum_steps
-    teacher = None if args.distillation_type == "none" else build_teacher(args, len(classes)).to(run.device)
-    state = build_state(args, run.model, len(classes), updates, world.size, teacher)
+    has_teacher = options.distillation.distillation_type != "none"
+    teacher = build_teacher(options, len(classes)).to(setup.runtime.device) if has_teacher else None
+    training = build_training(options, setup.model, loader, teacher, base_lr(options, world), len(classes))
     if checkpoint:
-        restore_state(state, checkpoint, args)
-        loader.num_skipped = restore_progress(state, checkpoint["progress"], updates, world)
-        tell_another_order(args, state, checkpoint, world)
+        restore_state(training, checkpoint)
+        restore_progress(training, checkpoint["progress"], world)
+        warn_of_repeated_images(training, checkpoint, world)
         if world.is_main:
-            state.rows = read_log(Path(args.output_dir) / "log.txt", state.epoch)
-    all_updates = updates * (args.epochs - args.start_epoch)
-    kept = args.model_ema_decay**all_updates
-    if args.model_ema and kept > SLOW_AVERAGE:
+            training.rows = read_log(Path(options.run.output_dir or "") / "log.txt", training.epoch)
+    warn_of_slow_average(options, training.updates)
+    training.model = distributed.wrap(setup.model, world, setup.runtime.device)
+    if options.run.compile:
+        training.model = compile_model(training.model, setup.runtime.device)
+    return training
+
+
+def base_lr(options: Options, world: World) -> float:
+    """The learning rate that the schedule scales."""
+    return learning_rate(options.optimisation, images_per_update(options.data, options.optimisation, world.size))
+
+
+def warn_of_slow_average(options: Options, updates: int) -> None:
+    """Warn that an average of the weights keeps much of the first ones.
+
+    Args:
+        updates: of an epoch.
+    """
+    decay, optimisation = options.model.model_ema_decay, options.optimisation
+    all_updates = updates * (optimisation.epochs - optimisation.start_epoch)
+    kept = decay**all_updates
+    if options.model.model_ema and kept > SLOW_AVERAGE:
         _logger.warning(
-            f"--model-ema-decay {args.model_ema_decay:g} is slow for {all_updates} updates: the average keeps "
-            f"{100 * kept:.0f} % of the first weights"
+            f"--model-ema-decay {decay:g} is slow for {all_updates} updates: the average keeps {100 * kept:.0f} % of "
+            "the first weights"
         )
-    model = distributed.wrap(run.model, world, run.device)
-    if args.compile:
-        model = compile_model(model, run.device)
-    return Training(model, state, loader, updates, saved_options(args, parser))
 
 
-def tell_another_order(
-    args: argparse.Namespace, state: TrainingState, checkpoint: dict[str, Any], world: World
-) -> None:
-    """Say so where the rest of an epoch is not what was left of it."""
-    if not (DATA_SETS[args.data_set].is_sharded and state.progress.step):
+def warn_of_repeated_images(training: Training, checkpoint: dict[str, Any], world: World) -> None:
+    """Warn that a resumed epoch of sharded data may repeat or skip images."""
+    data_set = training.options.data.data_set
+    if not (DATA_SETS[data_set].is_sharded and training.progress.step):
         return
-    names = ("num_workers", "batch_size", "accum_steps")
-    same_options = all(getattr(args, name) == checkpoint["config"][name] for name in names)
+    now, names = training.options.by_name(), ("num_workers", "batch_size", "accum_steps")
+    same_options = all(now[name] == checkpoint["config"][name] for name in names)
     if not same_options or len(checkpoint["progress"]["sums_by_rank"]) != world.size:
         _logger.warning(
-            "what is left of epoch %d shows some images again and leaves others out: the order of %s depends on the "
-            "numbers of processes and workers, and on the batch size",
-            state.epoch + 1,
-            args.data_set,
+            "the rest of epoch %d may repeat images and skip others: the order of %s depends on the numbers of "
+            "processes and workers, and on the batch size",
+            training.epoch + 1,
+            data_set,
         )
 
 
-def unique_images(training: Training, args: argparse.Namespace, world_size: int) -> int:
+def unique_images(training: Training, world_size: int) -> int:
     """How many different images one epoch shows, over all processes."""
-    shown = training.updates * images_per_update(args, world_size)
-    return math.ceil(shown / REPEATS) if args.repeated_aug else shown
+    options = training.options
+    shown = training.updates * images_per_update(options.data, options.optimisation, world_size)
+    return math.ceil(shown / REPEATS) if options.augmentation.repeated_aug else shown
 
 
-def introduce(run: Run, parser: OptionParser, given: dict[str, Any]) -> None:
+def log_plan(setup: Setup, parser: OptionParser, given: dict[str, Any]) -> None:
     """Log what the run is going to do."""
-    args, world = run.args, run.world
+    options, training, world = setup.options, setup.training, setup.runtime.world
+    run, model, optimisation, data_set = options.run, options.model, options.optimisation, options.data.data_set
     processes = "1 process" if world.size == 1 else f"{world.size} processes"
-    parameters = count_parameters(run.model)
-    _logger.info("%s with %s, joined by %s: %s parameters", args.model, args.pe, args.join_type, f"{parameters:,}")
-    if run.training is None:
+    parameters = count_parameters(setup.model)
+    _logger.info("%s with %s, joined by %s: %s parameters", model.model, model.pe, model.join_type, f"{parameters:,}")
+    if training is None:
         _logger.info(
-            "%s: %d images; %s on %s in %s", args.data_set, run.num_test_images, processes, args.device, args.amp_dtype
+            "%s: %d images; %s on %s in %s", data_set, setup.num_test_images, processes, run.device, run.amp_dtype
         )
         return
-    _logger.info("options (* given on the command line, others from recipe %s or by default)", args.recipe)
-    _logger.info("%s", describe(args, parser, given))
+    _logger.info("options (* given on the command line, others from recipe %s or by default)", run.recipe)
+    _logger.info("%s", describe(options, parser, given))
     _logger.info(
         "%s: %d images to train, %d to test, %d classes",
-        args.data_set,
-        run.training.loader.num_images,
-        run.num_test_images,
-        run.description["num_classes"],
+        data_set,
+        training.loader.num_images,
+        setup.num_test_images,
+        setup.description["num_classes"],
     )
-    lr = learning_rate(args, world.size)
+    lr = base_lr(options, world)
     _logger.info(
         "%s on %s in %s: %d images per update, %d updates and %d different images per epoch, learning rate %g, at most "
         "%.3g by its schedule%s",
         processes,
-        args.device,
-        args.amp_dtype,
-        images_per_update(args, world.size),
-        run.training.updates,
-        unique_images(run.training, args, world.size),
+        run.device,
+        run.amp_dtype,
+        images_per_update(options.data, optimisation, world.size),
+        training.updates,
+        unique_images(training, world.size),
         lr,
-        highest_rate(args, lr, run.training.updates),
-        ", without its noise" if args.lr_noise else "",
+        highest_rate(optimisation, lr, training.updates),
+        ", without its noise" if optimisation.lr_noise else "",
     )
-    _logger.info("output: %s", run.output_dir or "none, as --output_dir is not given")
+    _logger.info("output: %s", setup.output_dir or "none, as --output_dir is not given")

@@ -33,7 +33,7 @@ from lape_vit import VisionTransformer
 from lape_vit.attention_maps import attention_maps, why_no_split
 from lape_vit.encodings import all_options
 from training.logs import end_in_one_line, start_logging
-from training.options import Parser, flag_of, number, whole
+from training.options import Parser, encoding_option, flag_of
 
 _logger = getLogger(__name__)
 
@@ -91,9 +91,7 @@ def build_parser() -> Parser:
     add("--input-size", "--input_size", type=size, metavar="S", help="side of its images, or HEIGHT,WIDTH, in pixels; "
         "default: the model's own")  # fmt: skip
     for name, (kind, encodings) in all_options().items():
-        whose = f"of --pe {', '.join(encodings)} and their sums; default: the encoding's own"
-        read = whole() if kind is int else number()
-        add(flag_of(name), f"--{name}", type=read, metavar="N" if kind is int else "X", help=whose)
+        add(flag_of(name), f"--{name}", **encoding_option(kind, encodings))
     return parser
 
 

@@ -130,7 +130,7 @@ def stop(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
             process.wait()
 
 
-def places(jobs: int, device: str) -> list[dict[str, str]]:
+def environments(jobs: int, device: str) -> list[dict[str, str]]:
     """Additions to the environment of so many jobs at a time: each has its share of the cores, and one of the GPUs."""
     environment = {}
     if jobs > 1 and "OMP_NUM_THREADS" not in os.environ:

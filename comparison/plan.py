@@ -14,8 +14,17 @@ from lape_vit.encodings import all_options, canonical_name, resolve
 from lape_vit.joins import JOINS, legal_joins, legal_pairs
 from run_setup import pick_recipe, read_given, resolve_device_options, resolve_given
 from training.distributed import World, pick_device
-from training.files import CHECKPOINTS, read_log
-from training.options import MOST_WORKERS, OptionParser, build_parser, config_text, flag_of, saved_options
+from training.folder import CHECKPOINTS, read_log
+from training.options import (
+    MOST_WORKERS,
+    OptionParser,
+    Options,
+    build_parser,
+    config_text,
+    flag_of,
+    saved_options,
+    word_of,
+)
 
 _logger = getLogger(__name__)
 
@@ -103,7 +112,7 @@ class Plan:
         others: those that earlier calls have finished in the same folder.
         illegal: pairs that are skipped.
         common: the options that all runs share.
-        args: all options of one of the runs, as `main.py` knows them.
+        options: all options of one of the runs, as `main.py` knows them.
     """
 
     folder: Path
@@ -111,7 +120,7 @@ class Plan:
     others: list[Run]
     illegal: list[tuple[str, str]]
     common: dict[str, Any]
-    args: argparse.Namespace
+    options: Options
 
     @property
     def all_runs(self) -> list[Run]:
@@ -143,12 +152,12 @@ def make_plan(args: argparse.Namespace, rest: Sequence[str]) -> Plan:
     for pe, join_type in legal:
         for seed in args.seeds:
             argv = (*rest, *flags[pe], "--pe", pe, "--join-type", join_type, "--seed", str(seed))
-            args_of_run, options = resolve_run(parser, argv)
-            runs.append(Run(pe, join_type, seed, folder / f"{pe}_{join_type}_seed{seed}", options, argv))
+            options, saved = resolve_run(parser, argv)
+            runs.append(Run(pe, join_type, seed, folder / f"{pe}_{join_type}_seed{seed}", saved, argv))
     common = {name: value for name, value in runs[0].options.items() if name not in OF_PAIR}
     others = list(earlier_runs(folder, runs))
     check_options([*runs, *others], common, parser)
-    return Plan(folder, runs, [run for run in others if run.is_finished()], illegal, common, args_of_run)
+    return Plan(folder, runs, [run for run in others if run.is_finished()], illegal, common, options)
 
 
 def sort_pairs(encodings: Sequence[str], joins: Sequence[str]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -182,23 +191,22 @@ def encoding_flags(args: argparse.Namespace, encodings: Sequence[str]) -> dict[s
     taken = {pe: given.keys() & resolve(pe).options().keys() for pe in encodings}
     for name in given.keys() - set().union(*taken.values()):
         raise ValueError(f"{flag_of(name)} is an option of {', '.join(all_options()[name][1])}, which is not compared")
-    return {pe: [word for name in given if name in names for word in (flag_of(name), given[name])]
-            for pe, names in taken.items()}  # fmt: skip
+    return {pe: [word_of(name, given[name]) for name in given if name in names] for pe, names in taken.items()}
 
 
-def resolve_run(parser: OptionParser, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+def resolve_run(parser: OptionParser, argv: Sequence[str]) -> tuple[Options, dict[str, Any]]:
     """What `main.py` makes of this command line, and what it will save of it in `config.yaml`; no model is built.
 
     Raises:
         ValueError, OSError: what it refuses.
     """
-    args, _ = resolve_given(parser, read_given(parser, argv), {})
-    resolve_device_options(args, pick_device(args.device, World()))
-    options = yaml.safe_load(config_text(saved_options(args, parser), ""))
-    for name, default in resolve(args.pe).options().items():
-        if options[name] is None:
-            options[name] = default
-    return args, options
+    options, _ = resolve_given(parser, read_given(parser, argv), {})
+    options = resolve_device_options(options, pick_device(options.run.device, World()))
+    saved = yaml.safe_load(config_text(saved_options(options), ""))
+    for name, default in resolve(options.model.pe or "").options().items():
+        if saved[name] is None:
+            saved[name] = default
+    return options, saved
 
 
 def earlier_runs(folder: Path, runs: Sequence[Run]) -> Iterator[Run]:

@@ -8,9 +8,8 @@ from typing import Any
 from comparison.jobs import Job
 from comparison.pictures import draw_sizes
 from comparison.plan import Plan, Run
-from comparison.tables import NAMES, Pair, Spread, csv_text, failed, heading, mean_and_deviation
-from training.checkpoint import atomic_write
-from training.files import write_text
+from comparison.tables import NAMES, MeanAndDeviation, Pair, csv_text, failed, heading, mean_and_deviation
+from training.files import atomic_write, write_text
 from training.tables import NOT_YET, markdown
 
 Measured = dict[Pair, dict[int, list[float]]]
@@ -61,7 +60,7 @@ def write_sizes(plan: Plan, sizes: Sequence[int], failures: Mapping[str, str]) -
         row = dict(zip(NAMES, pair, strict=True))
         for size, numbers in by_size.items():
             column = f"{size} (trained)" if size == trained_at else str(size)
-            row[column] = str(Spread.of(numbers)) if numbers else NOT_YET
+            row[column] = str(MeanAndDeviation.of(numbers)) if numbers else NOT_YET
         rows.append(row)
     remark = (
         f"\nTest accuracy (%) of each run's best epoch by the side of the input in pixels; trained at {trained_at}: "

@@ -53,14 +53,14 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Spread:
+class MeanAndDeviation:
     """Mean of several numbers, and how far they spread: the standard deviation of a sample, None for one number."""
 
     mean: float
     deviation: float | None
 
     @classmethod
-    def of(cls, numbers: Sequence[float]) -> "Spread":
+    def of(cls, numbers: Sequence[float]) -> "MeanAndDeviation":
         return cls(mean(numbers), stdev(numbers) if len(numbers) > 1 else None)
 
     def __str__(self) -> str:
@@ -82,7 +82,7 @@ def write_tables(plan: Plan, found: Mapping[Pair, Sequence[Outcome]], failures: 
         failures: why a run failed, by its name.
     """
     rows = table_rows(plan, found)
-    means = [Spread.of([one.best for one in of_pair]).mean if of_pair else -1.0 for of_pair in found.values()]
+    means = [MeanAndDeviation.of([one.best for one in of_pair]).mean if of_pair else -1.0 for of_pair in found.values()]
     for row, mean_of_pair in zip(rows, means, strict=True):
         if BEST in row and mean_of_pair == max(means):
             row[BEST] = f"**{row[BEST]}**"
@@ -114,9 +114,9 @@ def cells(of_pair: Sequence[Outcome]) -> Row:
     epochs = sorted(one.best_epoch for one in of_pair)
     averages = [max(one.averages) for one in of_pair if one.averages]
     return {
-        BEST: str(Spread.of([one.best for one in of_pair])),
-        "last (%)": str(Spread.of([one.last for one in of_pair])),
-        **({"best of averaged weights (%)": str(Spread.of(averages))} if averages else {}),
+        BEST: str(MeanAndDeviation.of([one.best for one in of_pair])),
+        "last (%)": str(MeanAndDeviation.of([one.last for one in of_pair])),
+        **({"best of averaged weights (%)": str(MeanAndDeviation.of(averages))} if averages else {}),
         "best epoch": f"{epochs[0]}" + (f"-{epochs[-1]}" if epochs[-1] > epochs[0] else ""),
         "epochs": str(of_pair[0].run.epochs),
         "parameters": f"{of_pair[0].rows[-1]['n_parameters']:,}",
@@ -154,7 +154,7 @@ def csv_rows(found: Mapping[Pair, Sequence[Outcome]], failures: Mapping[str, str
 
 def mean_and_deviation(name: str, numbers: Sequence[float]) -> dict[str, float | None]:
     """The two columns of a quantity in a table for programs; empty without numbers."""
-    spread = Spread.of(numbers) if numbers else None
+    spread = MeanAndDeviation.of(numbers) if numbers else None
     return {f"{name}_mean": spread.mean if spread else None, f"{name}_std": spread.deviation if spread else None}
 
 

@@ -1,6 +1,5 @@
 """The commands of `docs/` are understood, and their arithmetic is right."""
 
-import argparse
 import re
 import shlex
 from importlib import import_module
@@ -13,6 +12,7 @@ from torch.distributed.run import get_args_parser
 import compare
 from comparison.plan import make_plan
 from training.optimisation import images_per_update, learning_rate
+from training.options import Options
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -51,10 +51,11 @@ def test_every_command_is_understood(command: str) -> None:
 @pytest.mark.parametrize("command", TOLD)
 def test_the_images_per_update_and_the_learning_rate_are_those_of_the_command(command: str) -> None:
     command, told = command.split("#")
-    args = argparse.Namespace(**resolve(command))
+    options = Options.of(resolve(command))
     images, rate = re.fullmatch(r" (\d+) images per update, learning rate (\S+)", told).groups()  # type: ignore[union-attr]
-    assert images_per_update(args, processes := number_of_processes(command)) == int(images)
-    assert f"{learning_rate(args, processes):g}" == rate
+    per_update = images_per_update(options.data, options.optimisation, number_of_processes(command))
+    assert per_update == int(images)
+    assert f"{learning_rate(options.optimisation, per_update):g}" == rate
 
 
 def number_of_processes(command: str) -> int:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ import main
 import run_setup
 from lape_vit.encodings import all_options
 from training.distributed import World
+from training.state import Training
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -128,12 +130,12 @@ def test_dash_and_underscore_mean_the_same(tmp_path: Path, recipe: Path, flags: 
     folder, decay = flags
     run = set_up("--recipe", recipe, folder, tmp_path / "a_b", f"{decay}=0.125")
     assert run.output_dir == tmp_path / "a_b"
-    assert run.args.weight_decay == 0.125
+    assert run.options.optimisation.weight_decay == 0.125
 
 
 def test_the_command_line_overrides_the_recipe_and_that_the_defaults(recipe: Path) -> None:
-    args = set_up("--recipe", recipe, "--lr", "0.5").args
-    assert (args.lr, args.batch_size, args.weight_decay) == (0.5, 12, 0.05)
+    options = set_up("--recipe", recipe, "--lr", "0.5").options
+    assert (options.optimisation.lr, options.data.batch_size, options.optimisation.weight_decay) == (0.5, 12, 0.05)
 
 
 def test_the_saved_configuration_repeats_the_run(tmp_path: Path, trained: Path) -> None:
@@ -164,7 +166,7 @@ def test_without_an_average_there_is_none_and_with_one_it_is_evaluated(
 def test_the_average_may_stay_in_the_cpus_memory(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = train("--recipe", recipe, "--epochs", 1, "--model-ema", "--model-ema-force-cpu")
     assert run.training is not None
-    ema = run.training.state.ema
+    ema = run.training.ema
     assert ema is not None
     assert ema.device == torch.device("cpu")
     assert {value.device.type for value in ema.module.state_dict().values()} == {"cpu"}
@@ -176,7 +178,7 @@ def test_the_average_may_stay_in_the_cpus_memory(recipe: Path, caplog: pytest.Lo
 def test_evaluating_all_on_every_process_gives_the_same_result(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = set_up("--recipe", recipe, "--no-dist-eval")
     alone = main.evaluate_model(run, run.model, "alone")
-    run.world = World(0, 2, 0)
+    run.runtime = replace(run.runtime, world=World(0, 2, 0))
     monkeypatch.setattr(engine, "sum_over_ranks", lambda tensor: 2 * tensor)  # of two processes with all images each
     assert main.evaluate_model(run, run.model, "one of two") == alone
     assert alone["count"] == tiny_run.NUM_VAL
@@ -288,8 +290,8 @@ def test_the_run_says_how_much_an_epoch_shows(
 ) -> None:
     run = set_up("--recipe", recipe, *flags)
     assert run.training is not None
-    shown = {index for index, _, _ in run.training.loader.sampler}
-    assert len(shown) == images == run_setup.unique_images(run.training, run.args, 1)
+    shown = {index for index, _, _ in run.training.loader.sampler}  # type: ignore[attr-defined]
+    assert len(shown) == images == run_setup.unique_images(run.training, 1)
 
 
 # What to compare with beside the bare recipe, and a change of the option that the weights after two epochs must show.
@@ -489,11 +491,12 @@ class TestFinetune:
         self, rotary: Path, recipe: Path
     ) -> None:
         run = set_up("--recipe", recipe, "--finetune", rotary / "checkpoint.pth")
-        assert (run.args.pe, run.args.join_type, run.args.rope_theta) == ("learnable+rope_mixed", "LaPE", 20)
+        model = run.options.model
+        assert (model.pe, model.join_type, model.encoding["rope_theta"]) == ("learnable+rope_mixed", "LaPE", 20)
         saved = load(rotary / "checkpoint.pth")["model"]
         assert all(torch.equal(value, saved[name]) for name, value in run.model.state_dict().items())
         assert run.training is not None
-        assert run.training.state.epoch == 0
+        assert run.training.epoch == 0
 
     def test_another_encoding_join_and_size_load_what_fits_and_say_the_rest(
         self, rotary: Path, recipe: Path, caplog: pytest.LogCaptureFixture
@@ -526,8 +529,9 @@ class TestFinetune:
 
 
 def test_flags_that_agree_with_the_checkpoint_are_accepted_under_any_name(trained: Path) -> None:
-    args = set_up("--eval", "--resume", trained / "checkpoint.pth", "--pos_embed", "learn", "--join_type=LaPE").args
-    assert (args.pe, args.join_type) == ("learnable", "LaPE")
+    flags = ("--pos_embed", "learn", "--join_type=LaPE")
+    model = set_up("--eval", "--resume", trained / "checkpoint.pth", *flags).options.model
+    assert (model.pe, model.join_type) == ("learnable", "LaPE")
 
 
 def test_the_checkpoint_decides_over_a_recipe(tmp_path: Path, trained: Path) -> None:
@@ -535,8 +539,8 @@ def test_the_checkpoint_decides_over_a_recipe(tmp_path: Path, trained: Path) -> 
     other.write_text(
         "pe: none\njoin-type: basic\ninput-size: 32\n" + f"data-set: FOLDER\ndata-path: {data_path(trained)}\n"
     )
-    args = set_up("--eval", "--resume", trained / "checkpoint.pth", "--recipe", other).args
-    assert (args.pe, args.join_type, args.input_size) == ("learnable", "LaPE", 16)
+    model = set_up("--eval", "--resume", trained / "checkpoint.pth", "--recipe", other).options.model
+    assert (model.pe, model.join_type, model.input_size) == ("learnable", "LaPE", 16)
 
 
 def data_path(run: Path) -> str:
@@ -589,10 +593,10 @@ RICH = (
 
 
 def interrupt_after(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopped(*args: object, epoch: int, **kwargs: object) -> dict[str, float]:
-        if epoch == epochs:
+    def stopped(training: Training, *args: object) -> dict[str, float]:
+        if training.epoch == epochs:
             raise KeyboardInterrupt
-        return train_one_epoch(*args, epoch=epoch, **kwargs)  # type: ignore[arg-type]
+        return train_one_epoch(training, *args)  # type: ignore[arg-type]
 
     train_one_epoch = main.train_one_epoch
     monkeypatch.setattr(main, "train_one_epoch", stopped)

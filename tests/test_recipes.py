@@ -21,7 +21,7 @@ def resolve(command: str) -> dict[str, Any]:
     given = PARSER.read(shlex.split(command.split("main.py", 1)[1]))
     if "data_set" in given:
         given["data_set"] = run_setup.canonical_data_set(given["data_set"])
-    return vars(run_setup.resolve_options(PARSER, given, run_setup.pick_recipe(PARSER, given, {}), {}, {}))
+    return run_setup.resolve_options(PARSER, given, run_setup.pick_recipe(PARSER, given, {}), {}, {}).by_name()
 
 
 def header(path: Path) -> str:

@@ -49,12 +49,12 @@ def make_images(
     return folder
 
 
-def set_up(*argv: object) -> run_setup.Run:
+def set_up(*argv: object) -> run_setup.Setup:
     """A run, ready to go."""
     return run_setup.set_up([str(token) for token in argv], World(), LoopDisplay(None))
 
 
-def train(*argv: object) -> run_setup.Run:
+def train(*argv: object) -> run_setup.Setup:
     """A run that has trained, with what it then holds."""
     run = set_up(*argv)
     assert run.training is not None

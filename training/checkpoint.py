@@ -1,4 +1,4 @@
-"""Checkpoint files, ours and the original code bases', and files that are whole or absent.
+"""Checkpoint files, ours and the original code bases'.
 
 Ours are a dictionary of plain data (tensors, numbers, strings, lists, dictionaries), written by `torch.save`:
 
@@ -23,34 +23,18 @@ augmentations and all other random draws of each process (see `training.seeding`
 """
 
 import argparse
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import IO, Any
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from training.download import fetch, is_url
+from training.files import atomic_write
 
 FORMAT, VERSION = "lape-vit", 1
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` once it is wholly on disk, and not at all if anything goes wrong before."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:

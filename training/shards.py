@@ -29,8 +29,8 @@ import webdataset
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from training.checkpoint import atomic_write
 from training.distributed import in_turns
+from training.files import atomic_write
 from training.images import Crop, Reader, Sample, UnreadableImageError, one_line
 from training.seeding import CROP, seed_everything
 

@@ -163,12 +163,13 @@ def _open_folders(is_train: bool, data_path: str | None, crop: Crop, read_file: 
     classes = {split: _class_folders(path) for split, path in splits.items() if path.is_dir()}
     _check_same_classes(data_path, classes.get("train"), classes.get("val"))
 
-    left_out = [str(path) for path in sorted(folder.iterdir()) if not _is_class_folder(path)]
+    left_out = [path.name for path in sorted(folder.iterdir()) if not _is_class_folder(path)]
 
     def is_image(path: str) -> bool:
-        is_hidden = f"{os.sep}." in path[len(str(folder)) :]
-        if is_hidden or os.path.splitext(path)[1].lower() not in image_endings():
-            left_out.append(path)
+        name = path.removeprefix(f"{folder}{os.sep}")
+        is_hidden = f"{os.sep}." in name  # as the class folder is not
+        if is_hidden or os.path.splitext(name)[1].lower() not in image_endings():
+            left_out.append(name)
             return False
         return True
 
@@ -179,7 +180,7 @@ def _open_folders(is_train: bool, data_path: str | None, crop: Crop, read_file: 
             "an image: %s",
             folder,
             len(left_out),
-            first_few([os.path.relpath(path, folder) for path in left_out]),
+            first_few(left_out),
         )
     if empty := set(range(len(images.classes))).difference(images.targets):
         names = first_few([images.classes[label] for label in sorted(empty)])

@@ -799,21 +799,28 @@ GREY = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
 """Each grey of 8 bits, in 16: from black to white."""
 
 
-def grey_tiff_of_12_bits(values: np.ndarray) -> bytes:
-    """An uncompressed TIFF of (16, 16) values up to 4095, two of which fill three bytes."""
-    even, odd = (values.reshape(-1)[first::2].astype(int) for first in (0, 1))
-    data = np.stack([even >> 4, (even & 15) << 4 | odd >> 8, odd & 255], axis=1).astype(np.uint8).tobytes()
-    entries = [(256, 16), (257, 16), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 16), (279, len(data))]
+def grey_tiff(data: bytes, bits: int, white_is_zero: bool = False) -> bytes:
+    """An uncompressed TIFF of 16 x 16 values."""
+    entries = [(256, 16), (257, 16), (258, bits), (259, 1), (262, int(not white_is_zero))]
+    entries += [(273, 8), (277, 1), (278, 16), (279, len(data))]
     directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
     header = b"II*\0" + struct.pack("<I", 8 + len(data))
     return header + data + struct.pack("<H", len(entries)) + directory + bytes(4)
+
+
+def in_12_bits(values: np.ndarray) -> bytes:
+    """Two values up to 4095 in three bytes each."""
+    even, odd = (values.reshape(-1)[first::2].astype(int) for first in (0, 1))
+    return np.stack([even >> 4, (even & 15) << 4 | odd >> 8, odd & 255], axis=1).astype(np.uint8).tobytes()
 
 
 DEEP_GREY = {
     "PNG": encoded(Image.fromarray(GREY), "PNG"),
     "TIFF": encoded(Image.fromarray(GREY), "TIFF"),
     "compressed TIFF": encoded(Image.fromarray(GREY), "TIFF", compression="tiff_lzw"),
-    "TIFF of 12 bits": grey_tiff_of_12_bits(GREY >> 4),
+    "TIFF of 12 bits": grey_tiff(in_12_bits(GREY >> 4), 12),
+    "TIFF whose white is zero": grey_tiff((65535 - GREY).tobytes(), 16, white_is_zero=True),
+    "TIFF of 8 bits whose white is zero": grey_tiff((255 - (GREY >> 8)).astype(np.uint8).tobytes(), 8, True),
     "big-endian TIFF": encoded(Image.frombytes("I;16B", (16, 16), GREY.astype(">u2").tobytes()), "TIFF"),
     "PGM": encoded(Image.fromarray(GREY), "PPM"),
     "JPEG 2000": encoded(Image.fromarray(GREY), "JPEG2000", irreversible=False),
@@ -840,13 +847,13 @@ def test_grey_and_colours_of_16_bits_are_read_alike():
     np.testing.assert_array_equal(read_image(colours), read_image(grey))
 
 
-@pytest.mark.parametrize("kind", [np.int32, np.float32])
-def test_values_without_a_known_range_are_refused_by_name(tmp_path, kind):
+@pytest.mark.parametrize(("kind", "word"), [(np.int32, "whole numbers"), (np.float32, "floats")])
+def test_values_without_a_known_range_are_refused_by_name(tmp_path, kind, word):
     Image.fromarray(GREY.astype(kind)).save(file := tmp_path / "deep.tiff")
     for read in (read_image, read_pixels):
         with pytest.raises(UnreadableImageError) as error:
             read(str(file))
-        assert_one_line(error, str(file), "32-bit", "save it with 8 or 16 bits")
+        assert_one_line(error, str(file), word, "save it with 8 or 16 unsigned bits")
 
 
 def test_only_an_image_for_the_eye_is_turned_as_its_exif_data_say(tmp_path):

@@ -25,6 +25,8 @@ NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 """Formats that Pillow recognises and does not decode itself."""
 FORMATS_OF_16_BITS = ("PNG", "PPM")
 """Formats whose images of mode `I`, 32 bits wide, hold values of 0..65535."""
+WHITE_IS_ZERO = 0
+"""Of TIFF's photometric interpretations the one that Pillow heeds up to 8 bits alone."""
 
 
 @dataclass(frozen=True)
@@ -116,16 +118,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Pillow's `convert` clips grey of 16 bits at 255. Here it keeps its high byte, as Pillow's colours of 16 bits do.
 
     Raises:
-        ValueError: the values have no known range, as those of 32 bits and of floats.
+        ValueError: the values have no known range, as whole numbers of 32 bits or with a sign, and floats.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in FORMATS_OF_16_BITS):
-        bits = (
-            image.tag_v2[TiffImagePlugin.BITSPERSAMPLE][0] if isinstance(image, TiffImagePlugin.TiffImageFile) else 16
-        )
-        image = Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
+        tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+        bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
+        grey = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+        if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:
+            grey = 255 - grey
+        image = Image.fromarray(grey)
     elif image.mode in ("I", "F"):
-        kind = "32-bit whole numbers" if image.mode == "I" else "32-bit floats"
-        raise ValueError(f"its values are {kind} of no known range: save it with 8 or 16 bits per channel")
+        kind = "whole numbers" if image.mode == "I" else "floats"
+        raise ValueError(f"its values are {kind} of no known range: save it with 8 or 16 unsigned bits per channel")
     return image.convert("RGB")
 
 

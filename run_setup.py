@@ -24,6 +24,8 @@ from model_setup import (
     describe_model,
     freeze_all_but_attention,
     load_what_fits,
+    log_match,
+    match_classes,
     weights_of,
 )
 from training import distributed
@@ -115,12 +117,9 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Setup:
     check_same_start(options.run, checkpoint, runtime)
 
     args = data_arguments(options, description)
-    test_set, classes = build_dataset(False, args)
-    expected = description.get("num_classes", len(classes))
-    if expected != len(classes):
-        raise ValueError(
-            f"{options.data.data_set} has {len(classes)} classes, but the model of {options.run.resume} has {expected}"
-        )
+    test_set, classes = build_dataset(False, args, description.get("classes"))
+    if checkpoint:
+        classes = classes_of_model(options, classes, description)
     seed_everything(options.run.seed)  # every process makes the same model
     built_at: Any = description.get("input_size", options.model.input_size)
     model, options = build_model(options, len(classes), built_at)
@@ -129,7 +128,7 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Setup:
         load_weights(model, convert_checkpoint(weights_of(checkpoint, options.run)), given["resume"], name)
         model.set_input_size(img_size=to_2tuple(options.model.input_size))
     if start:
-        load_what_fits(model, start, str(options.run.finetune))
+        load_what_fits(model, start, str(options.run.finetune), options.data.data_set, classes)
     setup = Setup(
         options,
         runtime,
@@ -182,6 +181,26 @@ def data_arguments(options: Options, description: dict[str, Any]) -> argparse.Na
         mean=description.get("mean", data_set.mean),
         std=description.get("std", data_set.std),
     )
+
+
+def classes_of_model(options: Options, classes: list[str], description: dict[str, Any]) -> list[str]:
+    """The names of the classes of a checkpoint's model, in its order; the data set's where it has none.
+
+    Raises:
+        ValueError: the data set has other classes.
+    """
+    data_set, path = options.data.data_set, str(options.run.resume)
+    match = match_classes(classes, data_set, description, path)
+    expected = description.get("num_classes", len(classes))
+    names = f": {match.differences}" if match.differences else ""
+    if expected != len(classes):
+        raise ValueError(f"{data_set} has {len(classes)} classes, but the model of {path} has {expected}{names}")
+    if names:
+        raise ValueError(f"{data_set} has other classes than the model of {path}{names}")
+    log_match(match, data_set, path)
+    if match.order is None and not DATA_SETS[data_set].is_sharded:
+        return classes
+    return description.get("classes", classes)
 
 
 def read_given(parser: OptionParser, argv: Sequence[str]) -> dict[str, Any]:
@@ -338,10 +357,11 @@ def set_up_training(setup: Setup, args: argparse.Namespace, checkpoint: dict[str
         _logger.warning("--drop and --drop-path are without effect under --no-train-mode")
     if options.model.attn_only:
         freeze_all_but_attention(setup.model)
-    train_set, classes = build_dataset(True, args)
+    classes = setup.description["classes"]
+    train_set, _ = build_dataset(True, args, classes)
     loader = build_loader(train_set, True, args, world.rank, world.size)
     has_teacher = options.distillation.distillation_type != "none"
-    teacher = build_teacher(options, len(classes)).to(setup.runtime.device) if has_teacher else None
+    teacher = build_teacher(options, classes).to(setup.runtime.device) if has_teacher else None
     training = build_training(options, setup.model, loader, teacher, base_lr(options, world), len(classes))
     if checkpoint:
         restore_state(training, checkpoint)

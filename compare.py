@@ -24,7 +24,7 @@ from comparison.tables import NAMES, heading, outcomes, table_rows, write_tables
 from datasets import build_dataset
 from lape_vit.encodings import all_options
 from lape_vit.joins import Basic
-from run_setup import data_arguments
+from run_setup import image_settings
 from training.distributed import world_from_environment
 from training.files import atomic_write
 from training.interrupt import Interrupted, defer_interrupts
@@ -61,10 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end(f"error: {error}", 1)
     except Interrupted as interrupt:
         done = sum(run.is_finished() for run in plan.runs)
-        where = f"{done} of {len(plan.runs)} runs are finished; the same command goes on"
+        where = f"{done} of {len(plan.runs)} runs are finished; the same command continues"
         return _end(f"{interrupt}; {where}", interrupt.exit_code)
     except KeyboardInterrupt:
-        return _end("interrupted; the same command goes on", 130)
+        return _end("interrupted; the same command continues", 130)
 
 
 _end = partial(end_in_one_line, "compare.py")
@@ -81,14 +81,14 @@ def build_parser() -> Parser:
         usage="%(prog)s --pe NAME ... --output_dir DIR [options] [options of main.py]",
         description="Train every legal pair of encodings and joins with several seeds, and write tables and pictures.",
         epilog="All other options go to main.py as they are: --data-set, --data-path, --recipe, --epochs and what else "
-               "python main.py --help lists. In flags, - and _ mean the same. The same command goes on after a stop.",
+               "python main.py --help lists. In flags, - and _ mean the same. The same command continues after a stop.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=WIDTH),
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--pe", "--pos-embed", nargs="+", required=True, metavar="NAME", help="positional encodings")
     add("--join-type", nargs="+", default=[Basic.name], metavar="NAME",
-        help=f"how an absolute encoding reaches the layers; illegal pairs are told and skipped; default: {Basic.name}")
+        help=f"how an absolute encoding reaches the layers; illegal pairs are named and skipped; default: {Basic.name}")
     add("--seeds", nargs="+", type=whole(), default=[0], metavar="N", help="a run each; default: 0")
     add("--output-dir", required=True, metavar="DIR",
         help="receives a folder per run, table.md, table.csv and compare.png; runs of other calls in it, made with the "
@@ -144,7 +144,7 @@ def open_data(plan: Plan) -> None:
         ValueError, OSError: it is not.
     """
     if not all(run.is_finished() for run in plan.runs):
-        build_dataset(False, data_arguments(plan.options, {}))
+        build_dataset(False, image_settings(plan.options, {}))
 
 
 def compare(plan: Plan, args: argparse.Namespace, console: Console) -> int:
@@ -208,7 +208,7 @@ def write_results(plan: Plan, failures: dict[str, str]) -> None:
 
 
 def show_results(plan: Plan, console: Console) -> None:
-    """Print the table, but for what a terminal has no room for."""
+    """Print the table without what a terminal has no room for."""
     rows = table_rows(plan, outcomes(plan))
     without_epochs = [{name: row[name] for name in row if "epoch" not in name} for row in rows]
     print_table(console, heading(plan), without_epochs, NAMES)

@@ -5,7 +5,6 @@ This file shadows Hugging Face's `datasets` package, so timm's `hfds/` readers a
 Images reach the model as float32 (3, H, W) of `--input-size`, scaled to 0..1 and then normalised by mean and std.
 """
 
-import argparse
 import json
 import os
 import random
@@ -47,6 +46,7 @@ from training.distributed import in_turns
 from training.images import (
     Batching,
     Crop,
+    ImageSettings,
     Picture,
     Reader,
     Sample,
@@ -58,6 +58,7 @@ from training.images import (
     read_pixels,
 )
 from training.interrupt import hold_signals, leave_signals_to_parent
+from training.options import AugmentationOptions
 from training.seeding import CROP, seed_everything
 from training.shards import Shards, ShardStream, open_shards, share_of_shards
 
@@ -119,9 +120,9 @@ class Images(Dataset):
 
 
 def build_dataset(
-    is_train: bool, args: argparse.Namespace, classes: Sequence[str] | None = None
+    is_train: bool, settings: ImageSettings, classes: Sequence[str] | None = None
 ) -> tuple[Images, list[str]]:
-    """Open one split of `args.data_set` (a key of `DATA_SETS`), transformed by `build_transform`.
+    """Open one split of `settings.data.data_set` (a key of `DATA_SETS`), transformed by `build_transform`.
 
     Args:
         classes: of a model. Where the data set has the same names, an image's label is the place of its class in this
@@ -135,20 +136,21 @@ def build_dataset(
         ValueError: `--data-path` is needed and absent (or the reverse), the classes of train/ and val/ differ, or an
             option of the transform is illegal.
     """
-    data_set = DATA_SETS[args.data_set]
+    data = settings.data
+    data_set = DATA_SETS[data.data_set]
     options: dict[str, Any] = {}
     if data_set.has_categories:
-        options["category"] = args.inat_category or "name"
-    elif args.inat_category is not None:
-        raise ValueError(f"--inat-category {args.inat_category} means nothing to {args.data_set}: leave it out")
+        options["category"] = data.inat_category or "name"
+    elif data.inat_category is not None:
+        raise ValueError(f"--inat-category {data.inat_category} means nothing to {data.data_set}: leave it out")
     if data_set.is_sharded:
-        options |= {"eval_data_path": args.eval_data_path, "num_classes": args.num_classes}
-    elif args.eval_data_path is not None:
-        raise ValueError(f"--eval-data-path {args.eval_data_path} means nothing to {args.data_set}: leave it out")
+        options |= {"eval_data_path": data.eval_data_path, "num_classes": settings.num_classes}
+    elif data.eval_data_path is not None:
+        raise ValueError(f"--eval-data-path {data.eval_data_path} means nothing to {data.data_set}: leave it out")
     if not data_set.small:
-        options["read_file"] = read_pixels if is_train and _crops_pixels(args) else read_image
-    data_path = args.data_path or data_set.default_data_path
-    crop, finish = build_transform(is_train, args).transforms
+        options["read_file"] = read_pixels if is_train and _crops_pixels(settings) else read_image
+    data_path = data.data_path or data_set.default_data_path
+    crop, finish = build_transform(is_train, settings).transforms
     cropped, names = data_set.open(is_train, data_path, crop, **options)
     return Images(cropped, finish, None if classes is None else order_of_classes(names, classes)), names
 
@@ -386,76 +388,83 @@ TIMM_POLICY = re.compile(
 )
 
 
-def build_transform(is_train: bool, args: argparse.Namespace) -> Compose:
-    """The transform of one split: PIL RGB image -> normalised float32 tensor (3, H, W) of `args.input_size`.
+def build_transform(is_train: bool, settings: ImageSettings) -> Compose:
+    """The transform of one split: PIL RGB image -> normalised float32 tensor (3, H, W) of `settings.input_size`.
 
     Its two halves are the crop, to a PIL image of that size, and all that follows.
 
-    Training: crop (`args.train_crop`), flip, `args.aa`, colour jitter, normalisation, random erasing, as in DeiT; `pad`
-    crops the whole image padded by an eighth of its side, `none` takes the whole image. `args.src` and
-    `args.three_augment` put DeiT III's simple random crop and its three augmentations in the place of `args.train_crop`
-    and `args.aa`. Unless `args.fast_crop` is off, the random resized crop also takes uint8 (H, W, 3), which it resizes
+    Training: crop (`--train-crop`), flip, `--aa`, colour jitter, normalisation, random erasing, as in DeiT; `pad`
+    crops the whole image padded by an eighth of its side, `none` takes the whole image. `--src` and `--three-augment`
+    put DeiT III's simple random crop and its three augmentations in the place of `--train-crop` and `--aa`. Unless
+    `--fast-crop` is off, the random resized crop also takes uint8 (H, W, 3), which it resizes
     faster than a PIL image, and almost as exactly.
 
     Evaluation: the whole image for a small data set or a small input (up to 32 x 32), else DeiT's centre crop of
-    `args.eval_crop_ratio` of each side.
+    `--eval-crop-ratio` of each side.
 
     Raises:
         ValueError: an illegal option; names its flag.
     """
-    return _train_transform(args) if is_train else _eval_transform(args)
+    return _train_transform(settings) if is_train else _eval_transform(settings)
 
 
-def _train_transform(args: argparse.Namespace) -> Compose:
-    _check_choice("--train-crop", args.train_crop, TRAIN_CROPS)
-    _check_choice("--train-interpolation", args.train_interpolation, TRAIN_INTERPOLATIONS)
-    _check_choice("--remode", args.remode, ERASING_MODES)
-    if args.scale is not None and not 0 < args.scale[0] <= args.scale[1]:
-        raise ValueError(f"--scale {args.scale}: give the smallest and the largest part of the image's area, above 0")
-    if args.scale is not None and (args.src or args.train_crop != "random-resized"):
-        _logger.warning("--scale %g %g is without effect: it is of --train-crop random-resized", *args.scale)
-    if args.fast_crop is not None and not _may_crop_pixels(args):
-        flag = "--fast-crop" if args.fast_crop else "--no-fast-crop"
+def _train_transform(settings: ImageSettings) -> Compose:
+    augmentation, mean, std = settings.augmentation, tuple(settings.mean), tuple(settings.std)
+    scale = augmentation.scale
+    _check_choice("--train-crop", augmentation.train_crop, TRAIN_CROPS)
+    _check_choice("--train-interpolation", augmentation.train_interpolation, TRAIN_INTERPOLATIONS)
+    _check_choice("--remode", augmentation.remode, ERASING_MODES)
+    if scale is not None and not 0 < scale[0] <= scale[1]:
+        raise ValueError(f"--scale {scale}: give the smallest and the largest part of the image's area, above 0")
+    if scale is not None and (augmentation.src or augmentation.train_crop != "random-resized"):
+        _logger.warning("--scale %g %g is without effect: it is of --train-crop random-resized", *scale)
+    if augmentation.fast_crop is not None and not _may_crop_pixels(settings):
+        flag = "--fast-crop" if augmentation.fast_crop else "--no-fast-crop"
         _logger.warning("%s is without effect: it is of --train-crop random-resized, of images in files", flag)
-    height, width = size = to_2tuple(args.input_size)
+    height, width = size = to_2tuple(settings.input_size)
     crop_and_flip, augment, finish = create_transform(
         size,
         is_training=True,
-        scale=args.scale,
-        hflip=args.hflip,
-        auto_augment=_timm_policy(args),
-        color_jitter=args.color_jitter or None,  # type: ignore[arg-type]  # None is none: it costs nothing
-        interpolation=args.train_interpolation,
-        mean=args.mean,
-        std=args.std,
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
+        scale=None if scale is None else (scale[0], scale[1]),
+        hflip=augmentation.hflip,
+        auto_augment=_timm_policy(augmentation),
+        color_jitter=augmentation.color_jitter or None,  # type: ignore[arg-type]  # None: no step for it
+        interpolation=augmentation.train_interpolation,
+        mean=mean,
+        std=std,
+        re_prob=augmentation.reprob,
+        re_mode=augmentation.remode,
+        re_count=augmentation.recount,
         separate=True,
     )
-    if _crops_pixels(args):
+    if _crops_pixels(settings):
         crop, *flip = crop_and_flip.transforms
         crop_and_flip = Compose([PixelCrop(crop), *flip])
-    elif args.src:
-        if args.train_crop != "random-resized":
-            _logger.warning("--src takes the place of --train-crop %s", args.train_crop)
+    elif augmentation.src:
+        if augmentation.train_crop != "random-resized":
+            _logger.warning("--src takes the place of --train-crop %s", augmentation.train_crop)
         crop = RandomCrop(size, padding=SIMPLE_CROP_PADDING, padding_mode="reflect")
-        crop_and_flip = Compose([_resize(args, max(size)), crop, RandomHorizontalFlip(args.hflip)])
-    elif args.train_crop != "random-resized":
-        crops = [RandomCrop(size, padding=(width // 8, height // 8))] if args.train_crop == "pad" else []
-        crop_and_flip = Compose([_resize(args, size), *crops, RandomHorizontalFlip(args.hflip)])
-    if args.aa == "torchvision" and not args.three_augment:
+        crop_and_flip = Compose(
+            [_resize(augmentation.train_interpolation, max(size)), crop, RandomHorizontalFlip(augmentation.hflip)]
+        )
+    elif augmentation.train_crop != "random-resized":
+        crops = [RandomCrop(size, padding=(width // 8, height // 8))] if augmentation.train_crop == "pad" else []
+        crop_and_flip = Compose(
+            [_resize(augmentation.train_interpolation, size), *crops, RandomHorizontalFlip(augmentation.hflip)]
+        )
+    if augmentation.aa == "torchvision" and not augmentation.three_augment:
         augment = Compose([RandAugment(), augment])
     _to_tensor, _normalise, *erase = finish.transforms
-    return Compose([crop_and_flip, Compose([augment, Normalise(args.mean, args.std), *erase])])
+    return Compose([crop_and_flip, Compose([augment, Normalise(mean, std), *erase])])
 
 
-def _may_crop_pixels(args: argparse.Namespace) -> bool:
-    return args.train_crop == "random-resized" and not args.src and not DATA_SETS[args.data_set].small
+def _may_crop_pixels(settings: ImageSettings) -> bool:
+    augmentation, is_small = settings.augmentation, DATA_SETS[settings.data.data_set].small
+    return augmentation.train_crop == "random-resized" and not augmentation.src and not is_small
 
 
-def _crops_pixels(args: argparse.Namespace) -> bool:
-    return args.fast_crop is not False and _may_crop_pixels(args)
+def _crops_pixels(settings: ImageSettings) -> bool:
+    return settings.augmentation.fast_crop is not False and _may_crop_pixels(settings)
 
 
 class PixelCrop:
@@ -492,44 +501,44 @@ class Normalise:
         return pixels.float().div_(255).sub_(self.mean).div_(self.std)
 
 
-def _resize(args: argparse.Namespace, size: int | tuple[int, int]) -> Callable[[Image.Image], Image.Image]:
-    modes = ("bilinear", "bicubic") if args.train_interpolation == "random" else (args.train_interpolation,)
+def _resize(interpolation: str, size: int | tuple[int, int]) -> Callable[[Image.Image], Image.Image]:
+    modes = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
     return RandomChoice([Resize(size, InterpolationMode(mode)) for mode in modes])
 
 
-def _timm_policy(args: argparse.Namespace) -> str | None:
-    if args.three_augment:
-        if args.aa not in (None, "none", "3a"):
-            _logger.warning("--three-augment takes the place of --aa %s", args.aa)
+def _timm_policy(augmentation: AugmentationOptions) -> str | None:
+    policy, jitter = augmentation.aa, augmentation.color_jitter
+    if augmentation.three_augment:
+        if policy not in (None, "none", "3a"):
+            _logger.warning("--three-augment takes the place of --aa %s", policy)
         return "3a"
-    if args.aa in (None, "none", "torchvision"):
+    if policy in (None, "none", "torchvision"):
         return None
-    if not TIMM_POLICY.fullmatch(args.aa):
+    if not TIMM_POLICY.fullmatch(policy):
         raise ValueError(
-            f"unknown policy --aa {args.aa!r}: give none, torchvision, or timm's rand-m9-mstd0.5-inc1, augmix-m3-w3, "
+            f"unknown policy --aa {policy!r}: give none, torchvision, or timm's rand-m9-mstd0.5-inc1, augmix-m3-w3, "
             "original, originalr, v0, v0r or 3a"
         )
-    if args.color_jitter and "3a" not in args.aa:  # timm's own rule: it jitters colours beside the 3a policies only
-        raise ValueError(
-            f"--color-jitter {args.color_jitter} has no effect beside --aa {args.aa}: set it to 0, or --aa none"
-        )
-    return args.aa
+    if jitter and "3a" not in policy:  # timm's own rule: it jitters colours beside the 3a policies only
+        raise ValueError(f"--color-jitter {jitter} has no effect beside --aa {policy}: set it to 0, or --aa none")
+    return policy
 
 
-def _eval_transform(args: argparse.Namespace) -> Compose:
-    _check_choice("--interpolation", args.interpolation, [mode.value for mode in InterpolationMode])
-    if not 0 < args.eval_crop_ratio <= 1:
-        raise ValueError(f"--eval-crop-ratio {args.eval_crop_ratio} is no part of the image: give a number in (0, 1]")
-    height, width = size = to_2tuple(args.input_size)
-    mode = InterpolationMode(args.interpolation)
-    if DATA_SETS[args.data_set].small or max(size) <= 32:
+def _eval_transform(settings: ImageSettings) -> Compose:
+    data = settings.data
+    _check_choice("--interpolation", data.interpolation, [mode.value for mode in InterpolationMode])
+    if not 0 < data.eval_crop_ratio <= 1:
+        raise ValueError(f"--eval-crop-ratio {data.eval_crop_ratio} is no part of the image: give a number in (0, 1]")
+    height, width = size = to_2tuple(settings.input_size)
+    mode = InterpolationMode(data.interpolation)
+    if DATA_SETS[data.data_set].small or max(size) <= 32:
         crop: list[Callable] = [Resize(size, mode)]  # changes no pixel of an image of that size
     elif height == width:
-        crop = [Resize(int(height / args.eval_crop_ratio), mode), CenterCrop(size)]
+        crop = [Resize(int(height / data.eval_crop_ratio), mode), CenterCrop(size)]
     else:
-        around = [int(side / args.eval_crop_ratio) for side in size]
-        crop = [ResizeKeepRatio(around, interpolation=args.interpolation), CenterCrop(size)]
-    return Compose([Compose(crop), Compose([Normalise(args.mean, args.std)])])
+        around = [int(side / data.eval_crop_ratio) for side in size]
+        crop = [ResizeKeepRatio(around, interpolation=data.interpolation), CenterCrop(size)]
+    return Compose([Compose(crop), Compose([Normalise(settings.mean, settings.std)])])
 
 
 def _check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
@@ -656,58 +665,60 @@ class ImageLoader(DataLoader):
             yield batch
 
 
-def build_loader(dataset: Images, is_train: bool, args: argparse.Namespace, rank: int, world_size: int) -> ImageLoader:
-    """The batches of process `rank` of `world_size`: images (B, 3, H, W) and labels (B,), B = `args.batch_size`.
+def build_loader(dataset: Images, is_train: bool, settings: ImageSettings, rank: int, world_size: int) -> ImageLoader:
+    """The batches of process `rank` of `world_size`: images (B, 3, H, W) and labels (B,), B = `--batch-size`.
 
-    Training: full batches only, as many as fill whole updates of `args.accum_steps`, in an order and with augmentations
-    that `args.seed` and `loader.set_epoch(epoch)` decide; `--skip-bad-images` is for training alone.
+    Training: full batches only, as many as fill whole updates of `--accum-steps`, in an order and with augmentations
+    that `--seed` and `loader.set_epoch(epoch)` decide; `--skip-bad-images` is for training alone.
     Evaluation: batches of up to 1.5 B; the processes share out the data set, each image once, or without
-    `args.dist_eval` each process has them all.
+    `--dist-eval` each process has them all.
 
-    While it loads, the random states of `random`, `numpy` and `torch` change in a way that `args.num_workers` decides.
+    While it loads, the random states of `random`, `numpy` and `torch` change in a way that `--num-workers` decides.
 
     Raises:
         ValueError: `--batch-size` below 1, a training set smaller than one update of all processes, or fewer shards
             than workers.
     """
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size {args.batch_size} is too small: give at least 1")
+    data = settings.data
+    if data.batch_size < 1:
+        raise ValueError(f"--batch-size {data.batch_size} is too small: give at least 1")
     if is_train:
-        _check_fills_a_batch(dataset, args, world_size)
-    elif not args.dist_eval:
+        _check_fills_a_batch(dataset, settings, world_size)
+    elif not data.dist_eval:
         rank, world_size = 0, 1
     load = partial(
         ImageLoader,
         num_images=len(dataset),
-        collate_fn=Batching(dataset.finish, args.seed if is_train else None, dataset.labels),
-        skips_unreadable=is_train and args.skip_bad_images,
-        batch_size=args.batch_size if is_train else int(1.5 * args.batch_size),
+        collate_fn=Batching(dataset.finish, settings.seed if is_train else None, dataset.labels),
+        skips_unreadable=is_train and data.skip_bad_images,
+        batch_size=data.batch_size if is_train else int(1.5 * data.batch_size),
         drop_last=is_train,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem,
+        num_workers=data.num_workers,
+        pin_memory=bool(data.pin_mem),
     )
     if isinstance(dataset.cropped, Shards):
-        repeats = REPEATS if is_train and args.repeated_aug else 1
-        return load(share_of_shards(dataset.cropped, is_train, args, rank, world_size, repeats))
-    samples = _Samples(dataset, args.seed)
+        repeats = REPEATS if is_train and settings.augmentation.repeated_aug else 1
+        return load(share_of_shards(dataset.cropped, is_train, settings, rank, world_size, repeats))
+    samples = _Samples(dataset, settings.seed)
     if not is_train:
         return load(samples, sampler=[(index, 0, index) for index in range(rank, len(dataset), world_size)])
-    order = _train_order(dataset, args, rank, world_size)
-    return load(samples, sampler=TrainSampler(order, args.batch_size * args.accum_steps))
+    order = _train_order(dataset, settings, rank, world_size)
+    return load(samples, sampler=TrainSampler(order, data.batch_size * settings.accum_steps))
 
 
-def _check_fills_a_batch(dataset: Images, args: argparse.Namespace, world_size: int) -> None:
-    if len(dataset) < args.batch_size * args.accum_steps * world_size:
-        times = f" x --accum-steps {args.accum_steps}" if args.accum_steps > 1 else ""
+def _check_fills_a_batch(dataset: Images, settings: ImageSettings, world_size: int) -> None:
+    batch_size = settings.data.batch_size
+    if len(dataset) < batch_size * settings.accum_steps * world_size:
+        times = f" x --accum-steps {settings.accum_steps}" if settings.accum_steps > 1 else ""
         raise ValueError(
-            f"{len(dataset)} training images do not fill a batch of {args.batch_size}{times} on each of {world_size} "
+            f"{len(dataset)} training images do not fill a batch of {batch_size}{times} on each of {world_size} "
             "process(es): lower --batch-size or the number of processes"
         )
 
 
 def _train_order(
-    dataset: Images, args: argparse.Namespace, rank: int, world_size: int
+    dataset: Images, settings: ImageSettings, rank: int, world_size: int
 ) -> DistributedSampler | SeededRepeatAugSampler:
-    if args.repeated_aug:
-        return SeededRepeatAugSampler(dataset, world_size, rank, args.seed)
-    return DistributedSampler(dataset, world_size, rank, seed=args.seed, drop_last=True)
+    if settings.augmentation.repeated_aug:
+        return SeededRepeatAugSampler(dataset, world_size, rank, settings.seed)
+    return DistributedSampler(dataset, world_size, rank, seed=settings.seed, drop_last=True)

@@ -1,6 +1,5 @@
 """The models of a run, built from its options and filled from checkpoints."""
 
-import argparse
 from collections.abc import Sequence
 from logging import getLogger
 from typing import Any, NamedTuple, cast
@@ -16,6 +15,7 @@ from lape_vit import convert_checkpoint, warm_start
 from lape_vit.encodings import all_options
 from training.checkpoint import description_of, load_checkpoint, load_weights
 from training.classes import name_differences, order_of_classes
+from training.images import ImageSettings
 from training.options import Options, RunOptions, flag_of
 
 _logger = getLogger(__name__)
@@ -175,7 +175,7 @@ def build_teacher(options: Options, classes: Sequence[str]) -> nn.Module:
     return teacher
 
 
-def describe_model(options: Options, args: argparse.Namespace, classes: Sequence[str]) -> dict[str, Any]:
+def describe_model(options: Options, images: ImageSettings, classes: Sequence[str]) -> dict[str, Any]:
     """What it takes to build the model and to prepare its images, as plain data."""
     model, data = options.model, options.data
     return {
@@ -187,8 +187,8 @@ def describe_model(options: Options, args: argparse.Namespace, classes: Sequence
         "classes": list(classes),
         "input_size": model.input_size,
         "data_set": data.data_set,
-        "mean": list(args.mean),
-        "std": list(args.std),
+        "mean": list(images.mean),
+        "std": list(images.std),
         "interpolation": data.interpolation,
         "eval_crop_ratio": data.eval_crop_ratio,
     }

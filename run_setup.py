@@ -1,6 +1,5 @@
 """From the command line to a run that can start: all that can be wrong with its input is found here."""
 
-import argparse
 import math
 import shlex
 from collections.abc import Sequence
@@ -35,6 +34,7 @@ from training.download import is_url
 from training.events import Events
 from training.files import write_text
 from training.folder import find_checkpoint, open_output_dir, read_log
+from training.images import ImageSettings
 from training.logs import LoopDisplay
 from training.optimisation import highest_rate, images_per_update, learning_rate
 from training.options import (
@@ -116,8 +116,8 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Setup:
     runtime, options = start_process(options, world, display)
     check_same_start(options.run, checkpoint, runtime)
 
-    args = data_arguments(options, description)
-    test_set, classes = build_dataset(False, args, description.get("classes"))
+    images = image_settings(options, description)
+    test_set, classes = build_dataset(False, images, description.get("classes"))
     if checkpoint:
         classes = classes_of_model(options, classes, description)
     seed_everything(options.run.seed)  # every process makes the same model
@@ -133,12 +133,12 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Setup:
         options,
         runtime,
         model.to(runtime.device),
-        description=describe_model(options, args, classes),
-        test_loader=build_loader(test_set, False, args, world.rank, world.size),
+        description=describe_model(options, images, classes),
+        test_loader=build_loader(test_set, False, images, world.rank, world.size),
         num_test_images=len(test_set),
     )
     if not options.run.eval:
-        setup.training = set_up_training(setup, args, checkpoint)
+        setup.training = set_up_training(setup, images, checkpoint)
     if world.is_main:
         setup.output_dir = open_output_dir(options.run)
         log_plan(setup, parser, given)
@@ -168,18 +168,23 @@ def start_process(options: Options, world: World, display: LoopDisplay) -> tuple
     return Runtime(world, device, getattr(torch, options.run.amp_dtype or ""), display), options
 
 
-def data_arguments(options: Options, description: dict[str, Any]) -> argparse.Namespace:
-    """What the data sets, their transforms and loaders read: the options, and what the data set or a checkpoint knows.
+def image_settings(options: Options, description: dict[str, Any]) -> ImageSettings:
+    """How to load the images of the options.
 
     Args:
-        description: of the checkpoint to evaluate or to resume.
+        description: of the checkpoint to evaluate or to resume; it decides on what images are normalised by.
     """
-    data_set = DATA_SETS[options.data.data_set]
-    return argparse.Namespace(
-        **options.by_name(),
-        num_classes=description.get("num_classes"),  # else the data set's
+    data_set, size = DATA_SETS[options.data.data_set], options.model.input_size
+    assert size is not None  # it is resolved
+    return ImageSettings(
+        options.data,
+        options.augmentation,
+        size,
         mean=description.get("mean", data_set.mean),
         std=description.get("std", data_set.std),
+        num_classes=description.get("num_classes"),
+        seed=options.run.seed,
+        accum_steps=options.optimisation.accum_steps,
     )
 
 
@@ -348,7 +353,7 @@ def resolve_device_options(options: Options, device: torch.device) -> Options:
     )
 
 
-def set_up_training(setup: Setup, args: argparse.Namespace, checkpoint: dict[str, Any]) -> Training:
+def set_up_training(setup: Setup, images: ImageSettings, checkpoint: dict[str, Any]) -> Training:
     """The training data and the state of the training, restored from the checkpoint if there is one."""
     options, optimisation, world = setup.options, setup.options.optimisation, setup.runtime.world
     if optimisation.start_epoch >= optimisation.epochs:
@@ -358,8 +363,8 @@ def set_up_training(setup: Setup, args: argparse.Namespace, checkpoint: dict[str
     if options.model.attn_only:
         freeze_all_but_attention(setup.model)
     classes = setup.description["classes"]
-    train_set, _ = build_dataset(True, args, classes)
-    loader = build_loader(train_set, True, args, world.rank, world.size)
+    train_set, _ = build_dataset(True, images, classes)
+    loader = build_loader(train_set, True, images, world.rank, world.size)
     has_teacher = options.distillation.distillation_type != "none"
     teacher = build_teacher(options, classes).to(setup.runtime.device) if has_teacher else None
     training = build_training(options, setup.model, loader, teacher, base_lr(options, world), len(classes))

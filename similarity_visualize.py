@@ -31,9 +31,9 @@ from figures.positions import Positions
 from lape_vit import VisionTransformer
 from lape_vit.attention_maps import attention_maps, why_no_split
 from lape_vit.encodings import all_options
-from training.images import read_image
+from training.images import ImageSettings, read_image
 from training.logs import end_in_one_line, start_logging
-from training.options import Parser, encoding_option, flag_of
+from training.options import AugmentationOptions, DataOptions, Parser, encoding_option, flag_of
 
 _logger = getLogger(__name__)
 
@@ -196,7 +196,7 @@ def prepare(model: Any, description: dict[str, Any], file: str) -> tuple[Tensor,
     """An image as the model reads it (3, height, width), and as the eye does (height, width, 3) in [0, 1]: upright."""
     picture = read_image(str(Path(file).expanduser()), upright=True)
     if "eval_crop_ratio" in description:  # ours
-        transform = build_transform(is_train=False, args=argparse.Namespace(**description))
+        transform = build_transform(False, evaluation_settings(description))
         mean, std = description["mean"], description["std"]
     else:
         config = timm.data.resolve_data_config({"input_size": (3, *model.patch_embed.img_size)}, model=model)
@@ -204,6 +204,13 @@ def prepare(model: Any, description: dict[str, Any], file: str) -> tuple[Tensor,
         mean, std = config["mean"], config["std"]
     image: Tensor = transform(picture)
     return image, (image.permute(1, 2, 0) * torch.tensor(std) + torch.tensor(mean)).clamp(0, 1)
+
+
+def evaluation_settings(description: dict[str, Any]) -> ImageSettings:
+    """How evaluation prepares the images of one of our checkpoints."""
+    data = DataOptions(**{name: description[name] for name in ("data_set", "interpolation", "eval_crop_ratio")})
+    size = description["input_size"]
+    return ImageSettings(data, AugmentationOptions(), size, description["mean"], description["std"])
 
 
 def write(folder: Path, file_format: str, pictures: Iterable[tuple[str, Figure]]) -> None:

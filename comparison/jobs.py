@@ -61,7 +61,7 @@ class Job:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **environment},
-                close_fds=False,  # of Python's files it inherits none, but for the lock of `alone_in`
+                close_fds=False,  # of Python's files it inherits only the lock of `alone_in`
             )
 
     def end(self, exit_code: int) -> None:

@@ -30,15 +30,15 @@ _logger = getLogger(__name__)
 
 NOT_HERE = {
     "seed": "compare.py sets it for each run: give --seeds",
-    "resume": "compare.py goes on with the runs in --output_dir by itself",
-    "auto_resume": "compare.py goes on with the runs in --output_dir by itself",
-    "start_epoch": "compare.py goes on with the runs in --output_dir by itself",
+    "resume": "compare.py continues the runs in --output_dir by itself",
+    "auto_resume": "compare.py continues the runs in --output_dir by itself",
+    "start_epoch": "compare.py continues the runs in --output_dir by itself",
     "eval": "compare.py evaluates by itself, at other sizes by --sizes",
     "eval_ema": "compare.py evaluates by itself, at other sizes by --sizes",
     **dict.fromkeys(("world_size", "dist_url", "init_timeout"), "each run of compare.py is one process"),
 }
 """Options of `main.py` that belong to one run."""
-OF_PAIR = {"pe", "join_type", "seed", *all_options()}
+VARIED = {"pe", "join_type", "seed", *all_options()}
 """Options in which the runs of a comparison differ."""
 HARMLESS = {
     "checkpoint_steps",
@@ -62,7 +62,7 @@ class Run:
 
     Attributes:
         options: of `main.py`, as it saves them in `config.yaml`.
-        argv: its command line, but for the folder.
+        argv: its command line without the folder.
     """
 
     pe: str
@@ -154,7 +154,7 @@ def make_plan(args: argparse.Namespace, rest: Sequence[str]) -> Plan:
             argv = (*rest, *flags[pe], "--pe", pe, "--join-type", join_type, "--seed", str(seed))
             options, saved = resolve_run(parser, argv)
             runs.append(Run(pe, join_type, seed, folder / f"{pe}_{join_type}_seed{seed}", saved, argv))
-    common = {name: value for name, value in runs[0].options.items() if name not in OF_PAIR}
+    common = {name: value for name, value in runs[0].options.items() if name not in VARIED}
     others = list(earlier_runs(folder, runs))
     check_options([*runs, *others], common, parser)
     return Plan(folder, runs, [run for run in others if run.is_finished()], illegal, common, options)

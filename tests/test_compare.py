@@ -244,7 +244,7 @@ def test_a_stopped_comparison_stops_its_runs_and_goes_on(
     thread.join()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(
-        f"compare.py: interrupted by {number.name}; 0 of 2 runs are finished; the same command goes on"
+        f"compare.py: interrupted by {number.name}; 0 of 2 runs are finished; the same command continues"
     )
     before = [len(path.read_text().splitlines()) for path in logs]
     assert all(0 < epochs < 20 for epochs in before)

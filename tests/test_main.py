@@ -564,7 +564,7 @@ def test_the_originals_checkpoints_evaluate_as_ours(
     assert line in capsys.readouterr().out.splitlines()
 
     assert call("--resume", tmp_path / "namespace.pth", *flags) == 2
-    assert "no training to go on with" in refused(capsys)
+    assert "no training to continue" in refused(capsys)
 
 
 def test_a_namespace_that_is_contradicted_is_refused(
@@ -611,7 +611,7 @@ def test_four_epochs_equal_two_and_two_bit_for_bit(
         interrupt_after(2, patch)
         assert call(*flags, "--output_dir", tmp_path / "parts") == 130
     checkpoint = tmp_path / "parts" / "checkpoint.pth"
-    message = f"main.py: interrupted in epoch 3; last checkpoint: {checkpoint}; go on with --resume {checkpoint}"
+    message = f"main.py: interrupted in epoch 3; last checkpoint: {checkpoint}; continue with --resume {checkpoint}"
     assert capsys.readouterr().err.splitlines() == [message]
     assert call("--resume", checkpoint) == 0  # no other flag
 
@@ -948,7 +948,7 @@ def test_a_signal_to_all_processes_of_a_run_ends_it_in_one_line_with_whole_files
     assert process.returncode == 128 + number
     (line,) = err.splitlines()
     where = rf"interrupted by {number.name} in epoch \d+, after update \d of 4"
-    assert re.fullmatch(rf"main.py: {where}; last checkpoint: (\S+); go on with --resume \1", line)
+    assert re.fullmatch(rf"main.py: {where}; last checkpoint: (\S+); continue with --resume \1", line)
     assert not list(folder.glob("*.tmp")) + list(folder.glob(".*.tmp"))
     assert load(folder / "checkpoint.pth")["epoch"] >= 1
 

@@ -87,7 +87,9 @@ def test_a_run_killed_in_mid_epoch_and_resumed_equals_one_that_was_not(
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert place(tmp_path / "run") == (1, 2)
     assert call(*flags, "--num-workers", 2) == 0  # the same command, but for what may differ
-    assert f"goes on with {tmp_path / 'run' / 'checkpoint.pth'}, after epoch 1 and 2 updates" in capsys.readouterr().out
+    assert (
+        f"continues from {tmp_path / 'run' / 'checkpoint.pth'}, after epoch 1 and 2 updates" in capsys.readouterr().out
+    )
     assert_same_run(tmp_path / "run", undisturbed, "checkpoint_steps", "num_workers")
 
 
@@ -229,7 +231,7 @@ def test_a_truncated_checkpoint_is_skipped_and_said(
     assert call(*flags) == 0
     out = capsys.readouterr().out
     assert f"skips a checkpoint: {last} is damaged" in out
-    assert f"goes on with {best}" in out
+    assert f"continues from {best}" in out
 
 
 @pytest.mark.parametrize(
@@ -318,7 +320,7 @@ def test_too_many_in_a_row_over_epochs_end_the_run_with_the_last_checkpoint_inta
     (line,) = capsys.readouterr().err.splitlines()
     for part in ("epoch 2: 3 updates in a row", "loss inf", "learning rate 0.0", "scale 1", "gradient norm "):
         assert part in line
-    assert re.search(r"last checkpoint: \S+; go on with --resume", line)
+    assert re.search(r"last checkpoint: \S+; continue with --resume", line)
     assert place(tmp_path) == (1, 0)
 
 
@@ -413,7 +415,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_checkpoint_and_is_told(
     (line,) = capsys.readouterr().err.splitlines()
     assert "could not be saved, and the one before stays" in line
     assert "File too large" in line
-    assert f"go on with --resume {tmp_path / 'checkpoint.pth'}" in line
+    assert f"continue with --resume {tmp_path / 'checkpoint.pth'}" in line
     assert place(tmp_path) == (1, 0)
     assert not list(tmp_path.glob(".*.tmp"))
 

@@ -19,7 +19,7 @@ Ours are a dictionary of plain data (tensors, numbers, strings, lists, dictionar
                     eval_crop_ratio
 
 The learning rate is a function of the options, the epoch, the update and the accuracies, and so are order,
-augmentations and all other random draws of each process (see `training.seeding`): so there is no more to keep.
+augmentations and all other random draws of each process (see `training.seeding`): nothing else needs to be kept.
 """
 
 import argparse

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, TiffImagePlugin
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from training.options import AugmentationOptions, DataOptions
 from training.seeding import AUGMENTATION, seed_everything
 
 Picture = Image.Image | np.ndarray
@@ -27,6 +28,28 @@ FORMATS_OF_16_BITS = ("PNG", "PPM")
 """Formats whose images of mode `I`, 32 bits wide, hold values of 0..65535."""
 WHITE_IS_ZERO = 0
 """Of TIFF's photometric interpretations the one that Pillow heeds up to 8 bits alone."""
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How images are found, prepared and loaded: two sections of the options, and what bears on it besides.
+
+    Attributes:
+        input_size: side of the model's input, or its height and width, pixels.
+        mean, std: of each channel, to normalise by, of images scaled to 0..1.
+        num_classes: where the data set does not know it.
+        seed: of order and augmentation.
+        accum_steps: batches per update.
+    """
+
+    data: DataOptions
+    augmentation: AugmentationOptions
+    input_size: int | Sequence[int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    num_classes: int | None = None
+    seed: int = 0
+    accum_steps: int = 1
 
 
 @dataclass(frozen=True)

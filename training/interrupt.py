@@ -1,7 +1,7 @@
 """SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (SLURM's warning), acted on between two updates.
 
 An exception that a signal raises wherever the program happens to be can leave work half done, and can be lost: Python
-ignores those of callbacks, such as the ones that run when a loader's worker is forked. So a signal is only noted here,
+ignores those of callbacks, such as the ones that run when a loader's worker is forked. So a signal is only kept here,
 and a loop asks for it where all processes can stop together.
 """
 
@@ -62,7 +62,7 @@ def defer_interrupts() -> Iterator[None]:
     usual = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in usual.items():
         if handler in (signal.SIG_DFL, signal.default_int_handler):  # else it is ignored on purpose, as by nohup
-            signal.signal(number, _note)
+            signal.signal(number, _keep_first)
     try:
         yield
     finally:
@@ -70,7 +70,7 @@ def defer_interrupts() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _note(number: int, frame: FrameType | None) -> None:
+def _keep_first(number: int, frame: FrameType | None) -> None:
     global _noted, _noted_at
     if _noted and number == signal.SIGINT and time.monotonic() - _noted_at > SECONDS_UNTIL_IMPATIENT:
         raise KeyboardInterrupt

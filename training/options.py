@@ -118,7 +118,7 @@ class RunOptions:
     tensorboard: bool = option(default=False,
         help="write what log.txt has, and the loss as it goes, for TensorBoard, to tensorboard/ in --output-dir")
     resume: str | None = option(metavar="FILE", of_one_call=True,
-        help="go on with the training of this checkpoint, in its folder and with its options unless others are given;"
+        help="continue the training of this checkpoint, in its folder and with its options unless others are given;"
              " with --eval: the checkpoint to evaluate; here, at --finetune and at --teacher-path, FILE may be an "
              "https: URL whose name ends in its SHA-256 (NAME-a1311bcf.pth), or URL#sha256=a1311bcf; default: start "
              "afresh")

@@ -187,14 +187,14 @@ def build_training(
     )
 
 
-def build_ema(options: ModelOptions, model: nn.Module) -> ModelEmaV3 | None:
+def build_ema(wanted: ModelOptions, model: nn.Module) -> ModelEmaV3 | None:
     """The average of the model's weights, where the model is or in the CPU's memory; None if it is off."""
-    force_cpu = options.model_ema_force_cpu
-    if not options.model_ema:
+    force_cpu = wanted.model_ema_force_cpu
+    if not wanted.model_ema:
         if force_cpu:
             _logger.warning("--model-ema-force-cpu is without effect without --model-ema")
         return None
-    return ModelEmaV3(model, options.model_ema_decay, device=torch.device("cpu") if force_cpu else None)
+    return ModelEmaV3(model, wanted.model_ema_decay, device=torch.device("cpu") if force_cpu else None)
 
 
 def restore_state(training: Training, checkpoint: dict[str, Any]) -> None:
@@ -206,7 +206,7 @@ def restore_state(training: Training, checkpoint: dict[str, Any]) -> None:
     options = training.options
     path, now = options.run.resume, options.by_name()
     if not is_ours(checkpoint):
-        raise ValueError(f"{path} holds weights, but no training to go on with: pass --eval to evaluate it")
+        raise ValueError(f"{path} holds weights, but no training to continue: pass --eval to evaluate it")
     saved = checkpoint["config"]
     for name in ("opt", "attn_only"):
         if now[name] != saved[name]:

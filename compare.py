@@ -1,6 +1,6 @@
 """Train every legal pair of encodings and joins under one recipe, and compare: `python compare.py --help`."""
 
-from training.interrupt import end_on_ctrl_c, raise_on_ctrl_c
+from runtime.interrupt import end_on_ctrl_c, raise_on_ctrl_c
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     end_on_ctrl_c("compare.py")
@@ -24,13 +24,13 @@ from comparison.tables import NAMES, heading, outcomes, table_rows, write_tables
 from datasets import build_dataset
 from lape_vit.encodings import all_options
 from lape_vit.joins import Basic
-from run_setup import image_settings
-from training.distributed import world_from_environment
-from training.files import atomic_write
-from training.interrupt import Interrupted, defer_interrupts
-from training.logs import end_in_one_line, start_logging
+from runtime.distributed import world_from_environment
+from runtime.files import atomic_write
+from runtime.interrupt import Interrupted, defer_interrupts
+from runtime.logs import end_in_one_line, start_logging
+from runtime.tables import print_table
 from training.options import WIDTH, Parser, encoding_option, flag_of, whole
-from training.tables import print_table
+from training.setup import image_settings
 
 _logger = getLogger(__name__)
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from training.distributed import largest_over_ranks, sum_over_ranks
-from training.interrupt import Interrupted, noted_signal
-from training.runtime import Runtime
-from training.seeding import STEP, seed_everything
+from runtime.distributed import largest_over_ranks, sum_over_ranks
+from runtime.interrupt import Interrupted, noted_signal
+from runtime.process import Runtime
+from runtime.seeding import STEP, seed_everything
 from training.state import Training
 
 _logger = getLogger(__name__)

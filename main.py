@@ -3,7 +3,7 @@
 `python main.py --help` lists the options; `torchrun main.py` does the same work in several processes.
 """
 
-from training.interrupt import end_on_ctrl_c, raise_on_ctrl_c
+from runtime.interrupt import end_on_ctrl_c, raise_on_ctrl_c
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     end_on_ctrl_c("main.py")
@@ -22,19 +22,19 @@ import torch
 from torch import nn
 
 from engine import evaluate, train_one_epoch
-from model_setup import count_parameters
-from run_setup import Setup, set_up
-from training import distributed
+from loading.images import UnreadableImageError
+from loading.shards import DamagedShardError
+from runtime import distributed
+from runtime.distributed import World
+from runtime.files import atomic_write, write_text
+from runtime.interrupt import Interrupted, defer_interrupts
+from runtime.logs import LoopDisplay, clock, end_in_one_line, start_logging
 from training.checkpoint import save_checkpoint
 from training.curves import draw_curves
-from training.distributed import World
-from training.files import atomic_write, write_text
 from training.folder import CHECKPOINTS, last_checkpoint
-from training.images import UnreadableImageError
-from training.interrupt import Interrupted, defer_interrupts
-from training.logs import LoopDisplay, clock, end_in_one_line, start_logging
+from training.models import count_parameters
 from training.options import saved_options
-from training.shards import DamagedShardError
+from training.setup import Setup, set_up
 from training.state import Training
 
 _logger = getLogger(__name__)

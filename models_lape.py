@@ -18,7 +18,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from lape_vit import VisionTransformer, VisionTransformerDistilled, warm_start
-from lape_vit.cct import CompactConvolutionalTransformer, ViTLite
+from lape_vit.compact import CompactConvolutionalTransformer, ViTLite
 
 __all__: list[str] = []  # register_model adds each entrypoint
 _logger = logging.getLogger(__name__)

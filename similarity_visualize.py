@@ -3,7 +3,7 @@
 What is drawn of each encoding: see :func:`lape_vit.similarity.position_views`.
 """
 
-from training.interrupt import end_on_ctrl_c, raise_on_ctrl_c
+from runtime.interrupt import end_on_ctrl_c, raise_on_ctrl_c
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     end_on_ctrl_c("similarity_visualize.py")
@@ -23,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from datasets import build_transform
+from datasets import DATA_SETS
 from figures import attention, comparison, positions
 from figures.checkpoints import FLAGS, full_name, load_model
 from figures.explore import explore_page
@@ -31,8 +31,9 @@ from figures.positions import Positions
 from lape_vit import VisionTransformer
 from lape_vit.attention_maps import attention_maps, why_no_split
 from lape_vit.encodings import all_options
-from training.images import ImageSettings, read_image
-from training.logs import end_in_one_line, start_logging
+from loading.images import ImageSettings, read_image
+from loading.transforms import build_transform
+from runtime.logs import end_in_one_line, start_logging
 from training.options import AugmentationOptions, DataOptions, Parser, encoding_option, flag_of
 
 _logger = getLogger(__name__)
@@ -196,7 +197,8 @@ def prepare(model: Any, description: dict[str, Any], file: str) -> tuple[Tensor,
     """An image as the model reads it (3, height, width), and as the eye does (height, width, 3) in [0, 1]: upright."""
     picture = read_image(str(Path(file).expanduser()), upright=True)
     if "eval_crop_ratio" in description:  # ours
-        transform = build_transform(False, evaluation_settings(description))
+        is_small = DATA_SETS[description["data_set"]].small
+        transform = build_transform(False, evaluation_settings(description), is_small)
         mean, std = description["mean"], description["std"]
     else:
         config = timm.data.resolve_data_config({"input_size": (3, *model.patch_embed.img_size)}, model=model)

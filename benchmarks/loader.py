@@ -25,13 +25,14 @@ from timm.data.transforms_factory import create_transform
 from torchvision.transforms import Compose
 
 from benchmarks.timing import describe_machine
-from datasets import DATA_SETS, Normalise, build_transform
+from datasets import DATA_SETS
 from lape_vit.encodings import all_options
-from training.images import ImageSettings, read_image, read_pixels
-from training.logs import start_logging
+from loading.images import ImageSettings, read_image, read_pixels
+from loading.transforms import Normalise, build_transform
+from runtime.logs import start_logging
+from runtime.seeding import AUGMENTATION, CROP, seed_everything
+from runtime.tables import Row, print_table
 from training.options import Options, build_parser, find_recipe, read_recipe, whole
-from training.seeding import AUGMENTATION, CROP, seed_everything
-from training.tables import Row, print_table
 
 SIZE = 224
 BATCH = 64
@@ -76,7 +77,7 @@ def pipelines(is_train: bool) -> dict[str, Pipeline]:
             SIZE, interpolation=data.interpolation, crop_pct=data.eval_crop_ratio
         ).transforms
         plain = _plain(Compose([resize, crop]), Compose([]), Compose(finish))
-        return {PLAIN: plain, "ours": _ours(False, read_image, build_transform(False, deit))}
+        return {PLAIN: plain, "ours": _ours(False, read_image, build_transform(False, deit, is_small=False))}
     transforms = create_transform(
         SIZE,
         is_training=True,
@@ -89,7 +90,7 @@ def pipelines(is_train: bool) -> dict[str, Pipeline]:
         separate=True,
     )
     return {PLAIN: _plain(*transforms)} | {
-        name: _ours(True, decode, build_transform(True, with_fast_crop(deit, fast_crop)))
+        name: _ours(True, decode, build_transform(True, with_fast_crop(deit, fast_crop), is_small=False))
         for name, fast_crop, decode in (("ours, --no-fast-crop", False, read_image), ("ours", None, read_pixels))
     }
 
@@ -100,7 +101,7 @@ def _plain(*transforms: Compose) -> Pipeline:
 
 
 def _ours(is_train: bool, decode: Callable[[bytes], Any], transform: Compose) -> Pipeline:
-    """As `datasets.ImageLoader` loads a batch."""
+    """As `loading.loader.ImageLoader` loads a batch."""
     crop, finish = transform.transforms
     steps = finish.transforms
     to_tensor = next(number for number, step in enumerate(steps) if isinstance(step, Normalise))

@@ -29,8 +29,8 @@ from comparison.plan import sort_pairs
 from comparison.tables import NAMES, Pair
 from lape_vit.encodings import ENCODINGS
 from lape_vit.joins import JOINS, legal_joins
-from training.logs import start_logging
-from training.tables import Row, print_table
+from runtime.logs import start_logging
+from runtime.tables import Row, print_table
 
 
 def timms_compact(**kwargs: Any) -> nn.Module:

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import Timings, alternate, describe_machine
-from training.logs import start_logging
-from training.tables import print_table
+from runtime.logs import start_logging
+from runtime.tables import print_table
 
 ROOT = Path(__file__).resolve().parent.parent
 # The whole data set but a few images is one step.

@@ -13,12 +13,12 @@ from rich.console import Console
 from comparison.plan import Plan, Run, count_cores
 from comparison.tables import NAMES, heading
 from engine import evaluate, train_one_epoch
-from model_setup import count_parameters
-from run_setup import set_up
-from training.distributed import World
-from training.logs import Loop, LoopDisplay, clock
+from runtime.distributed import World
+from runtime.logs import Loop, LoopDisplay, clock
+from runtime.tables import Row, print_table
+from training.models import count_parameters
 from training.optimisation import images_per_update
-from training.tables import Row, print_table
+from training.setup import set_up
 
 _logger = getLogger(__name__)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from comparison.plan import Run, count_cores
-from training.interrupt import Interrupted, noted_signal
+from runtime.interrupt import Interrupted, noted_signal
 
 _logger = getLogger(__name__)
 

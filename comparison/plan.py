@@ -12,8 +12,7 @@ import yaml
 
 from lape_vit.encodings import all_options, canonical_name, resolve
 from lape_vit.joins import JOINS, legal_joins, legal_pairs
-from run_setup import pick_recipe, read_given, resolve_device_options, resolve_given
-from training.distributed import World, pick_device
+from runtime.distributed import World, pick_device
 from training.folder import CHECKPOINTS, read_log
 from training.options import (
     MOST_WORKERS,
@@ -25,6 +24,7 @@ from training.options import (
     saved_options,
     word_of,
 )
+from training.setup import pick_recipe, read_given, resolve_device_options, resolve_given
 
 _logger = getLogger(__name__)
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from comparison.jobs import FAILED, FINISHED, RUNNING, WAITING, Job
-from training.logs import LINES_PER_LOOP, clock
+from runtime.logs import LINES_PER_LOOP, clock
 
 _logger = getLogger(__name__)
 

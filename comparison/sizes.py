@@ -9,8 +9,8 @@ from comparison.jobs import Job
 from comparison.pictures import draw_sizes
 from comparison.plan import Plan, Run
 from comparison.tables import NAMES, MeanAndDeviation, Pair, csv_text, failed, heading, mean_and_deviation
-from training.files import atomic_write, write_text
-from training.tables import NOT_YET, markdown
+from runtime.files import atomic_write, write_text
+from runtime.tables import NOT_YET, markdown
 
 Measured = dict[Pair, dict[int, list[float]]]
 """Accuracies over seeds, per cent, by pair and size."""

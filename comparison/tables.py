@@ -8,8 +8,8 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from comparison.plan import Plan, Run
-from training.files import write_text
-from training.tables import Row, markdown
+from runtime.files import write_text
+from runtime.tables import Row, markdown
 
 Pair = tuple[str, str]
 

@@ -15,7 +15,7 @@ import pytest
 
 import compare
 import comparison.jobs
-import run_setup
+import training.setup
 from comparison import forecast
 from comparison.jobs import Job, alone_in, environments
 from comparison.plan import HARMLESS, NOT_HERE, count_cores
@@ -129,12 +129,12 @@ def test_a_dry_run_tells_which_pair_cannot_start_and_measures_the_others(
 ) -> None:
     monkeypatch.setattr(forecast, "SECONDS", 0.05)
 
-    def build(options: Options, *others: Any, build: Callable[..., Any] = run_setup.build_model) -> Any:
+    def build(options: Options, *others: Any, build: Callable[..., Any] = training.setup.build_model) -> Any:
         if options.model.pe == "rope":
             raise ValueError("no rope\ntoday")
         return build(options, *others)
 
-    monkeypatch.setattr(run_setup, "build_model", build)
+    monkeypatch.setattr(training.setup, "build_model", build)
     assert call("--pe", "none", "rope", *QUICK, "--output_dir", tmp_path / "out", "--dry-run") == 1
     out = capsys.readouterr().out
     assert "rope, basic cannot start: no rope today" in out

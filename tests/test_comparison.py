@@ -20,10 +20,10 @@ from comparison.screen import Screen
 from comparison.tables import NAMES, outcomes, table_rows, write_tables
 from lape_vit import encodings
 from lape_vit.joins import JOINS, legal_joins, legal_pairs
+from runtime.tables import print_table
 from tests.fake_runs import accuracies, finish, finish_all, plan_of, row
 from tests.tiny_run import set_up
 from training.options import config_text, saved_options
-from training.tables import print_table
 
 QUICK = ("--data-set", "DIGITS", "--device", "cpu")
 PNG = b"\x89PNG"

@@ -46,8 +46,8 @@ from torchvision.transforms import (
 
 import datasets
 from datasets import DATA_SETS, TRAIN_CROPS, ImageLoader, Images, UnreadableImageError, canonical_data_set
-from training.images import ImageSettings, read_image, read_pixels
-from training.interrupt import SIGNALS, leave_signals_to_parent
+from loading.images import ImageSettings, read_image, read_pixels
+from runtime.interrupt import SIGNALS, leave_signals_to_parent
 from training.options import AugmentationOptions, DataOptions
 
 CIFARS = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}

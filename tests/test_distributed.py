@@ -14,7 +14,7 @@ import tiny_run
 from test_resume import RICH, UPDATES, python
 from tiny_run import assert_same_run, call, load, log_of
 
-from training.distributed import UNSHARED_STORE
+from runtime.distributed import UNSHARED_STORE
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = [f"class{number}" for number in range(11)]  # so that five guesses may be wrong

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import loader
 from datasets import build_dataset, build_loader
-from training.seeding import seed_everything
+from runtime.seeding import seed_everything
 
 
 @pytest.fixture

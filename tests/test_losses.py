@@ -11,7 +11,7 @@ from test_training import options
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
-import model_setup
+import training.models
 from training.losses import CosubLoss, DistillationLoss, build_loss
 from training.optimisation import build_criterion
 from training.options import Options
@@ -92,7 +92,7 @@ def distilled(path: Path, **changes: Any) -> Options:
 
 def loss_of(chosen: Options, model: nn.Module) -> nn.Module:
     has_teacher = chosen.distillation.distillation_type != "none"
-    teacher = model_setup.build_teacher(chosen, [*"abc"]) if has_teacher else None
+    teacher = training.models.build_teacher(chosen, [*"abc"]) if has_teacher else None
     return build_loss(chosen, model, build_criterion(chosen.optimisation, None), teacher)
 
 
@@ -147,7 +147,7 @@ def test_a_student_with_one_head_and_a_teacher_of_other_classes_are_refused(teac
     with pytest.raises(ValueError, match="needs a model with two heads, such as deit_tiny_distilled"):
         loss_of(distilled(teacher_file), nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"of 5 classes: fc.bias is \(3,\), not \(5,\)"):
-        model_setup.build_teacher(distilled(teacher_file), [*"abcde"])
+        training.models.build_teacher(distilled(teacher_file), [*"abcde"])
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from torch import nn
 
 import engine
 import main
-import run_setup
+import training.setup
 from lape_vit.encodings import all_options
-from training.distributed import World
+from runtime.distributed import World
 from training.state import Training
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -291,7 +291,7 @@ def test_the_run_says_how_much_an_epoch_shows(
     run = set_up("--recipe", recipe, *flags)
     assert run.training is not None
     shown = {index for index, _, _ in run.training.loader.sampler}  # type: ignore[attr-defined]
-    assert len(shown) == images == run_setup.unique_images(run.training, 1)
+    assert len(shown) == images == training.setup.unique_images(run.training, 1)
 
 
 # What to compare with beside the bare recipe, and a change of the option that the weights after two epochs must show.

@@ -17,7 +17,7 @@ import pytest
 import tiny_run
 from tiny_run import assert_same_run, load, log_of
 
-from training.distributed import UNSHARED_STORE
+from runtime.distributed import UNSHARED_STORE
 
 ROOT = Path(__file__).resolve().parents[1]
 CABLE, PORT = "cable", 29400

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import engine
 import main
-import run_setup
+import training.setup
 import training.state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -247,7 +247,7 @@ def test_auto_resume_needs_a_folder_and_nothing_else(
 def test_processes_that_see_different_folders_are_refused(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run_setup.distributed, "gather_over_ranks", lambda place, *_: [place, [3, 0]])
+    monkeypatch.setattr(training.setup.distributed, "gather_over_ranks", lambda place, *_: [place, [3, 0]])
     assert call("--recipe", recipe) == 2
     assert "the processes found different checkpoints" in capsys.readouterr().err
 

@@ -20,11 +20,11 @@ from tiny_run import call, load, log_of
 
 import engine
 from datasets import ImageLoader
+from loading import shards
+from loading.images import UnreadableImageError
+from loading.shards import DamagedShardError, Shards
 from tests.test_datasets import assert_one_line, build_dataset, build_loader, make_args
 from tests.test_resume import ROOT, assert_same_run, at_update, python
-from training import shards
-from training.images import UnreadableImageError
-from training.shards import DamagedShardError, Shards
 
 LENGTHS = (3, 9, 5, 1, 7, 4, 8)  # 37 images in 7 shards
 CLASSES = 3

@@ -22,14 +22,17 @@ from torch.optim import Optimizer
 import main
 from engine import evaluate
 from lape_vit.encodings import all_options
+from runtime.distributed import World, check_size, pick_device, world_from_environment
+from runtime.files import atomic_write
+from runtime.interrupt import defer_interrupts, noted_signal
+from runtime.logs import LoopDisplay, clock
+from runtime.process import Runtime
+from runtime.seeding import seed_everything
+from runtime.tables import print_table
 from training import distributed, interrupt, logs
 from training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from training.curves import draw_curves
-from training.distributed import World, check_size, pick_device, world_from_environment
-from training.files import atomic_write
 from training.folder import read_log
-from training.interrupt import defer_interrupts, noted_signal
-from training.logs import LoopDisplay, clock
 from training.optimisation import (
     build_criterion,
     build_mixup,
@@ -52,9 +55,6 @@ from training.options import (
     read_recipe,
     word_of,
 )
-from training.runtime import Runtime
-from training.seeding import seed_everything
-from training.tables import print_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PARSER = build_parser(all_options())
@@ -70,14 +70,14 @@ def options(**changed: Any) -> Options:
 
 def test_every_option_is_read_somewhere() -> None:
     read = set()
-    files = ("main", "run_setup", "model_setup", "engine", "datasets")
+    files = ("main", "training.setup", "training.models", "engine", "datasets")
     for path in [*(ROOT / f"{file}.py" for file in files), *(ROOT / "training").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             match node:
                 case ast.Attribute(value=ast.Name(id=section) | ast.Attribute(attr=section), attr=name, ctx=ast.Load()):
                     if section in SECTIONS or section == "wanted":
                         read.add(name)
-    assert PARSER.defaults.keys() - read == all_options().keys()  # which model_setup.py reads as these very names
+    assert PARSER.defaults.keys() - read == all_options().keys()  # which training/models.py reads as these very names
 
 
 @pytest.mark.parametrize("name", PARSER.defaults)

@@ -19,7 +19,7 @@ Ours are a dictionary of plain data (tensors, numbers, strings, lists, dictionar
                     eval_crop_ratio
 
 The learning rate is a function of the options, the epoch, the update and the accuracies, and so are order,
-augmentations and all other random draws of each process (see `training.seeding`): nothing else needs to be kept.
+augmentations and all other random draws of each process (see `runtime.seeding`): nothing else needs to be kept.
 """
 
 import argparse
@@ -31,8 +31,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from training.download import fetch, is_url
-from training.files import atomic_write
+from runtime.download import fetch, is_url
+from runtime.files import atomic_write
 
 FORMAT, VERSION = "lape-vit", 1
 
@@ -54,7 +54,7 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     """Read a checkpoint, ours, an original's or timm's (`.safetensors` too), to the CPU; it cannot run code.
 
     Args:
-        path: of the file, or the https: URL of one, with its hash (see `training.download.fetch`).
+        path: of the file, or the https: URL of one, with its hash (see `runtime.download.fetch`).
 
     Returns:
         Ours as it was saved; another's with its state dict under `model`, and its `args`, if it has them.

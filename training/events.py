@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from training.distributed import sum_over_ranks
+from runtime.distributed import sum_over_ranks
 from training.state import Progress
 
 _logger = getLogger(__name__)

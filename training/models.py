@@ -13,9 +13,9 @@ import models_lape  # noqa: F401  (registers the models)
 from datasets import DATA_SETS
 from lape_vit import convert_checkpoint, warm_start
 from lape_vit.encodings import all_options
+from loading.classes import name_differences, order_of_classes
+from loading.images import ImageSettings
 from training.checkpoint import description_of, load_checkpoint, load_weights
-from training.classes import name_differences, order_of_classes
-from training.images import ImageSettings
 from training.options import Options, RunOptions, flag_of
 
 _logger = getLogger(__name__)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from training.distributed import World
-from training.logs import LoopDisplay
+from runtime.distributed import World
+from runtime.logs import LoopDisplay
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,19 @@ from timm.layers import to_2tuple
 from datasets import DATA_SETS, REPEATS, ImageLoader, build_dataset, build_loader, canonical_data_set
 from lape_vit import convert_checkpoint
 from lape_vit.encodings import all_options, canonical_name
-from model_setup import (
+from loading.images import ImageSettings
+from loading.shards import runs_commands
+from runtime import distributed
+from runtime.distributed import World
+from runtime.download import is_url
+from runtime.files import write_text
+from runtime.logs import LoopDisplay
+from runtime.process import Runtime
+from runtime.seeding import seed_everything
+from training.checkpoint import description_of, is_ours, load_checkpoint, load_weights
+from training.events import Events
+from training.folder import find_checkpoint, open_output_dir, read_log
+from training.models import (
     build_model,
     build_teacher,
     compile_model,
@@ -27,15 +39,6 @@ from model_setup import (
     match_classes,
     weights_of,
 )
-from training import distributed
-from training.checkpoint import description_of, is_ours, load_checkpoint, load_weights
-from training.distributed import World
-from training.download import is_url
-from training.events import Events
-from training.files import write_text
-from training.folder import find_checkpoint, open_output_dir, read_log
-from training.images import ImageSettings
-from training.logs import LoopDisplay
 from training.optimisation import highest_rate, images_per_update, learning_rate
 from training.options import (
     OptionParser,
@@ -49,9 +52,6 @@ from training.options import (
     read_recipe,
     saved_options,
 )
-from training.runtime import Runtime
-from training.seeding import seed_everything
-from training.shards import runs_commands
 from training.state import Training, build_training, restore_progress, restore_state
 
 _logger = getLogger(__name__)

@@ -28,11 +28,11 @@ import webdataset
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from training.classes import first_few
-from training.distributed import in_turns
-from training.files import atomic_write
-from training.images import Crop, ImageSettings, Reader, Sample, UnreadableImageError, image_endings, one_line
-from training.seeding import CROP, seed_everything
+from loading.classes import first_few
+from loading.images import Crop, ImageSettings, Reader, Sample, UnreadableImageError, image_endings, one_line
+from runtime.distributed import in_turns
+from runtime.files import atomic_write
+from runtime.seeding import CROP, seed_everything
 
 _logger = getLogger(__name__)
 

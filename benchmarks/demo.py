@@ -9,9 +9,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from training.logs import end_in_one_line, standard_console
+from runtime.logs import end_in_one_line, standard_console
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path("runs/demo")
 JOINS = ("basic", "LaPE")
 

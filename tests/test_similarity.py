@@ -307,7 +307,7 @@ def test_the_bias_is_what_attention_adds_where_only_positions_flow(pe: str, join
         assert added == [None] * DEPTH
         return
     for ours, received in zip(view(model, names[-1]).values, added, strict=True):
-        torch.testing.assert_close(ours, between_patches(model, received), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(ours.expand(2, -1, -1), between_patches(model, received), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("pe", [pe for pe in encodings.ENCODINGS if has_attention_part(pe)])

@@ -10,10 +10,10 @@ import timm.models.deit
 import torch
 
 from lape_vit import warm_start
-from tests.models import COMPACT, DEIT, DISTILLED, SIZES, assert_equal, assert_near, images, over_sampled_pairs, tiny
+from tests.models import COMPACT, DEIT, DISTILLED, SIZES, assert_equal, assert_near, images, over_pairs, tiny
 
 
-@over_sampled_pairs
+@over_pairs
 def test_a_checkpoint_of_the_same_kind_and_size_loads_bit_for_bit(pe: str, join_type: str) -> None:
     source, target = tiny(pe, join_type), tiny(pe, join_type, num_classes=5).float()
     start = warm_start(source.state_dict(), target)
@@ -21,7 +21,7 @@ def test_a_checkpoint_of_the_same_kind_and_size_loads_bit_for_bit(pe: str, join_
     assert_equal(dict(start.state_dict), dict(source.state_dict()))
 
 
-@over_sampled_pairs
+@over_pairs
 @pytest.mark.parametrize("size", [(48, 48), (24, 40)])
 def test_a_checkpoint_of_another_size_becomes_what_set_input_size_makes_of_it(
     pe: str, join_type: str, size: tuple[int, int]
@@ -37,7 +37,7 @@ def test_a_checkpoint_of_another_size_becomes_what_set_input_size_makes_of_it(
     assert_equal(target(pixels), source(pixels))
 
 
-@over_sampled_pairs
+@over_pairs
 @pytest.mark.parametrize("size", [(384, 384), (160, 224), (32, 32)])
 def test_models_for_224_pixels_work_at_the_sizes_of_the_field(pe: str, join_type: str, size: tuple[int, int]) -> None:
     sizes: dict[str, Any] = {"patch_size": 16, "embed_dim": 24, "depth": 1}
@@ -99,7 +99,7 @@ class TestPretrained:
         assert_equal(ours(pixels), timms(pixels))
         assert not [record for record in caplog.records if record.name == "models_lape"]
 
-    @over_sampled_pairs
+    @over_pairs
     def test_every_pair_starts_from_all_that_fits(
         self, pe: str, join_type: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:

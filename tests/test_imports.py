@@ -26,39 +26,58 @@ POSITION = re.compile(r"\bpe\b|pos_embed|encoding|join")
 LIBRARIES = ("torch", "torchvision", "timm", "argparse")
 
 BENEATH: dict[str, tuple[str, ...]] = {
-    "encodings/views": (),
-    "encodings/caching": (),
-    "encodings/base": ("encodings/views", "encodings/caching"),
-    "encodings/*": ("encodings/base",),
+    "places": (),
+    "augmentation": ("places",),
+    "encodings/base": ("places",),
+    "encodings/tables": ("places",),
+    "encodings/*": ("encodings/base", "encodings/tables"),
     "encodings": ("encodings/*",),
     "joins": ("encodings",),
-    "vit": ("joins",),
-    "lape_vit": ("vit",),
+    "attention": ("joins",),
+    "vit": ("attention", "augmentation"),
+    "compact": ("vit",),
+    "convert": ("vit",),
+    "analysis": ("vit",),
+    "lape_vit": ("analysis", "compact", "convert"),
     "models_lape": ("lape_vit",),
-    "training": (),
+    "runtime": (),
+    "options": ("runtime",),
+    "loading": ("options",),
+    "training": ("options",),
+    "datasets": ("loading",),
     "engine": ("training",),
-    "datasets": ("training",),
-    "figures": ("models_lape", "training"),
-    "commands": ("figures", "engine", "datasets"),
+    "setup": ("datasets", "training", "models_lape"),
+    "figures": ("setup",),
+    "comparison": ("figures",),
+    "commands": ("comparison", "engine"),
+    "benchmarks": ("commands",),
 }
 """Layer: the layers directly beneath it. A module may import its own layer and all that lies beneath."""
+COMMANDS = ("main", "compare", "similarity_visualize")
 
 
 def layer_of(module: str) -> str:
-    """The layer of a module; one without a layer of its own belongs to the topmost of the library or of the root."""
+    """The layer of a module; empty where it has none."""
     match module.split("."):
+        case ["lape_vit"]:
+            return "lape_vit"
         case ["lape_vit", "encodings"]:
             return "encodings"
-        case ["lape_vit", "encodings", ("views" | "caching" | "base") as name]:
+        case ["lape_vit", "encodings", ("base" | "tables") as name]:
             return f"encodings/{name}"
-        case ["lape_vit", "encodings", *_]:
+        case ["lape_vit", "encodings", _]:
             return "encodings/*"
-        case ["lape_vit", ("joins" | "vit") as name]:
-            return name
-        case [("lape_vit" | "models_lape" | "training" | "engine" | "datasets" | "figures") as name, *_]:
-            return name
-        case _:
+        case ["lape_vit", name, *_]:
+            return name if name in BENEATH else ""
+        case ["training", "options"]:
+            return "options"
+        case ["training", "setup" | "models"]:
+            return "setup"
+        case [name] if name in COMMANDS:
             return "commands"
+        case [name, *_]:
+            return name if name in BENEATH else ""
+    return ""
 
 
 def within_reach(layer: str) -> set[str]:
@@ -112,7 +131,7 @@ def name_comparisons(root: Path) -> list[str]:
     """Comparisons with one of ``NAMES``, by an operator or by a match, where only encodings and joins may know them."""
     faults = []
     for module, path in modules(root).items():
-        if layer_of(module) in {"encodings/base", "encodings/*", "encodings", "joins"}:
+        if layer_of(module) in {"encodings/base", "encodings/tables", "encodings/*", "encodings", "joins"}:
             continue
         for line, subject, value in comparisons(ast.parse(path.read_text(encoding="utf-8"))):
             if value in NAMES and (value not in EVERYDAY or POSITION.search(subject)):
@@ -178,11 +197,13 @@ def tree_of(root: Path, files: dict[str, str]) -> Path:
     good = {
         "lape_vit/__init__.py": "from lape_vit.vit import Attention",
         "lape_vit/encodings/__init__.py": "from .learnable import Learnable",
-        "lape_vit/encodings/views.py": "",
-        "lape_vit/encodings/base.py": "from . import views",
+        "lape_vit/places.py": "",
+        "lape_vit/encodings/base.py": "from lape_vit import places",
         "lape_vit/encodings/learnable.py": "from . import base",
         "lape_vit/joins.py": "from lape_vit import encodings\nif pe == 'LaPE': pass",
-        "lape_vit/vit.py": "from lape_vit import encodings, joins",
+        "lape_vit/attention.py": "from lape_vit import encodings",
+        "lape_vit/vit.py": "from lape_vit import attention, encodings, joins",
+        "lape_vit/analysis/__init__.py": "from lape_vit import vit",
         "lape_vit/convert.py": "import lape_vit.vit",
         "models_lape.py": "import lape_vit",
         "training/__init__.py": "",
@@ -201,9 +222,14 @@ def tree_of(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def test_the_checkers_see_the_whole_tree() -> None:
-    assert {"lape_vit", "lape_vit.vit", "models_lape", "engine", "datasets", "main"} <= modules(ROOT).keys()
-    assert {layer_of(module) for module in modules(ROOT)} == BENEATH.keys()
+def test_every_module_has_a_layer_and_every_layer_a_module() -> None:
+    layers = {module: layer_of(module) for module in modules(ROOT)}
+    assert [module for module, layer in layers.items() if not layer] == []
+    assert {*layers.values()} == BENEATH.keys()
+
+
+def test_a_command_is_imported_by_no_module_but_benchmarks() -> None:
+    assert [layer for layer in BENEATH if layer != "commands" and "commands" in within_reach(layer)] == ["benchmarks"]
 
 
 def test_imports_run_downward() -> None:
@@ -235,17 +261,19 @@ def test_a_tree_that_keeps_the_rules_has_no_faults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "text"),
     [
-        ("lape_vit/encodings/views.py", "from lape_vit.encodings.base import Grid"),
+        ("lape_vit/places.py", "from lape_vit.encodings.base import Encoding"),
+        ("lape_vit/attention.py", "from lape_vit import vit"),
+        ("lape_vit/vit.py", "from lape_vit import analysis"),
         ("lape_vit/encodings/base.py", "from lape_vit.encodings.learnable import Learnable"),
         ("lape_vit/encodings/learnable.py", "from lape_vit.encodings import ENCODINGS"),
         ("lape_vit/encodings/learnable.py", "from . import ENCODINGS"),
         ("lape_vit/encodings/__init__.py", "from .. import joins"),
         ("lape_vit/joins.py", "from .vit import Attention"),
         ("lape_vit/vit.py", "from lape_vit import convert_checkpoint"),
-        ("lape_vit/vit.py", "import lape_vit.convert as checkpoints"),
+        ("lape_vit/vit.py", "import lape_vit.convert as convert"),
         ("lape_vit/convert.py", "import models_lape"),
         ("lape_vit/convert.py", "def load():\n    from training.setup import device"),
-        ("lape_vit/similarity.py", "import datasets"),
+        ("lape_vit/analysis/views.py", "import datasets"),
         ("models_lape.py", "import main"),
         ("models_lape.py", "import engine"),
         ("training/setup.py", "import engine"),
@@ -258,7 +286,7 @@ def test_a_tree_that_keeps_the_rules_has_no_faults(tmp_path: Path) -> None:
         ("datasets.py", "import lape_vit"),
         ("figures/sheet.py", "import main"),
         ("figures/sheet.py", "import datasets"),
-        ("lape_vit/similarity.py", "from figures import sheet"),
+        ("lape_vit/analysis/views.py", "from figures import sheet"),
         ("training/setup.py", "import figures"),
     ],
 )

@@ -16,6 +16,12 @@ from torch.optim import Optimizer
 
 _logger = getLogger(__name__)
 
+OPTIONS = {
+    *("lr", "initial_lr", "lr_scale", "max_lr_snapshot", "weight_decay"),
+    *("eps", "betas", "betas_1d", "beta1", "momentum", "fused"),
+}
+"""Entries of an optimizer's `param_groups` that the options and the device decide; all others are its state."""
+
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
     """Mixup and cutmix of a batch, with the labels smoothed; None where both are off.

@@ -17,7 +17,14 @@ from torch.optim import Optimizer
 from training.checkpoint import is_ours
 from training.distributed import World
 from training.losses import build_loss
-from training.optimisation import build_criterion, build_mixup, build_optimizer, build_scheduler, learning_rate
+from training.optimisation import (
+    OPTIONS,
+    build_criterion,
+    build_mixup,
+    build_optimizer,
+    build_scheduler,
+    learning_rate,
+)
 from training.options import flag_of
 
 _logger = getLogger(__name__)
@@ -126,12 +133,7 @@ def restore_state(state: TrainingState, checkpoint: dict[str, Any], args: argpar
         if getattr(args, name) != value:
             _logger.info("%s is now %s; it was %s", flag_of(name), getattr(args, name), value)
 
-    # The optimizer's options (weight decay, ...) are the ones it was made with; only what it has gathered is restored.
-    own = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
-    state.optimizer.load_state_dict(checkpoint["optimizer"])
-    for group, options in zip(state.optimizer.param_groups, own, strict=True):
-        group.update(options)
-
+    restore_optimizer(state.optimizer, checkpoint["optimizer"])
     if checkpoint["scaler"]:
         state.scaler.load_state_dict(checkpoint["scaler"])
     if state.ema is not None and checkpoint["model_ema"] is not None:
@@ -142,6 +144,14 @@ def restore_state(state: TrainingState, checkpoint: dict[str, Any], args: argpar
     state.accuracies = checkpoint["accuracies"]
     for epoch, accuracy in enumerate(state.accuracies, start=state.epoch - len(state.accuracies) + 1):
         state.scheduler.step(epoch, accuracy)  # a schedule may depend on them
+
+
+def restore_optimizer(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Take over what an optimizer has gathered, in its groups too; its options stay those that it was made with."""
+    fresh = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state_dict)
+    for group, own in zip(optimizer.param_groups, fresh, strict=True):
+        group.update({name: value for name, value in own.items() if name in OPTIONS or name not in group})
 
 
 def restore_progress(state: TrainingState, saved: dict[str, Any], updates: int, world: World) -> int:

@@ -8,10 +8,12 @@ from typing import Any, cast
 import timm
 import torch
 from timm.layers import to_2tuple
+from timm.models import get_pretrained_cfg
 from torch import nn
 
 import models_lape  # noqa: F401  (registers the models)
 from lape_vit import convert_checkpoint, warm_start
+from lape_vit.checkpoints import grid_of, unwrap_names
 from lape_vit.encodings import all_options
 from training.checkpoint import description_of, load_checkpoint, load_weights
 from training.options import flag_of
@@ -58,10 +60,9 @@ def load_what_fits(model: Any, checkpoint: dict[str, Any], path: str) -> None:
     Raises:
         ValueError: nothing fits.
     """
-    size, patch = description_of(checkpoint).get("input_size"), model.patch_embed.patch_size
-    grid = None if size is None else tuple(side // cell for side, cell in zip(to_2tuple(size), patch, strict=True))
+    size, weights = description_of(checkpoint).get("input_size"), checkpoint["model"]
     try:
-        start = warm_start(checkpoint["model"], model, grid)
+        start = warm_start(weights, model, None if size is None else grid_of(size, weights, model))
     except ValueError as error:
         raise ValueError(f"--finetune {path}: {error}") from error
     for line in start.report():
@@ -84,12 +85,15 @@ def build_teacher(args: argparse.Namespace, num_classes: int) -> nn.Module:
     if name not in timm.list_models():
         raise ValueError(f"unknown --teacher-model {name!r}: timm.list_models() lists them")
     checkpoint = load_checkpoint(path)
-    weights, options = checkpoint["model"], {}
+    description, options = description_of(checkpoint), {}
     if name in timm.list_models(module="models_lape"):
-        weights, description = convert_checkpoint(weights), description_of(checkpoint)
+        weights = convert_checkpoint(checkpoint["model"])
         options = {key: description[key] for key in ("pe", "join_type", *all_options()) if key in description}
-        if "input_size" in description:
-            options["img_size"] = to_2tuple(description["input_size"])
+    else:
+        weights = unwrap_names(checkpoint["model"])
+    cfg = get_pretrained_cfg(name)
+    if "input_size" in description and cfg is not None and cfg.fixed_input_size:
+        options["img_size"] = to_2tuple(description["input_size"])
     teacher = timm.create_model(name, num_classes=num_classes, **options)
     load_weights(teacher, weights, f"--teacher-path {path}", f"{name} of {num_classes} classes")
     size = to_2tuple(args.input_size)

@@ -28,7 +28,7 @@ from model_setup import (
     weights_of,
 )
 from training import distributed
-from training.checkpoint import description_of, is_ours, load_checkpoint, load_weights
+from training.checkpoint import carry_data_config, description_of, is_ours, load_checkpoint, load_weights
 from training.distributed import World
 from training.download import is_url
 from training.events import Events
@@ -134,13 +134,15 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
         model.set_input_size(img_size=to_2tuple(args.input_size))
     if start:
         load_what_fits(model, start, args.finetune)
+    described = describe_model(args, classes)
+    carry_data_config(model, described)
     run = Run(
         args=args,
         world=world,
         device=device,
         display=display,
         model=model.to(device),
-        description=describe_model(args, classes),
+        description=described,
         test_loader=build_loader(test_set, False, args, world.rank, world.size),
         num_test_images=len(test_set),
     )
@@ -293,7 +295,8 @@ def pick_recipe(parser: OptionParser, given: dict[str, Any], checkpoint: dict[st
         options = {name: saved[name] for name in FOR_EVALUATION if name in saved} if given.get("eval") else saved
         return {**options, "recipe": given["resume"]}
     name = DATA_SETS[given.get("data_set", parser.defaults["data_set"])].recipe
-    return {**read_recipe(parser, find_recipe(name)), "recipe": name}
+    said = {name: value for name, value in description_of(checkpoint).items() if name in FOR_EVALUATION}
+    return {**read_recipe(parser, find_recipe(name)), **said, "recipe": name}
 
 
 def resolve_device_options(args: argparse.Namespace, device: torch.device) -> None:

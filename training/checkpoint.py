@@ -149,7 +149,8 @@ def _in_our_layout(content: Any, path: str) -> dict[str, Any]:
         raise ValueError(f"{path} is no checkpoint of a model: it holds no state dict")
     if weights is None:
         _logger.info("%s holds no weights but their running average, which is taken", path)
-    return {**content, "model": average if weights is None else weights, "model_ema": average}
+    content = {**content, "model": average if weights is None else weights}
+    return content if average is None else {**content, "model_ema": average}
 
 
 def _is_state_dict(content: Any) -> bool:

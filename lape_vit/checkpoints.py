@@ -9,7 +9,7 @@ import copy
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -225,11 +225,11 @@ def adapt_channels(kernel: Tensor, in_chans: int) -> Tensor:
 def grid_of(img_size: int | Sequence[int], state_dict: StateDict, model: Any) -> Grid:
     """(H, W) patches of a checkpoint that was trained on images of (height, width) pixels.
 
-    Their size is that of the checkpoint's kernel, except where the model's own kernel is not of its patches' size.
+    A patch is as large as the checkpoint's kernel, where kernels of such models are as large as patches.
     """
-    patch = kernel_size = tuple(model.patch_embed.patch_size)
+    patch = tuple(model.patch_embed.patch_size)
     kernel = unwrap_names(state_dict).get(KERNEL)
-    if kernel is not None and kernel.ndim == 4 and model.patch_embed.proj.weight.shape[-2:] == kernel_size:
+    if kernel is not None and kernel.ndim == 4 and model.patch_embed.proj.weight.shape[-2:] == patch:
         patch = tuple(kernel.shape[-2:])
     height, width = to_2tuple(img_size)[-2:]
     return height // patch[0], width // patch[1]
@@ -242,7 +242,8 @@ def prefix_rows(model: Any) -> dict[str, int]:
 
 def tokens_of(state_dict: StateDict) -> dict[str, int]:
     """How many prefix tokens there are of each name."""
-    return {name: state_dict[name].shape[1] for name in PREFIX_TOKENS if name in state_dict}
+    tokens = {name: state_dict[name] for name in PREFIX_TOKENS if name in state_dict}
+    return {name: token.shape[1] for name, token in tokens.items() if token.ndim == 3}
 
 
 def is_table(table: Tensor | None, own: Tensor) -> bool:
@@ -268,28 +269,30 @@ def table_layout(state_dict: StateDict, model: Any, known: Grid | None = None) -
     rows = state_dict[TABLE].shape[1] if has_table else 0
     name, number = (TABLE, rows) if has_table else next(iter(offsets.items()))
 
-    def fitting(grid: Grid | None) -> Iterable[TableLayout]:
-        if grid is not None and set(offsets.values()) <= {(2 * grid[0] - 1) * (2 * grid[1] - 1)}:
-            for layout in layouts:
-                if not has_table or rows - sum(layout.values()) == grid[0] * grid[1]:
-                    yield TableLayout(layout, grid, [])
+    def fitting(grid: Grid | None) -> list[TableLayout]:
+        if grid is None or not set(offsets.values()) <= {(2 * grid[0] - 1) * (2 * grid[1] - 1)}:
+            return []
+        patches = grid[0] * grid[1]
+        return [
+            TableLayout(layout, grid, [])
+            for layout in layouts
+            if not has_table or rows - sum(layout.values()) == patches
+        ]
 
     def square(layout: dict[str, int]) -> Grid | None:
         side = square_root(rows - sum(layout.values())) if has_table else square_root(number)
         return None if side is None else (side, side) if has_table else ((side + 1) // 2, (side + 1) // 2)
 
-    squares = [found for layout in layouts for found in fitting(square(layout))]
-    told = next(iter(fitting(known)), None)
-    if told is not None:
-        return told
-    fits_model = next(iter(fitting(own_grid)), None)
-    if fits_model is None and not squares:
+    if told := fitting(known):
+        return told[0]
+    of_model, of_squares = fitting(own_grid), [found for layout in layouts for found in fitting(square(layout))]
+    if not of_model + of_squares:
         raise ValueError(
             f"{name} of the checkpoint has {number} rows, which fit no square grid: give its (H, W), or build the "
             "model for images of its size"
         )
-    guess = fits_model or squares[0]
-    unsure = fits_model is None or any(found.grid != own_grid for found in squares if found.tokens == guess.tokens)
+    guess = (of_model + of_squares)[0]
+    unsure = not of_model or any(found.grid != own_grid for found in of_squares if found.tokens == guess.tokens)
     rows_of = f" and {' and '.join(guess.tokens)}" if has_table and guess.tokens else ""
     remark = (
         f"{name} is taken for {guess.grid[0]} x {guess.grid[1]} patches{rows_of}; the checkpoint does not say its grid"
@@ -332,8 +335,9 @@ def fill_rows(
 
 def difference(source: StateDict, own: StateDict) -> str:
     """Why no tensor of a checkpoint fits a model: the first of its names that the model has too, or that it lacks."""
-    for name in source.keys() & own.keys():
-        return f"{name} is {tuple(source[name].shape)} there and {tuple(own[name].shape)} in the model"
+    common = next((name for name in source if name in own), None)
+    if common is not None:
+        return f"{common} is {tuple(source[common].shape)} there and {tuple(own[common].shape)} in the model"
     return f"its names, such as {next(iter(source), 'none')}, are not those of the model, such as {next(iter(own))}"
 
 

@@ -225,6 +225,13 @@ def test_what_wrappers_put_before_names_is_taken_off(prefixes: tuple[str, ...]) 
     assert_equal(convert_checkpoint(wrapped), dict(source))
 
 
+def test_tokens_and_tables_of_other_shapes_are_left_out() -> None:
+    odd = {"cls_token": torch.zeros(24), "pos_embed": torch.zeros(1, 4, 4, 24), "patch_embed.proj.bias": torch.ones(24)}
+    start = warm_start(odd, tiny())
+    assert start.left_out == ["cls_token", "pos_embed"]
+    assert_equal(start.state_dict["patch_embed.proj.bias"], odd["patch_embed.proj.bias"])
+
+
 @pytest.mark.parametrize("part", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
 def test_what_wrappers_of_a_block_put_inside_names_is_taken_off(part: str) -> None:
     source = tiny("learnable", "LaPE").state_dict()

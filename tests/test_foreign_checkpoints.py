@@ -155,6 +155,7 @@ def test_a_file_with_nothing_but_an_average_says_so(
         ({"mean": [0.1, 0.2, 0.3], "crop_pct": 0.9}, {"mean": [0.1, 0.2, 0.3], "eval_crop_ratio": 0.9}),
         ({"interpolation": "bilinear"}, {"interpolation": "bilinear"}),
         ({"interpolation": "random", "mean": None, "num_classes": None}, {}),
+        ({"input_size": "three", "args": 5}, {}),
         ({"model": "resnet50.a1_in1k"}, {"model": "resnet50"}),
         (
             {"model_kwargs": {"pe": "rope", "rope_theta": 9, "img_size": 8}},
@@ -162,8 +163,9 @@ def test_a_file_with_nothing_but_an_average_says_so(
         ),
     ],
 )
-def test_what_options_say_of_a_model(args: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert description_of({"model": {}, "args": argparse.Namespace(**args)}) == expected
+@pytest.mark.parametrize("kind", [argparse.Namespace, dict])
+def test_what_options_say_of_a_model(args: dict[str, Any], expected: dict[str, Any], kind: Callable[..., Any]) -> None:
+    assert description_of({"model": {}, "args": kind(**args)}) == expected
 
 
 def test_a_model_of_timms_that_was_trained_compiled_is_drawn_and_teaches(tmp_path: Path) -> None:

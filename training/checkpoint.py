@@ -24,7 +24,7 @@ augmentations and all other random draws of each process (see `training.seeding`
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import getLogger
 from pathlib import Path
@@ -169,23 +169,25 @@ def description_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """
     if is_ours(checkpoint):
         return checkpoint["description"]
-    args = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), argparse.Namespace) else {}
+    args = checkpoint.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
     description = {ours: args[theirs] for theirs, ours in DESCRIBED.items() if args.get(theirs)}
-    of_model = dict(args.get("model_kwargs") or {})
-    of_model = {DESCRIBED.get(name, name): value for name, value in of_model.items() if value is not None}
-    description |= of_model
+    of_model = args.get("model_kwargs") or {}
+    description |= {DESCRIBED.get(name, name): value for name, value in of_model.items() if value is not None}
     if "input_size" in description:
         description["input_size"] = _height_and_width(description["input_size"])
     if "model" in description:
-        description["model"], _ = split_model_name_tag(description["model"])
+        description["model"], _ = split_model_name_tag(str(description["model"]))
     if description.get("interpolation") == "random":  # timm's, which is for training alone
         del description["interpolation"]
-    return description
+    return {name: value for name, value in description.items() if value is not None}
 
 
-def _height_and_width(size: int | Sequence[int]) -> int | list[int]:
+def _height_and_width(size: Any) -> int | list[int] | None:
     """The size of images from timm's (channels, height, width), a pair or one number: one number if it can be."""
-    sides = [size] if isinstance(size, int) else [int(side) for side in size][-2:]
+    sides = [size] if isinstance(size, int) else list(size)[-2:]
+    if not all(isinstance(side, int) for side in sides):
+        return None
     return sides[0] if len(set(sides)) == 1 else sides
 
 

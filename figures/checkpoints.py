@@ -11,8 +11,9 @@ from timm.layers import to_2tuple
 import models_lape  # noqa: F401  (registers the models)
 from lape_vit import VisionTransformer, convert_checkpoint
 from lape_vit.analysis.timm_positions import timm_grid
+from lape_vit.convert import unwrap_names
 from lape_vit.encodings import all_options, canonical_name
-from training.checkpoint import description_of, load_checkpoint, load_weights
+from training.checkpoint import carry_data_config, description_of, load_checkpoint, load_weights
 from training.options import flag_of
 
 _logger = getLogger(__name__)
@@ -41,8 +42,9 @@ def load_model(path: str, flags: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
         flags: what the command line says of `FLAGS` and of the encodings' options; None where it says nothing.
 
     Returns:
-        The model in evaluation mode: ours, or timm's where only timm knows the name. And the description: what the
-        checkpoint says, with the flags; the key `model` is always there.
+        The model in evaluation mode: ours, or timm's where only timm knows the name. Its `pretrained_cfg` says to
+        timm's `resolve_data_config` and `save_for_hf` how the checkpoint's images are prepared. And the description:
+        what the checkpoint says, with the flags; the key `model` is always there.
 
     Raises:
         ValueError, OSError: no checkpoint, a flag that contradicts it, something that neither says, other weights, a
@@ -61,6 +63,7 @@ def load_model(path: str, flags: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
         if build:
             given = ", ".join(flag_for(option) for option in build)
             raise ValueError(f"{given}: for models of models_lape; {name} is timm's own")
+        state_dict = unwrap_names(state_dict)
     head = next((state_dict[key] for key in ("head.weight", "head.fc.weight") if key in state_dict), ())
     size = description.get("input_size")
     try:
@@ -74,6 +77,7 @@ def load_model(path: str, flags: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
     if untold := own.keys() - build.keys():
         taken = ", ".join(f"{key}={own[key]}" for key in sorted(untold))
         _logger.info("%s does not say all of its model: %s, as timm builds it", path, taken)
+    carry_data_config(model, description)
     return model.eval(), description
 
 

@@ -45,8 +45,11 @@ from torchvision.transforms import (
 )
 
 import datasets
-from datasets import DATA_SETS, TRAIN_CROPS, ImageLoader, Images, UnreadableImageError, canonical_data_set
-from loading.images import ImageSettings, read_image, read_pixels
+from datasets import DATA_SETS, canonical_data_set
+from loading import transforms
+from loading.images import Images, ImageSettings, UnreadableImageError, read_image, read_pixels
+from loading.loader import ImageLoader
+from loading.transforms import TRAIN_CROPS
 from runtime.interrupt import SIGNALS, leave_signals_to_parent
 from training.options import AugmentationOptions, DataOptions
 
@@ -105,7 +108,8 @@ def build_dataset(is_train: bool, args: Namespace, *others: Any) -> tuple[Images
 
 
 def build_transform(is_train: bool, args: Namespace) -> Compose:
-    return datasets.build_transform(is_train, settings_of(args))
+    settings = settings_of(args)
+    return transforms.build_transform(is_train, settings, DATA_SETS[settings.data.data_set].small)
 
 
 def build_loader(dataset: Images, is_train: bool, args: Namespace, *others: Any) -> ImageLoader:

@@ -47,9 +47,9 @@ BENEATH: dict[str, tuple[str, ...]] = {
     "datasets": ("loading",),
     "engine": ("training",),
     "setup": ("datasets", "training", "models_lape"),
-    "figures": ("setup",),
-    "comparison": ("figures",),
-    "commands": ("comparison", "engine"),
+    "figures": ("models_lape", "training"),
+    "comparison": ("models_lape", "training"),
+    "commands": ("comparison", "engine", "figures", "setup"),
     "benchmarks": ("commands",),
 }
 """Layer: the layers directly beneath it. A module may import its own layer and all that lies beneath."""
@@ -207,12 +207,12 @@ def tree_of(root: Path, files: dict[str, str]) -> Path:
         "lape_vit/convert.py": "import lape_vit.vit",
         "models_lape.py": "import lape_vit",
         "training/__init__.py": "",
-        "training/setup.py": "",
-        "engine.py": "from training import setup",
+        "training/losses.py": "",
+        "engine.py": "from training import losses",
         "datasets.py": "",
         "figures/__init__.py": "",
-        "figures/sheet.py": "import models_lape\nfrom training import setup",
-        "main.py": "import datasets, engine, models_lape\nfrom training.setup import device",
+        "figures/sheet.py": "import models_lape\nfrom training import losses",
+        "main.py": "import datasets, engine, models_lape\nfrom training.losses import device",
         "tests/test_main.py": "import main\nassert main.pe == 'LaPE'",
     }
     for name, text in (good | files).items():
@@ -272,12 +272,12 @@ def test_a_tree_that_keeps_the_rules_has_no_faults(tmp_path: Path) -> None:
         ("lape_vit/vit.py", "from lape_vit import convert_checkpoint"),
         ("lape_vit/vit.py", "import lape_vit.convert as convert"),
         ("lape_vit/convert.py", "import models_lape"),
-        ("lape_vit/convert.py", "def load():\n    from training.setup import device"),
+        ("lape_vit/convert.py", "def load():\n    from training.losses import device"),
         ("lape_vit/analysis/views.py", "import datasets"),
         ("models_lape.py", "import main"),
         ("models_lape.py", "import engine"),
-        ("training/setup.py", "import engine"),
-        ("training/setup.py", "from lape_vit.vit import Attention"),
+        ("training/losses.py", "import engine"),
+        ("training/losses.py", "from lape_vit.vit import Attention"),
         ("engine.py", "import main"),
         ("engine.py", "import datasets"),
         ("engine.py", "import models_lape"),
@@ -287,7 +287,7 @@ def test_a_tree_that_keeps_the_rules_has_no_faults(tmp_path: Path) -> None:
         ("figures/sheet.py", "import main"),
         ("figures/sheet.py", "import datasets"),
         ("lape_vit/analysis/views.py", "from figures import sheet"),
-        ("training/setup.py", "import figures"),
+        ("training/losses.py", "import figures"),
     ],
 )
 def test_an_upward_import_is_a_fault(tmp_path: Path, file: str, text: str) -> None:
@@ -308,7 +308,7 @@ def test_an_upward_import_is_a_fault(tmp_path: Path, file: str, text: str) -> No
         "match pe, join_type:\n    case ('sinusoidal', _):\n        pass",
     ],
 )
-@pytest.mark.parametrize("file", ["main.py", "models_lape.py", "lape_vit/vit.py", "training/setup.py"])
+@pytest.mark.parametrize("file", ["main.py", "models_lape.py", "lape_vit/vit.py", "training/losses.py"])
 def test_a_comparison_with_a_name_is_a_fault(tmp_path: Path, file: str, text: str) -> None:
     (fault,) = name_comparisons(tree_of(tmp_path, {file: text}))
     assert fault.startswith(f"{file}:")

@@ -19,9 +19,9 @@ from PIL import Image
 from tiny_run import call, load, log_of
 
 import engine
-from datasets import ImageLoader
 from loading import shards
 from loading.images import UnreadableImageError
+from loading.loader import ImageLoader
 from loading.shards import DamagedShardError, Shards
 from tests.test_datasets import assert_one_line, build_dataset, build_loader, make_args
 from tests.test_resume import ROOT, assert_same_run, at_update, python

@@ -341,9 +341,10 @@ def test_any_model_of_timm_with_a_table_is_drawn(ending: str, tmp_path: Path) ->
     if ending == "safetensors":
         safetensors.torch.save_file(model.state_dict(), path)
     else:  # tar: of timm's own training
-        whole = {"state_dict": model.state_dict(), "args": argparse.Namespace(model=name, img_size=32), "epoch": 3}
+        whole = {"state_dict": model.state_dict(), "args": argparse.Namespace(model=name), "epoch": 3}
+        whole["args"].input_size = [3, 32, 48]
         torch.save(whole if ending == "tar" else model.state_dict(), path)
-    flags = ["--input-size", "32,48"] + (["--model_name", name] if ending != "tar" else [])
+    flags = ["--input-size", "32,48", "--model_name", name] if ending != "tar" else []
     assert main(["--ckpt_path", str(path), "--save_dir", str(tmp_path / "pictures"), *flags]) == 0
     pictures = {f"{name}.png" for name in expected_names("learnable", "basic", 2 * 6 + 3)}
     assert names(tmp_path) == pictures | {"positions.npz"}

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple, cast
 import timm
 import torch
 from timm.layers import to_2tuple
+from timm.models import get_pretrained_cfg
 from torch import nn
 
 import models_lape  # noqa: F401  (registers the models)
 from datasets import DATA_SETS
 from lape_vit import convert_checkpoint, warm_start
+from lape_vit.convert import grid_of, unwrap_names
 from lape_vit.encodings import all_options
 from loading.classes import name_differences, order_of_classes
 from loading.images import ImageSettings
@@ -121,10 +123,9 @@ def load_what_fits(model: Any, checkpoint: dict[str, Any], path: str, data_set: 
         weights = {name: value for name, value in weights.items() if name not in classifier_names(model)}
     elif match.order is not None:
         weights = reorder_classifier(weights, model, match.order)
-    size, patch = description_of(checkpoint).get("input_size"), model.patch_embed.patch_size
-    grid = None if size is None else tuple(side // cell for side, cell in zip(to_2tuple(size), patch, strict=True))
+    size = description_of(checkpoint).get("input_size")
     try:
-        start = warm_start(weights, model, grid)
+        start = warm_start(weights, model, None if size is None else grid_of(size, weights, model))
     except ValueError as error:
         raise ValueError(f"--finetune {path}: {error}") from error
     for line in start.report():
@@ -152,16 +153,19 @@ def build_teacher(options: Options, classes: Sequence[str]) -> nn.Module:
     if name not in timm.list_models():
         raise ValueError(f"unknown --teacher-model {name!r}: timm.list_models() lists them")
     checkpoint = load_checkpoint(path)
-    match = match_classes(classes, options.data.data_set, description_of(checkpoint), path)
+    description, build = description_of(checkpoint), {}
+    match = match_classes(classes, options.data.data_set, description, path)
     if match.differences:
         raise ValueError(f"--teacher-path {path} was trained on other classes: {match.differences}")
     log_match(match, options.data.data_set, path)
-    weights, build = checkpoint["model"], {}
     if name in timm.list_models(module="models_lape"):
-        weights, description = convert_checkpoint(weights), description_of(checkpoint)
+        weights = convert_checkpoint(checkpoint["model"])
         build = {key: description[key] for key in ("pe", "join_type", *all_options()) if key in description}
-        if "input_size" in description:
-            build["img_size"] = to_2tuple(description["input_size"])
+    else:
+        weights = unwrap_names(checkpoint["model"])
+    cfg = get_pretrained_cfg(name)
+    if "input_size" in description and cfg is not None and cfg.fixed_input_size:
+        build["img_size"] = to_2tuple(description["input_size"])
     teacher = timm.create_model(name, num_classes=len(classes), **build)
     if match.order is not None:
         weights = reorder_classifier(weights, teacher, match.order)

@@ -21,6 +21,11 @@ _logger = getLogger(__name__)
 
 ENDS_AT_MIN_LR = ("cosine", "tanh", "poly")
 """Schedules that end at `--min-lr`."""
+OF_OPTIONS = {
+    *("lr", "initial_lr", "lr_scale", "max_lr_snapshot", "weight_decay"),
+    *("eps", "betas", "betas_1d", "beta1", "momentum", "fused"),
+}
+"""Entries of an optimizer's `param_groups` that the options and the device decide; all others are its state."""
 
 
 def build_mixup(augmentation: AugmentationOptions, smoothing: float, batch_size: int, num_classes: int) -> Mixup | None:

@@ -24,7 +24,7 @@ from runtime.files import write_text
 from runtime.logs import LoopDisplay
 from runtime.process import Runtime
 from runtime.seeding import seed_everything
-from training.checkpoint import description_of, is_ours, load_checkpoint, load_weights
+from training.checkpoint import carry_data_config, description_of, is_ours, load_checkpoint, load_weights
 from training.events import Events
 from training.folder import find_checkpoint, open_output_dir, read_log
 from training.models import (
@@ -129,11 +129,13 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Setup:
         model.set_input_size(img_size=to_2tuple(options.model.input_size))
     if start:
         load_what_fits(model, start, str(options.run.finetune), options.data.data_set, classes)
+    described = describe_model(options, images, classes)
+    carry_data_config(model, described)
     setup = Setup(
         options,
         runtime,
         model.to(runtime.device),
-        description=describe_model(options, images, classes),
+        description=described,
         test_loader=build_loader(test_set, False, images, world.rank, world.size),
         num_test_images=len(test_set),
     )
@@ -337,7 +339,8 @@ def pick_recipe(parser: OptionParser, given: dict[str, Any], checkpoint: dict[st
         options = {name: saved[name] for name in FOR_EVALUATION if name in saved} if given.get("eval") else saved
         return {**options, "recipe": given["resume"]}
     name = DATA_SETS[given.get("data_set", parser.defaults["data_set"])].recipe
-    return {**read_recipe(parser, find_recipe(name)), "recipe": name}
+    said = {name: value for name, value in description_of(checkpoint).items() if name in FOR_EVALUATION}
+    return {**read_recipe(parser, find_recipe(name)), **said, "recipe": name}
 
 
 def resolve_device_options(options: Options, device: torch.device) -> Options:

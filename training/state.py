@@ -18,7 +18,7 @@ from runtime.distributed import World
 from training.checkpoint import is_ours
 from training.folder import CHECKPOINTS
 from training.losses import build_loss
-from training.optimisation import build_criterion, build_mixup, build_optimizer, build_scheduler
+from training.optimisation import OF_OPTIONS, build_criterion, build_mixup, build_optimizer, build_scheduler
 from training.options import ModelOptions, Options, flag_of
 
 _logger = getLogger(__name__)
@@ -215,12 +215,7 @@ def restore_state(training: Training, checkpoint: dict[str, Any]) -> None:
         if name in now and now[name] != value:
             _logger.info("%s is now %s; it was %s", flag_of(name), now[name], value)
 
-    # The optimizer's options (weight decay, ...) are the ones it was made with; only what it has gathered is restored.
-    own = [{key: value for key, value in group.items() if key != "params"} for group in training.optimizer.param_groups]
-    training.optimizer.load_state_dict(checkpoint["optimizer"])
-    for group, values in zip(training.optimizer.param_groups, own, strict=True):
-        group.update(values)
-
+    restore_optimizer(training.optimizer, checkpoint["optimizer"])
     if checkpoint["scaler"]:
         training.scaler.load_state_dict(checkpoint["scaler"])
     if training.ema is not None and checkpoint["model_ema"] is not None:
@@ -231,6 +226,14 @@ def restore_state(training: Training, checkpoint: dict[str, Any]) -> None:
     training.accuracies = checkpoint["accuracies"]
     for epoch, accuracy in enumerate(training.accuracies, start=training.epoch - len(training.accuracies) + 1):
         training.scheduler.step(epoch, accuracy)  # a schedule may depend on them
+
+
+def restore_optimizer(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Take over what an optimizer has gathered, in its groups too; its options stay those that it was made with."""
+    fresh = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state_dict)
+    for group, own in zip(optimizer.param_groups, fresh, strict=True):
+        group.update({name: value for name, value in own.items() if name in OF_OPTIONS or name not in group})
 
 
 def restore_progress(training: Training, saved: dict[str, Any], world: World) -> None:

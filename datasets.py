@@ -166,11 +166,11 @@ def _open_folders(is_train: bool, data_path: str | None, crop: Crop, read_file: 
     _check_same_classes(data_path, classes.get("train"), classes.get("val"))
 
     left_out = [path.name for path in sorted(folder.iterdir()) if not _is_class_folder(path)]
+    endings, within, hidden = image_endings(), f"{folder}{os.sep}", f"{os.sep}."
 
     def is_image(path: str) -> bool:
-        name = path.removeprefix(f"{folder}{os.sep}")
-        is_hidden = f"{os.sep}." in name  # as the class folder is not
-        if is_hidden or os.path.splitext(name)[1].lower() not in image_endings():
+        name = path.removeprefix(within)
+        if hidden in name or os.path.splitext(name)[1].lower() not in endings:  # the class folder is not hidden
             left_out.append(name)
             return False
         return True

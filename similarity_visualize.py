@@ -1,6 +1,6 @@
 """Draw what every layer of a checkpoint sees of positions: `python similarity_visualize.py --help`.
 
-What is drawn of each encoding: see :func:`lape_vit.similarity.position_views`.
+What is drawn of each encoding: see :func:`lape_vit.analysis.positions.position_views`.
 """
 
 from training.interrupt import end_on_ctrl_c, raise_on_ctrl_c
@@ -29,7 +29,7 @@ from figures.checkpoints import FLAGS, full_name, load_model
 from figures.explore import explore_page
 from figures.positions import Positions
 from lape_vit import VisionTransformer
-from lape_vit.attention_maps import attention_maps, why_no_split
+from lape_vit.analysis.attention_maps import attention_maps, why_no_split
 from lape_vit.encodings import all_options
 from training.images import ImageSettings, read_image
 from training.logs import end_in_one_line, start_logging

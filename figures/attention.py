@@ -15,8 +15,8 @@ from torch import Tensor
 from figures.panels import SIGNED, Token, layers_band, show_map
 from figures.positions import Positions
 from figures.sheet import Band, Colours, Panel, Sheet, draw_sheets, single
-from lape_vit.attention_maps import LayerAttention
-from lape_vit.similarity import layer_titles, token_map
+from lape_vit.analysis.attention_maps import LayerAttention
+from lape_vit.analysis.positions import layer_titles, token_map
 
 UNSIGNED = "viridis"
 """Perceptually uniform."""

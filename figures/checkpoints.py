@@ -10,9 +10,9 @@ from timm.layers import to_2tuple
 
 import models_lape  # noqa: F401  (registers the models)
 from lape_vit import VisionTransformer, convert_checkpoint
+from lape_vit.analysis.timm_positions import timm_grid
 from lape_vit.checkpoints import unwrap_names
 from lape_vit.encodings import all_options, canonical_name
-from lape_vit.timm_similarity import timm_grid
 from training.checkpoint import carry_data_config, description_of, load_checkpoint, load_weights
 from training.options import flag_of
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from figures.positions import Positions, overview
 from figures.sheet import SIZES, draw_sheets
-from lape_vit.encodings import Grid
-from lape_vit.similarity import PositionView, layer_correlations, mean_by_distance
+from lape_vit.analysis.positions import PositionView, layer_correlations, mean_by_distance
+from lape_vit.places import Grid
 
 DISTANCES = 6
 """Most distances drawn, the nearest and the farthest among them."""

@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 from torch import Tensor
 
 from figures.positions import Positions
-from lape_vit.similarity import PositionView
+from lape_vit.analysis.positions import PositionView
 
 FOLDER = Path(__file__).parent / "page"
 SCRIPTS = ("values.js", "plots.js", "panel.js", "page.js")

@@ -17,9 +17,9 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from figures.sheet import Band, Colours, Panel, spread
-from lape_vit.encodings import Grid
-from lape_vit.encodings.views import mean_by_offset
-from lape_vit.similarity import PositionView, token_map
+from lape_vit.analysis.positions import PositionView, token_map
+from lape_vit.analysis.views import mean_by_offset
+from lape_vit.places import Grid
 
 SIGNED = "coolwarm"
 """Perceptually uniform and diverging: grey is 0."""

@@ -13,10 +13,7 @@ from torch import Tensor
 from figures.panels import Token, encoding_band, frequency_band, layer_band, token_band, varies_by_patch, view_bands
 from figures.sheet import Band, Sheet, draw_sheets, single
 from lape_vit import VisionTransformer
-from lape_vit.encodings import Grid
-from lape_vit.encodings.learnable import Learnable
-from lape_vit.joins import Basic
-from lape_vit.similarity import (
+from lape_vit.analysis.positions import (
     PositionView,
     check_token,
     cosine_similarity,
@@ -25,7 +22,10 @@ from lape_vit.similarity import (
     plane_frequencies,
     position_views,
 )
-from lape_vit.timm_similarity import timm_grid, timm_position_views
+from lape_vit.analysis.timm_positions import timm_grid, timm_position_views
+from lape_vit.encodings.learnable import Learnable
+from lape_vit.joins import Basic
+from lape_vit.places import Grid
 
 ORIGINAL_NAMES = {"similarity": ("sim", "sim_overall"), "bias": ("bias", "head{head}")}
 """What the original calls a view in its files' names: of one patch, and the whole of it."""
@@ -40,7 +40,7 @@ class Positions:
         model: the model's name.
         grid: (H, W).
         token: (row, column) of the chosen patch.
-        views: see :func:`lape_vit.similarity.position_views`.
+        views: see :func:`lape_vit.analysis.positions.position_views`.
         frequencies: (V, pairs, 2) of each layer of a rotary encoding.
         encoding: the similarity of the absolute encoding itself, (T, H*W, H*W) of T tables, or None.
     """

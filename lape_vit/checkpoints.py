@@ -19,8 +19,8 @@ from timm.models import adapt_input_conv
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
-from lape_vit.encodings import Grid
 from lape_vit.encodings.sinusoidal import Sinusoidal1D, Sinusoidal2D
+from lape_vit.places import Grid, Places
 
 StateDict = dict[str, Tensor]
 
@@ -111,7 +111,7 @@ def _is_fixed(table: Tensor, state_dict: StateDict) -> bool:
     if side is None or table.shape[2] % 4:
         return False
     return any(
-        torch.allclose(encoding(table.shape[2], (side, side), prefix)((side, side)).to(table), table, atol=1e-5)
+        torch.allclose(encoding(table.shape[2], (side, side), prefix)(Places((side, side)), table), table, atol=1e-5)
         for encoding in (Sinusoidal1D, Sinusoidal2D)
     )
 

@@ -1,21 +1,52 @@
 """How an absolute encoding w reaches the layers, and which encodings each join can carry.
 
-Shapes: T tables, R rows, N tokens, D embedding width, L layers; w is (T, R, D). x_l is the residual stream entering
-block l.
+Shapes: B batch, T tables, R rows, N tokens, D embedding width, L layers; w is (1, R, D), or (B, R, D) where the places
+of images differ. x_l is the residual stream entering block l.
 """
 
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape_vit import encodings
-from lape_vit.encodings import AbsoluteEncoding, AttentionEncoding, Grid, Resolved
+from lape_vit.encodings import AbsoluteEncoding, AttentionEncoding, Resolved
+from lape_vit.places import Places
+
+
+class Terms(NamedTuple):
+    """What a join adds, and where: each a tensor (1, N, D) or (B, N, D), or None. Any of them may be there together.
+
+    Attributes:
+        input: added to x_0.
+        residual: of each block l, added to x_l before norm1; empty where no block has one.
+        attention: of each block l, added to what its attention reads, after norm1; empty where no block has one.
+        output: added after the last norm.
+    """
+
+    input: Tensor | None = None
+    residual: Sequence[Tensor | None] = ()
+    attention: Sequence[Tensor | None] = ()
+    output: Tensor | None = None
+
+    def of_block(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """The terms of the residual and of attention in one block."""
+        residual, attention = (terms[layer] if terms else None for terms in (self.residual, self.attention))
+        return residual, attention
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "Terms":
+        """The same with every tensor changed."""
+
+        def apply(term: Tensor | None) -> Tensor | None:
+            return None if term is None else change(term)
+
+        return Terms(apply(self.input), [*map(apply, self.residual)], [*map(apply, self.attention)], apply(self.output))
 
 
 class Join(nn.Module):
-    """Turns w into what each block receives.
+    """Turns w into what each layer receives. A subclass defines :meth:`terms`.
 
     Args:
         encoding: where w comes from; None where there is nothing to join.
@@ -25,8 +56,6 @@ class Join(nn.Module):
     """
 
     name: ClassVar[str]
-    target: ClassVar[str]
-    """Where terms are added: ``input`` (to x_0), ``residual`` (to each x_l) or ``attention`` (after each norm1)."""
 
     def __init__(
         self, encoding: AbsoluteEncoding | None, num_prefix_tokens: int, depth: int, norm: Callable[[], nn.Module]
@@ -46,19 +75,22 @@ class Join(nn.Module):
         """T, the trained tables that the join needs of a learned encoding."""
         return 1
 
-    def forward(self, grid: Grid, pos_embed: Tensor | None) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Terms of the input and of block 0 .. L-1, each (1, N, D) or None. They do not depend on the batch.
+    def forward(self, places: Places, like: Tensor, pos_embed: Tensor | None) -> Terms:
+        """What is added, and where. It does not depend on the images, but for their places.
 
         Args:
-            grid: (H, W) of the input at hand.
-            pos_embed: the model's trained tables, None where the encoding has none.
+            like: has the dtype of the model.
+            pos_embed: the model's trained tables (T, R, D), None where the encoding has none.
         """
         if self.encoding is None:
-            return None, no_terms(self.depth)
-        return self.terms(self.encoding(grid, pos_embed))
+            return Terms()
+        if pos_embed is None:
+            return self.terms(self.encoding(places, like))
+        tables = [pos_embed[number : number + 1] for number in range(self.num_tables(self.depth))]
+        return self.terms(*(self.encoding(places, like, table) for table in tables))
 
-    def terms(self, w: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-        """The same, from w (T, R, D)."""
+    def terms(self, *w: Tensor) -> Terms:
+        """The same, from w of each of the T tables."""
         raise NotImplementedError
 
     def prepare(self, encoding: AttentionEncoding) -> None:
@@ -69,51 +101,36 @@ class Join(nn.Module):
         self.depth = depth
 
     def to_tokens(self, rows: Tensor) -> Tensor:
-        """(1, R, D) to (1, N, D): a prefix token without a row receives zeros."""
-        if self.rows_without == 0:
-            return rows
-        # As a matrix, so that the gradient is contiguous, which distributed training wants.
-        return F.pad(rows[0], (0, 0, self.rows_without, 0))[None]
-
-
-def no_terms(depth: int) -> list[Tensor | None]:
-    """Blocks that receive nothing."""
-    terms: list[Tensor | None] = []
-    for _ in range(depth):
-        terms.append(None)
-    return terms
+        """(1 or B, R, D) to (1 or B, N, D): a prefix token without a row receives zeros."""
+        return rows if self.rows_without == 0 else pad_rows(rows, self.rows_without)
 
 
 class Basic(Join):
     """x_0 = tokens + w (ViT, DeiT)."""
 
     name = "basic"
-    target = "input"
 
     @classmethod
     def carries(cls, encoding: Resolved) -> bool:
         return True
 
-    def terms(self, w: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-        return self.to_tokens(w), no_terms(self.depth)
+    def terms(self, *w: Tensor) -> Terms:
+        return Terms(input=self.to_tokens(w[0]))
 
 
 class Share(Join):
     """The same w is added to the residual stream before every block: x_l + w."""
 
     name = "share"
-    target = "residual"
 
-    def terms(self, w: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-        terms: list[Tensor | None] = [self.to_tokens(w)]
-        return None, terms * self.depth
+    def terms(self, *w: Tensor) -> Terms:
+        return Terms(residual=[self.to_tokens(w[0])] * self.depth)
 
 
 class Unshare(Join):
     """Each layer has its own trained table: x_l + w_l."""
 
     name = "unshare"
-    target = "residual"
 
     @classmethod
     def carries(cls, encoding: Resolved) -> bool:
@@ -123,11 +140,8 @@ class Unshare(Join):
     def num_tables(cls, depth: int) -> int:
         return depth
 
-    def terms(self, w: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-        terms: list[Tensor | None] = []
-        for layer in range(self.depth):
-            terms.append(self.to_tokens(w[layer : layer + 1]))
-        return None, terms
+    def terms(self, *w: Tensor) -> Terms:
+        return Terms(residual=[self.to_tokens(rows) for rows in w])
 
 
 class LaPE(Join):
@@ -137,7 +151,6 @@ class LaPE(Join):
     """
 
     name = "LaPE"
-    target = "attention"
 
     def __init__(
         self, encoding: AbsoluteEncoding | None, num_prefix_tokens: int, depth: int, norm: Callable[[], nn.Module]
@@ -157,12 +170,12 @@ class LaPE(Join):
         super().keep_layers(depth)
         self.norms = self.norms[:depth]
 
-    def terms(self, w: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-        terms: list[Tensor | None] = []
+    def terms(self, *w: Tensor) -> Terms:
+        rows, terms = w[0], []
         for norm in self.norms:
-            w = norm(w)
-            terms.append(self.to_tokens(w))
-        return None, terms
+            rows = norm(rows)
+            terms.append(self.to_tokens(rows))
+        return Terms(attention=terms)
 
 
 class LaPEShare(LaPE):
@@ -174,14 +187,20 @@ class LaPEShare(LaPE):
     def carries(cls, encoding: Resolved) -> bool:
         return encoding.absolute is not None
 
-    def terms(self, w: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-        terms: list[Tensor | None] = []
-        for norm in self.norms:
-            terms.append(self.to_tokens(norm(w)))
-        return None, terms
+    def terms(self, *w: Tensor) -> Terms:
+        return Terms(attention=[self.to_tokens(norm(w[0])) for norm in self.norms])
 
 
 JOINS: dict[str, type[Join]] = {join.name: join for join in (Basic, Share, Unshare, LaPE, LaPEShare)}
+
+
+@torch.fx.wrap
+def pad_rows(rows: Tensor, count: int) -> Tensor:
+    """Rows of zeros before those (1 or B, R, D) that are there: (1 or B, count + R, D)."""
+    if rows.shape[0] > 1:
+        return F.pad(rows, (0, 0, count, 0))
+    # As a matrix, so that the gradient is contiguous, which distributed training wants.
+    return F.pad(rows[0], (0, 0, count, 0))[None]
 
 
 def legal_joins(pe: str) -> list[str]:
@@ -191,7 +210,7 @@ def legal_joins(pe: str) -> list[str]:
 
 
 def legal_pairs() -> list[tuple[str, str]]:
-    """Every legal (pe, join_type), sums of encodings included."""
+    """Every legal (pe, join_type) of single encodings."""
     return [(pe, join_type) for pe in encodings.names() for join_type in legal_joins(pe)]
 
 

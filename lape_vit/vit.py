@@ -1,137 +1,42 @@
 """timm's vision transformers with any encoding under any join.
 
-Shapes: B batch, C channels, P prefix tokens, grid (H, W) of patches, N = P + H*W tokens, T tables, R rows, D embedding
-width, h heads, d head width, L layers. Block l reads the residual stream x_l (B, N, D).
+Shapes: B batch, C channels, P prefix tokens, grid (H, W) of patches, M patches, N = P + M tokens, T tables, R rows,
+D embedding width, h heads, d head width, L layers. Block l reads the residual stream x_l (B, N, D).
 """
 
 import copy
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import timm.layers
 import timm.models.deit
 import timm.models.vision_transformer
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lape_vit import encodings, joins
-from lape_vit.encodings import AttentionEncoding, Grid
-from lape_vit.encodings.caching import Cache
-
-
-class Attention(timm.layers.Attention):
-    """timm's self-attention, in which an :class:`AttentionEncoding` may turn q and k and add its terms."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.encoding: AttentionEncoding | None = None
-        self.widens = False
-
-    def set_encoding(self, encoding: AttentionEncoding) -> None:
-        """Let ``encoding`` take part."""
-        self.encoding = encoding
-        self.widens = encoding.widens
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, N, D) to q, k and v, each (B, h, N, d), before any encoding."""
-        B, N, _ = x.shape
-        # Taken apart before they are transposed: their gradients then need one copy to lie side by side, not two.
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).unbind(2)
-        return self.q_norm(q.transpose(1, 2)), self.k_norm(k.transpose(1, 2)), v.transpose(1, 2)
-
-    def forward(self, x: Tensor, grid: Grid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """x (B, N, D) to (B, N, D).
-
-        Args:
-            attn_mask: broadcasts to (B, h, N, N); boolean (True takes part) or added to the logits.
-            is_causal: token i attends to tokens 0 .. i only.
-        """
-        B, N, _ = x.shape
-        q, k, v = self.project(x)
-        bias: Tensor | None = None
-        if self.encoding is not None:
-            q, k = self.encoding.rotate(q, k, grid)
-            if self.widens:
-                q, k, v = self.encoding.widen(q, k, v, grid)
-            else:
-                bias = self.encoding.bias(q, grid)
-
-        if self.fused_attn and not is_trained_on_cpu(bias):
-            if bias is not None:
-                attn_mask, is_causal = mask_logits(bias, attn_mask, is_causal), False
-            dropout = self.attn_drop.p if self.training else 0.0
-            x = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
-            )
-        else:
-            logits = (q * self.scale) @ k.transpose(-2, -1)
-            if bias is not None:
-                logits = logits + bias
-            x = self.attn_drop(mask_logits(logits, attn_mask, is_causal).softmax(dim=-1)) @ v
-
-        if self.encoding is not None:
-            x = self.encoding.narrow(x, grid)
-        x = self.norm(x.transpose(1, 2).reshape(B, N, self.attn_dim))
-        return self.proj_drop(self.proj(x))
-
-
-def is_trained_on_cpu(bias: Tensor | None) -> bool:
-    """Whether a bias needs what torch's fused attention cannot give on a CPU: a gradient."""
-    return isinstance(bias, Tensor) and bias.requires_grad and bias.device.type == "cpu"
-
-
-@torch.fx.wrap
-def mask_logits(logits: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    """Logits, or a term of them, (..., N, N) with a boolean or additive mask and with the causal one."""
-    if is_causal:
-        later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
-        logits = logits.masked_fill(later, float("-inf"))
-    if attn_mask is None:
-        return logits
-    if attn_mask.dtype == torch.bool:
-        return logits.masked_fill(~attn_mask, float("-inf"))
-    return logits + attn_mask
-
-
-class Block(timm.models.vision_transformer.Block):
-    """timm's pre-norm block, to which a join may hand a term."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.term_to_residual = False
-
-    def forward(
-        self, x: Tensor, term: Tensor | None, grid: Grid, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        """x_l to x_{l+1}, both (B, N, D).
-
-        Args:
-            term: (1, N, D), added to x_l if ``term_to_residual``, else to what attention reads.
-            attn_mask, is_causal: as in :meth:`Attention.forward`.
-        """
-        if term is not None and self.term_to_residual:
-            x = x + term
-        y = self.norm1(x)
-        if term is not None and not self.term_to_residual:
-            y = y + term
-        x = x + self.drop_path1(self.ls1(self.attn(y, grid, attn_mask, is_causal)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+from lape_vit.attention import Attention, Block
+from lape_vit.augmentation import PlaceAugmentation
+from lape_vit.encodings import LayerSpec, Resolved, TokenEncoding
+from lape_vit.joins import Terms
+from lape_vit.places import Grid, Places
 
 
 class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
     """timm's ViT (class token, optional registers) with any encoding under any join.
 
     Args:
-        pe: an encoding of :mod:`lape_vit.encodings`, or a sum of two; default ``learnable``. timm's own argument
-            ``pos_embed`` is taken for it, if given.
+        pe: an encoding of :mod:`lape_vit.encodings`, or a sum of some, with options in brackets or as arguments of
+            their own; default ``learnable``. timm's own argument ``pos_embed`` is taken for it, if given.
         join_type: a join of :mod:`lape_vit.joins`; default ``basic``.
+        pos_shift, pos_jitter, pos_rescale: augmentation of places in training, off by default; see
+            :class:`lape_vit.augmentation.PlaceAugmentation`.
         kwargs: options of the encoding, and all arguments of timm's class. With neither ``pe`` nor ``join_type`` the
             model is timm's, bit for bit.
 
     Attributes:
-        pe, join_type: canonical names.
+        pe, join_type: canonical names; ``pe`` with the options that are no defaults.
         pe_options: every option of the encoding with its value.
 
     Raises:
@@ -143,52 +48,54 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
         dist_token: Any  # a parameter in distilled models, None in others
 
     def __init__(
-        self, *args: Any, pe: str | None = None, join_type: str = "basic", pos_embed: str | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        pe: str | None = None,
+        join_type: str = "basic",
+        pos_embed: str | None = None,
+        pos_shift: float = 0.0,
+        pos_jitter: float = 1.0,
+        pos_rescale: float = 1.0,
+        **kwargs: Any,
     ) -> None:
         if pe is not None and pos_embed is not None:
             raise ValueError(f"pe={pe!r} and pos_embed={pos_embed!r} say the same thing: give one of them")
-        encoding = encodings.resolve(next((name for name in (pe, pos_embed) if name is not None), "learnable"))
-        joins.check_pair(encoding.name, join_type)
         options = {option: kwargs.pop(option) for option in encodings.all_options().keys() & kwargs.keys()}
-        if refused := options.keys() - encoding.options().keys():
-            raise TypeError(f"pe={encoding.name!r} takes no option {sorted(refused)[0]!r}")
-        layers_use_positions = joins.JOINS[join_type].target != "input" or encoding.attention is not None
-        if kwargs.get("patch_drop_rate") and layers_use_positions:
-            raise ValueError(
-                f"patch_drop_rate cannot be used with pe={encoding.name!r}, join_type={join_type!r}: layers need the "
-                "places of all patches; use an absolute encoding with join_type='basic'"
-            )
-
+        pe = next((name for name in (pe, pos_embed) if name is not None), "learnable")
+        encoding = encodings.resolve(pe, options)
+        joins.check_pair(encoding.name, join_type)
         # A caller's own block_fn or attn_layer is a TypeError that names it, which mypy foresees.
         super().__init__(*args, **kwargs, block_fn=Block, attn_layer=Attention)  # type: ignore[misc]
         self.pe, self.join_type = encoding.name, join_type
-        self.cache = Cache()
-        self.pe_options = {**encoding.options(), **options}
+        self.pe_options = encoding.options()
         if not hasattr(self, "dist_token"):
             self.register_parameter("dist_token", None)
         elif self.reg_token is not None:
             raise ValueError("reg_tokens: a distilled model has none, in timm too; use a model without distillation")
-        # A Sequential could not hand a block its term and the grid.
+        # A Sequential could not hand a block its terms and places.
         self.blocks = nn.ModuleList(self.blocks)  # type: ignore[assignment]
+        if isinstance(self.patch_drop, timm.layers.PatchDropout):
+            rate, prefix = self.patch_drop.prob, self.num_prefix_tokens
+            self.patch_drop = cast("Any", timm.layers.PatchDropoutWithIndices(rate, prefix))
+        self.augment_places = PlaceAugmentation(pos_shift, pos_jitter, pos_rescale)
+        if self.augment_places.is_on:
+            encoding.check_real_places("pos_shift, pos_jitter and pos_rescale")
+        self.reference_grid: Grid | None = None
         weight = self.patch_embed.proj.weight
         with weight.device:
             self._add_join(encoding)
             self._add_attention_encodings(encoding)
+            self.token_encoding = self._make_token_encoding(encoding)
         self.join.to(weight.dtype)
 
-    def _options_of(self, part: type[encodings.Encoding]) -> dict[str, Any]:
-        return {option: self.pe_options[option] for option in part.options()}
-
-    def _add_join(self, encoding: encodings.Resolved) -> None:
+    def _add_join(self, encoding: Resolved) -> None:
         grid, depth = self.patch_embed.grid_size, len(self.blocks)
         part, absolute = encoding.absolute, None
         if part is not None:
             prefix_rows = 0 if self.no_embed_class else self.num_prefix_tokens
-            absolute = part(self.embed_dim, grid, prefix_rows, **self._options_of(part))
+            absolute = part(self.embed_dim, grid, prefix_rows, **encoding.options_of(part))
         join, norm = joins.JOINS[self.join_type], cast("Block", self.blocks[0]).norm1
         self.join = join(absolute, self.num_prefix_tokens, depth, norm=lambda: copy.deepcopy(norm))
-        for block in cast("Iterable[Block]", self.blocks):
-            block.term_to_residual = join.target == "residual"
 
         if absolute is None or not absolute.learned:
             self.pos_embed = None
@@ -199,63 +106,130 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
                 self.pos_embed = nn.Parameter(self.pos_embed.new_empty(shape))
                 timm.layers.trunc_normal_(self.pos_embed, std=0.02)
 
-    def _add_attention_encodings(self, encoding: encodings.Resolved) -> None:
+    def _add_attention_encodings(self, encoding: Resolved) -> None:
         part = encoding.attention
         if part is None:
             return
-        grid, options = self.patch_embed.grid_size, self._options_of(part)
-        for attn in (cast("Attention", block.attn) for block in self.blocks):
-            module = part(attn.head_dim, attn.num_heads, grid, self.num_prefix_tokens, **options)
+        grid, depth, options = self.patch_embed.grid_size, len(self.blocks), encoding.options_of(part)
+        kept = None
+        for layer, attn in enumerate(cast("Attention", block.attn) for block in self.blocks):
+            spec = LayerSpec(attn.head_dim, attn.num_heads, grid, self.num_prefix_tokens, self.embed_dim, layer, depth)
+            module = part(spec, **options)
             self.join.prepare(module)
-            attn.set_encoding(module.to(attn.qkv.weight.dtype))
+            if not part.differs_by_layer:
+                module.kept = kept = kept or module.kept
+            attn.encoding = module.to(attn.qkv.weight.dtype)
 
-    def train(self, mode: bool = True) -> "VisionTransformer":
-        self.cache.clear()
-        return super().train(mode)
+    def _make_token_encoding(self, encoding: Resolved) -> TokenEncoding | None:
+        part = encoding.token
+        if part is None:
+            return None
+        module = part(self.embed_dim, self.patch_embed.grid_size, **encoding.options_of(part))
+        depth = len(self.blocks)
+        if not -depth <= module.after < depth:
+            raise ValueError(f"pe={encoding.name!r}: after={module.after}, and the blocks are 0 to {depth - 1}")
+        module.after %= depth
+        return module.to(self.patch_embed.proj.weight.dtype)
 
-    def position_terms(self, grid: Grid | None = None) -> tuple[Tensor | None, list[Tensor | None]]:
-        """What the join adds to the input and hands to block 0 .. L-1: each (1, N, D) or None.
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise NotImplementedError(
+            "torch.jit.script is deprecated and cannot read this model: use torch.export.export, or torch.onnx.export "
+            "with dynamo=True; torch.jit.trace works, too"
+        )
+
+    def extrapolate(self, reference_grid: Grid | None = None, log_n: bool = False) -> None:
+        """Choose how attention treats images of another size than those of the training; both are off by default.
 
         Args:
-            grid: (H, W) patches; default: what the model is built for.
+            reference_grid: (H, W) of the training: attention then reads the places in its cells, so that the same part
+                of the image has the same place at every size. Tables of a join are resampled as always.
+            log_n: multiply logits by log(N) / log(N of the size that the model is built for), so that attention over
+                more tokens is as sharp (Chiang and Cholak 2022, https://arxiv.org/abs/2202.12172).
+
+        Raises:
+            ValueError: the encoding does not live in attention, or rounds places.
         """
-        return self.join(grid or self.patch_embed.grid_size, self.pos_embed)
+        if reference_grid is not None:
+            resolved = encodings.resolve(self.pe)
+            if resolved.attention is None:
+                raise ValueError(f"pe={self.pe!r} has no part in attention, which a reference grid could place")
+            resolved.check_real_places("a reference grid")
+        self.reference_grid = reference_grid
+        height, width = self.patch_embed.grid_size
+        for block in cast("Any", self.blocks):
+            block.attn.trained_tokens = self.num_prefix_tokens + height * width if log_n else None
 
-    def terms_for(self, x: Tensor, grid: Grid) -> tuple[Tensor | None, list[Tensor | None]]:
-        """The same for tokens x (B, N, D), computed once as long as no gradient flows and no parameter changes."""
-        if torch.jit.is_scripting():
-            terms = self.join(grid, self.pos_embed)
-        else:
-            sources = list(self.join.parameters())
-            if self.pos_embed is not None:
-                sources.append(self.pos_embed)
-            terms = self.cache.get(x, sources, self.position_terms, grid)
-        return terms
+    def position_terms(self, places: Places | None = None) -> Terms:
+        """What the join adds, and where: terms (1, N, D), or (B, N, D) where the places of images differ.
 
-    def embed(self, x: Tensor) -> tuple[Tensor, list[Tensor | None], Grid]:
-        """Images (B, C, height, width) to x_0 (B, N, D), the blocks' terms and the grid."""
-        x = self.patch_embed(x)
+        Args:
+            places: default: the whole grid that the model is built for.
+        """
+        weight = self.patch_embed.proj.weight
+        return self.join(places or Places(self.patch_embed.grid_size, device=weight.device), weight, self.pos_embed)
+
+    def tokens_of(self, images: Tensor) -> tuple[Tensor, Places]:
+        """Images (B, C, height, width) to tokens (B, N, D), before any position reaches them, and their places."""
+        x = self.patch_embed(images)
         grid = (x.shape[1], x.shape[2]) if self.dynamic_img_size else self.patch_embed.grid_size
         tokens = []
         for token in (self.cls_token, self.dist_token, self.reg_token):
             if token is not None:
                 tokens.append(token.expand(x.shape[0], -1, -1))
         tokens.append(x.reshape(x.shape[0], -1, x.shape[-1]))
-        x = torch.cat(tokens, dim=1) if len(tokens) > 1 else tokens[0]
-        input_term, block_terms = self.terms_for(x, grid)
-        if input_term is not None:
-            x = x + input_term
-        return self.norm_pre(self.patch_drop(self.pos_drop(x))), block_terms, grid
+        # A stand-in that traces the model has no device.
+        device = x.device if isinstance(x, Tensor) else next(self.parameters()).device
+        return torch.cat(tokens, dim=1) if len(tokens) > 1 else tokens[0], Places(grid, device=device)
+
+    def embed(self, x: Tensor, places: Places) -> tuple[Tensor, Terms, Places]:
+        """Tokens (B, N, D) to x_0, with the terms and places of those that are left after dropout of patches."""
+        if self.training:
+            places = self.augment_places(places)
+        terms = self.position_terms(places)
+        if terms.input is not None:
+            x = x + terms.input
+        x, drop = self.pos_drop(x), cast("Any", self.patch_drop)
+        x, kept = (x, None) if isinstance(drop, nn.Identity) else drop(x)
+        if kept is not None:
+            prefix = torch.arange(self.num_prefix_tokens, device=kept.device).expand(len(kept), -1)
+            tokens = torch.cat([prefix, kept + self.num_prefix_tokens], dim=1)[..., None]
+            terms = terms.changed(
+                lambda term: term.expand(len(kept), -1, -1).gather(1, tokens.expand(-1, -1, term.shape[-1]))
+            )
+            places = places.keep(kept)
+        return self.norm_pre(x), terms, places if self.reference_grid is None else places.on(self.reference_grid)
+
+    def forward_block(
+        self, layer: int, x: Tensor, terms: Terms, places: Places, attn_mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """x_l (B, N, D) to what block l makes of it."""
+        block, inputs = self.blocks[layer], (x, places, *terms.of_block(layer), attn_mask, is_causal)
+        return checkpoint(block, *inputs, use_reentrant=False) if self.grad_checkpointing else block(*inputs)
+
+    def after_block(self, layer: int, x: Tensor, places: Places) -> Tensor:
+        """What block l made (B, N, D), with the token encoding if it acts here."""
+        if self.token_encoding is None or self.token_encoding.after != layer:
+            return x
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        return torch.cat([prefix, self.token_encoding(patches, places)], dim=1)
+
+    def normalise(self, x: Tensor, terms: Terms) -> Tensor:
+        """The last norm, and the term that a join adds after it."""
+        x = self.norm(x)
+        return x if terms.output is None else x + terms.output
+
+    def forward_tokens(
+        self, x: Tensor, places: Places, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Tokens of :meth:`tokens_of`, (B, N, D), at any places, to normalised tokens (B, N, D)."""
+        x, terms, places = self.embed(x, places)
+        for layer in range(len(self.blocks)):
+            x = self.after_block(layer, self.forward_block(layer, x, terms, places, attn_mask, is_causal), places)
+        return self.normalise(x, terms)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images (B, C, height, width) to normalised tokens (B, N, D)."""
-        x, terms, grid = self.embed(x)
-        for index, block in enumerate(self.blocks):
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, terms[index], grid, attn_mask, is_causal, use_reentrant=False)
-            else:
-                x = block(x, terms[index], grid, attn_mask, is_causal)
-        return self.norm(x)
+        return self.forward_tokens(*self.tokens_of(x), attn_mask, is_causal)
 
     def forward_intermediates(
         self,
@@ -275,7 +249,7 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
         Args:
             indices: block numbers (negative ones count from the end), or how many of the last blocks; None for all.
             return_prefix_tokens: hand out (patches, prefix tokens) of each block.
-            norm: apply the final norm to each.
+            norm: apply the final norm to each, and what a join adds after it.
             stop_early: do not run the blocks after the last one asked for.
             output_fmt: ``NCHW`` (B, D, H, W) or ``NLC`` (B, H*W, D).
             intermediates_only: leave out the final features.
@@ -284,20 +258,17 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r}: it is NCHW or NLC")
         take = block_indices(indices, len(self.blocks))
-        blocks = self.blocks[: max(take) + 1] if stop_early else self.blocks
-        features, terms, grid = self.embed(x)
+        features, terms, places = self.embed(*self.tokens_of(x))
         outputs = []
-        for index, block in enumerate(blocks):
-            if self.grad_checkpointing:
-                features = checkpoint(block, features, terms[index], grid, attn_mask, is_causal, use_reentrant=False)
-            else:
-                features = block(features, terms[index], grid, attn_mask, is_causal)
-            if index in take:
-                outputs.append(self.norm(features) if norm else features)
+        for layer in range(max(take) + 1 if stop_early else len(self.blocks)):
+            features = self.forward_block(layer, features, terms, places, attn_mask, is_causal)
+            if layer in take:
+                outputs.append(self.normalise(features, terms) if norm else features)
+            features = self.after_block(layer, features, places)
         prefix = [y[:, : self.num_prefix_tokens] for y in outputs]
         patches = [y[:, self.num_prefix_tokens :] for y in outputs]
         if output_fmt == "NCHW":
-            patches = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in patches]
+            patches = [y.transpose(1, 2).unflatten(2, places.grid).contiguous() for y in patches]
 
         with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
         if output_dict:
@@ -305,10 +276,10 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
             if with_prefix:
                 result["image_intermediates_prefix"] = prefix
             if not intermediates_only:
-                result["image_features"] = self.norm(features)
+                result["image_features"] = self.normalise(features, terms)
             return result
         intermediates = list(zip(patches, prefix, strict=True)) if with_prefix else patches
-        return intermediates if intermediates_only else (self.norm(features), intermediates)
+        return intermediates if intermediates_only else (self.normalise(features, terms), intermediates)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """Rebuild for images of (height, width) ``img_size`` pixels: trained tables are resampled, the rest is
@@ -326,20 +297,19 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
         if table is not None:
             with torch.no_grad():
                 assert self.join.encoding is not None  # a table has an encoding
-                resized = self.join.encoding(grid, table)
+                whole = Places(grid, device=table.device)
+                resized = torch.cat([self.join.encoding(whole, table, one) for one in table.split(1)])
             self.pos_embed = nn.Parameter(resized, requires_grad=table.requires_grad)
         for module in self.modules():
             if isinstance(module, encodings.Encoding):
                 module.set_grid(grid)
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's groups for layer-wise decay; a layer's norm in the join belongs to that layer's block."""
         groups = super().group_matcher(coarse)
         groups["blocks"] = [*groups["blocks"], (r"^join\.norms\.(\d+)", None)]
         return groups
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """timm's names and those that the encodings declare."""
         declared = {
@@ -357,6 +327,8 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
         taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         depth = len(self.blocks)
         self.join.keep_layers(depth)
+        if self.token_encoding is not None and self.token_encoding.after >= depth:
+            self.token_encoding = None
         if self.pos_embed is not None:
             tables = self.pos_embed[: self.join.num_tables(depth)]
             self.pos_embed = nn.Parameter(tables.detach().clone(), requires_grad=self.pos_embed.requires_grad)

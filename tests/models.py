@@ -33,16 +33,25 @@ def sizes_of(name: str) -> dict[str, Any]:
     return {**SIZES, "img_size": 8, "patch_size": 2} if name == CCT else SIZES
 
 
+def sampled_sums() -> list[str]:
+    """Sums in which each encoding takes part, with partners that take turns."""
+    by_family = [
+        [name for name, encoding in encodings.ENCODINGS.items() if issubclass(encoding, family)]
+        for family in encodings.FAMILIES.values()
+    ]
+    families = [names for names in by_family if names]
+    return ["+".join(names[turn % len(names)] for names in families) for turn in range(max(map(len, families)))]
+
+
 def sampled_pairs() -> list[tuple[str, str]]:
-    """Every legal pair of a single encoding, and every sum under one join, the joins taking turns."""
-    sums = [(pe, legal_joins(pe)) for pe in encodings.names() if pe not in encodings.ENCODINGS]
-    turns = [(pe, joins[turn % len(joins)]) for turn, (pe, joins) in enumerate(sums)]
-    return [pair for pair in legal_pairs() if pair[0] in encodings.ENCODINGS or pair in turns]
+    """Every legal pair of a single encoding, and sums, each under one join, the joins taking turns."""
+    sums = [(pe, legal_joins(pe)) for pe in sampled_sums()]
+    return legal_pairs() + [(pe, joins[turn % len(joins)]) for turn, (pe, joins) in enumerate(sums)]
 
 
-over_pairs = pytest.mark.parametrize(("pe", "join_type"), legal_pairs())
-over_sampled_pairs = pytest.mark.parametrize(("pe", "join_type"), sampled_pairs())
-over_encodings = pytest.mark.parametrize("pe", encodings.names())
+PAIRS = sampled_pairs()
+over_pairs = pytest.mark.parametrize(("pe", "join_type"), PAIRS)
+over_encodings = pytest.mark.parametrize("pe", [*encodings.names(), *sampled_sums()])
 
 
 def create(pe: str | None = None, join_type: str | None = None, name: str = DEIT, **kwargs: Any) -> Any:
@@ -64,6 +73,12 @@ def disturb(model: Any, seed: int = 0) -> Any:
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.add_(0.3 * noise.to(parameter.dtype))
     return model
+
+
+def norm1_reads_content_alone(model: Any) -> bool:
+    """Whether the join adds nothing before any block's norm1."""
+    terms = model.position_terms()
+    return terms.input is None and all(term is None for term in terms.residual)
 
 
 def images(batch: int = 2, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:

@@ -7,20 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from lape_vit import encodings
-from lape_vit.attention_maps import attention_maps, why_no_split
-from lape_vit.joins import JOINS, legal_pairs
-from tests.models import DISTILLED, assert_near, images, over_pairs, over_sampled_pairs, tiny
+from lape_vit.analysis.attention_maps import attention_maps, why_no_split
+from tests.models import DISTILLED, PAIRS, assert_near, images, norm1_reads_content_alone, over_pairs, tiny
 
 
 def splits(pe: str, join_type: str) -> bool:
     """Whether positions reach attention after norm1, or as a bias, and only so."""
     parts = encodings.resolve(pe)
-    turns = parts.attention is not None and hasattr(parts.attention, "angles")
-    after_norm = parts.absolute is None or JOINS[join_type].target == "attention"
-    return (parts.absolute or parts.attention) is not None and after_norm and not turns
+    turns = parts.attention is not None and "rotate" in parts.attention.overridden
+    return (
+        (parts.absolute or parts.attention) is not None and norm1_reads_content_alone(tiny(pe, join_type)) and not turns
+    )
 
 
-SPLIT = [pair for pair in legal_pairs() if splits(*pair)]
+SPLIT = [pair for pair in PAIRS if splits(*pair)]
 
 
 def real_weights(model: nn.Module, image: Tensor) -> list[Tensor]:
@@ -34,7 +34,7 @@ def real_weights(model: nn.Module, image: Tensor) -> list[Tensor]:
     return weights
 
 
-@over_sampled_pairs
+@over_pairs
 def test_weights_are_those_of_a_real_forward_pass(pe: str, join_type: str) -> None:
     model, image = tiny(pe, join_type, DISTILLED), images(1)
     layers = attention_maps(model, image)

@@ -1,10 +1,9 @@
-"""What does not depend on the images is computed once in evaluation, and never used after it changed."""
+"""What depends on a grid alone is computed once; what depends on a parameter follows it, however it was written."""
 
 import copy
 import io
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,25 +12,27 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lape_vit.encodings import ENCODINGS, AttentionEncoding
-from tests.models import images, over_sampled_pairs, tiny
+from tests.models import images, over_pairs, tiny
 
 
 def assert_fresh(model: Any, pixels: Tensor) -> None:
-    """The output is, twice, that of a model which knows nothing from before."""
+    """The output is, twice, that of a copy, which knows nothing from before."""
     outputs = [model(pixels), model(pixels)]
-    for module in model.modules():
-        if hasattr(module, "cache"):
-            module.cache.entry = None
-    fresh = model(pixels)
+    fresh = copy.deepcopy(model)(pixels)
     assert all(torch.equal(output, fresh) for output in outputs)
 
 
-def step(model: Any) -> None:
+def step(model: Any, optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD, **kwargs: Any) -> None:
     """An optimiser's, of all parameters."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    stepper = optimizer(model.parameters(), lr=0.1, **kwargs)
     with torch.enable_grad():
-        model(images()).square().sum().backward()
-    optimizer.step()
+        model(images().to(model.head.weight.dtype)).square().sum().backward()
+    stepper.step()
+
+
+def step_fused(model: Any) -> None:
+    """By torch's fused kernel, which does not count what it writes."""
+    step(model, torch.optim.AdamW, fused=True)
 
 
 def load(model: Any) -> None:
@@ -49,25 +50,53 @@ def swap_data(model: Any) -> None:
         parameter.data = parameter.data + 0.1
 
 
-def write_data_and_switch(model: Any) -> None:
-    model.train()
+def average_in_place(model: Any) -> None:
+    """As a teacher follows its student: through ``data``, in the mode in which it is."""
+    student = tiny(model.pe, model.join_type, depth=len(model.blocks), img_size=model.patch_embed.img_size)
+    for mine, of_student in zip(model.parameters(), student.parameters(), strict=True):
+        mine.data.lerp_(of_student.data.to(mine.dtype) + 0.1, 0.5)
+
+
+def write_by_foreach(model: Any) -> None:
+    written = [parameter.data for parameter in model.parameters()]
+    for data in written:
+        data.grad = torch.ones_like(data)
+    torch.optim.SGD(written, lr=0.1, foreach=True).step()
+
+
+def copy_into_data(model: Any) -> None:
     for parameter in model.parameters():
-        parameter.data.add_(0.1)
-    model.eval()
+        parameter.data.copy_(parameter.data + 0.1)
+
+
+def write_by_numpy(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.detach().numpy()[...] += 0.1
+
+
+def write_by_another_process(model: Any) -> None:
+    """Its memory is written without any call on the tensor that this process holds."""
+    for parameter in model.parameters():
+        torch.from_dlpack(parameter.detach()).add_(0.1)
 
 
 def take_averages(model: Any) -> None:
     average = ModelEmaV3(model, decay=0.5)
-    average.update(tiny(model.pe, model.join_type, img_size=32))
+    average.update(tiny(model.pe, model.join_type, depth=len(model.blocks), img_size=model.patch_embed.img_size))
     model.load_state_dict(average.module.state_dict())
 
 
 CHANGES: list[Callable[[Any], object]] = [
     step,
+    step_fused,
     load,
     replace,
     swap_data,
-    write_data_and_switch,
+    average_in_place,
+    write_by_foreach,
+    copy_into_data,
+    write_by_numpy,
+    write_by_another_process,
     take_averages,
     lambda model: model.float(),
     lambda model: model.set_input_size(img_size=(32, 48)),
@@ -76,18 +105,20 @@ CHANGES: list[Callable[[Any], object]] = [
 ]
 
 
-@over_sampled_pairs
+@over_pairs
+@pytest.mark.parametrize("training", [False, True])
 @torch.no_grad()
-def test_no_change_leaves_a_stale_result(pe: str, join_type: str) -> None:
-    model = tiny(pe, join_type)
+def test_no_change_leaves_a_stale_result(pe: str, join_type: str, training: bool) -> None:
+    model = tiny(pe, join_type).train(training)
     for change in CHANGES:
         size = model.patch_embed.img_size
         model(images(2, *size).to(model.head.weight.dtype))
         change(model)
         assert_fresh(model, images(2, *model.patch_embed.img_size).to(model.head.weight.dtype))
+        model.requires_grad_(True)
 
 
-@over_sampled_pairs
+@over_pairs
 @torch.no_grad()
 def test_images_of_many_sizes_do_not_share_results(pe: str, join_type: str) -> None:
     model = tiny(pe, join_type, dynamic_img_size=True)
@@ -95,7 +126,7 @@ def test_images_of_many_sizes_do_not_share_results(pe: str, join_type: str) -> N
         assert_fresh(model, images(2, *size))
 
 
-@over_sampled_pairs
+@over_pairs
 def test_a_forward_in_inference_mode_does_not_hinder_gradients_later(pe: str, join_type: str) -> None:
     model, pixels = tiny(pe, join_type), images()
     before = torch.autograd.grad(model(pixels).sum(), list(model.parameters()))
@@ -110,60 +141,67 @@ def test_a_forward_in_inference_mode_does_not_hinder_gradients_later(pe: str, jo
     model(pixels.requires_grad_(True)).sum().backward()  # through what was kept
 
 
-@over_sampled_pairs
-@torch.no_grad()
-def test_evaluation_computes_terms_once(pe: str, join_type: str) -> None:
-    model = tiny(pe, join_type)
-    with patch.object(type(model), "position_terms", autospec=True, side_effect=type(model).position_terms) as terms:
-        for batch in (2, 3, 2):
-            model(images(batch))
-        assert terms.call_count == 1
-
-
 ATTENTION = [name for name, encoding in ENCODINGS.items() if issubclass(encoding, AttentionEncoding)]
 
 
-@pytest.mark.parametrize("name", ATTENTION)
+def kept_tensors(model: Any) -> list[int]:
+    """Addresses of all tensors that a model's encodings keep."""
+    kept = {id(module.kept): module.kept for module in model.modules() if hasattr(module, "kept")}
+    return [entry[1].data_ptr() for store in kept.values() for entry in store.entries.values()]
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
 @torch.no_grad()
-def test_attention_encodings_compute_their_tables_once(name: str) -> None:
+def test_what_depends_on_the_grid_alone_is_kept_and_nothing_else(name: str) -> None:
     model = tiny(name)
-    kept = []
-    for _ in range(2):
-        model(images())
-        kept.append([block.attn.encoding.cache.entry for block in model.blocks])
-    assert all(entry is not None for entry in kept[0])
-    assert all(first is second for first, second in zip(*kept, strict=True))
+    model(images())
+    kept = kept_tensors(model)
+    model(images())
+    assert kept_tensors(model) == kept
+    if any(next(module.parameters(), None) is not None for module in model.modules() if hasattr(module, "kept")):
+        assert not kept
 
 
-@pytest.mark.parametrize("pe", ["learnable", "2D_RPE", "rope_mixed"])
+@pytest.mark.parametrize("pe", ["2D_sin", "rope"])
 @torch.no_grad()
 def test_copies_and_pickles_of_a_model_have_results_of_their_own(pe: str) -> None:
     model, pixels = tiny(pe), images()
     model(pixels)
+    assert len(kept_tensors(model)) == 1  # the layers share it
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
     for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        assert all(module.cache.entry is None for module in other.modules() if hasattr(module, "cache"))
-        step(other)
+        assert not kept_tensors(other)
         assert_fresh(other, pixels)
-    assert_fresh(model, pixels)
+        assert len(kept_tensors(other)) == 1
+        assert kept_tensors(other) != kept_tensors(model)
 
 
-@pytest.mark.parametrize("pe", ["learnable", "2D_sin", "2D_RPE", "rope_mixed"])
+@pytest.mark.parametrize("pe", ["learnable", "2D_sin", "2D_RPE", "rope", "rope_mixed"])
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, of vmap
 @torch.no_grad()
 def test_tensors_in_the_place_of_parameters_are_heeded(pe: str) -> None:
     model, pixels = tiny(pe), images()
     others = {name: value + 0.1 for name, value in model.named_parameters()}
+    stacked = {name: torch.stack([value, others[name]]) for name, value in model.named_parameters()}
+    both = torch.func.vmap(lambda values: torch.func.functional_call(model, values, (pixels,)))(stacked)
     before = model(pixels)
     swapped = torch.func.functional_call(model, others, (pixels,))
     assert not torch.equal(swapped, before)
     assert torch.equal(swapped, torch.func.functional_call(model, others, (pixels,)))
     assert torch.equal(model(pixels), before)
-    stacked = {name: torch.stack([value, others[name]]) for name, value in model.named_parameters()}
-    both = torch.func.vmap(lambda values: torch.func.functional_call(model, values, (pixels,)))(stacked)
     torch.testing.assert_close(both, torch.stack([before, swapped]))
+
+
+@pytest.mark.parametrize("pe", ["2D_sin", "rope", "relative"])
+def test_a_result_kept_within_a_transform_serves_outside_it(pe: str) -> None:
+    model, pixels = tiny(pe), images()
+    of_transform = torch.func.grad(lambda x: model(x).square().sum())(pixels)
+    pixels = pixels.requires_grad_()
+    (gradient,) = torch.autograd.grad(model(pixels).square().sum(), pixels)
+    torch.testing.assert_close(of_transform, gradient)
+    assert_fresh(model, pixels)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")  # torch's own use of it

@@ -27,12 +27,12 @@ from tests.models import (
     create,
     disturb,
     images,
-    over_sampled_pairs,
+    over_pairs,
     tiny,
 )
 
 
-@over_sampled_pairs
+@over_pairs
 def test_a_checkpoint_of_the_same_kind_and_size_loads_bit_for_bit(pe: str, join_type: str) -> None:
     source, target = tiny(pe, join_type), tiny(pe, join_type, num_classes=5).float()
     start = warm_start(source.state_dict(), target)
@@ -40,7 +40,7 @@ def test_a_checkpoint_of_the_same_kind_and_size_loads_bit_for_bit(pe: str, join_
     assert_equal(dict(start.state_dict), dict(source.state_dict()))
 
 
-@over_sampled_pairs
+@over_pairs
 @pytest.mark.parametrize("size", [(48, 48), (24, 40)])
 def test_a_checkpoint_of_another_size_becomes_what_set_input_size_makes_of_it(
     pe: str, join_type: str, size: tuple[int, int]
@@ -56,7 +56,7 @@ def test_a_checkpoint_of_another_size_becomes_what_set_input_size_makes_of_it(
     assert_equal(target(pixels), source(pixels))
 
 
-@over_sampled_pairs
+@over_pairs
 @pytest.mark.parametrize("size", [(384, 384), (160, 224), (32, 32)])
 def test_models_for_224_pixels_work_at_the_sizes_of_the_field(pe: str, join_type: str, size: tuple[int, int]) -> None:
     sizes: dict[str, Any] = {"patch_size": 16, "embed_dim": 24, "depth": 1}
@@ -80,7 +80,7 @@ def test_a_grid_that_is_no_square_must_be_told() -> None:
     assert_equal(target(images(1, 48, 48)), source(images(1, 48, 48)))
 
 
-@over_sampled_pairs
+@over_pairs
 @pytest.mark.parametrize("size", [(24, 40), (16, 64)])
 def test_a_table_that_fits_a_model_that_is_not_square_is_taken_as_it_is(
     pe: str, join_type: str, size: tuple[int, int]
@@ -272,7 +272,7 @@ class TestPretrained:
         assert_equal(ours(pixels), timms(pixels))
         assert not [record for record in caplog.records if record.name == "models_lape"]
 
-    @over_sampled_pairs
+    @over_pairs
     def test_every_pair_starts_from_all_that_fits(
         self, pe: str, join_type: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:

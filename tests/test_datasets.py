@@ -249,6 +249,23 @@ def test_a_folder_per_class_is_labelled_in_alphabetical_order(tmp_path, data_set
     assert all(image.shape == (3, 64, 64) for image, _ in images)
 
 
+@pytest.mark.parametrize(
+    ("classes", "labels"),
+    [
+        (["dog", "cow", "cat"], [2, 2, 1, 1, 0, 0]),
+        (["dog", "cow", "pig"], [0, 0, 1, 1, 2, 2]),
+        (None, [0, 0, 1, 1, 2, 2]),
+    ],
+)
+def test_labels_follow_the_classes_of_a_model_that_has_the_same(tmp_path, classes, labels):
+    make_folders(tmp_path, *[("cat", "cow", "dog")] * 2)
+    args = folder_args(tmp_path)
+    images, names = build_dataset(False, args, classes)
+    assert names == ["cat", "cow", "dog"]
+    assert [label for _, label in images] == labels
+    assert list(chain(*(batch.tolist() for _, batch in build_loader(images, False, args, 0, 1)))) == labels
+
+
 def test_evaluation_needs_only_val(tmp_path):
     make_folders(tmp_path, train=())
     assert len(build_dataset(False, folder_args(tmp_path))[0]) == 4

@@ -11,7 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from lape_vit import encodings
-from lape_vit.encodings import ALIASES, ENCODINGS, AbsoluteEncoding, AttentionEncoding, Grid
+from lape_vit.encodings import ALIASES, ENCODINGS, AbsoluteEncoding, AttentionEncoding, LayerSpec
+from lape_vit.places import Grid, Places
 from tests.models import assert_equal, assert_near, create, disturb, images, over_encodings
 
 GRIDS = [(4, 4), (2, 8), (8, 2), (3, 5), (1, 1)]
@@ -19,6 +20,8 @@ ABSOLUTE = {name: encoding for name, encoding in ENCODINGS.items() if issubclass
 ATTENTION = {name: encoding for name, encoding in ENCODINGS.items() if issubclass(encoding, AttentionEncoding)}
 FIXED = [name for name, encoding in ABSOLUTE.items() if not encoding.learned]
 HEAD_WIDTH, HEADS = 8, 3
+FLOAT, DOUBLE = torch.empty(0), torch.empty(0, dtype=torch.float64)
+"""What has the dtype of a model."""
 
 over_grids = pytest.mark.parametrize("grid", GRIDS)
 over_prefix_rows = pytest.mark.parametrize("prefix_rows", [0, 1, 3])
@@ -62,42 +65,43 @@ over_references = pytest.mark.parametrize("name", REFERENCES)
 @over_grids
 @over_prefix_rows
 def test_a_fixed_table_is_the_formula(name: str, grid: Grid, prefix_rows: int) -> None:
-    encoding = ABSOLUTE[name](24, grid, prefix_rows).double()
-    assert_near(encoding(grid), REFERENCES[name](24, grid, prefix_rows))
+    encoding = ABSOLUTE[name](24, grid, prefix_rows)
+    assert_near(encoding(Places(grid), DOUBLE), REFERENCES[name](24, grid, prefix_rows))
 
 
 @over_references
 @over_grids
 def test_a_fixed_table_is_the_formula_on_another_grid_than_it_was_built_for(name: str, grid: Grid) -> None:
-    encoding = ABSOLUTE[name](24, (4, 4), 1).double()
-    assert_near(encoding(grid), REFERENCES[name](24, grid, 1))
+    encoding = ABSOLUTE[name](24, (4, 4), 1)
+    assert_near(encoding(Places(grid), DOUBLE), REFERENCES[name](24, grid, 1))
     encoding.set_grid(grid)
-    assert_near(encoding(grid), REFERENCES[name](24, grid, 1))
+    assert_near(encoding(Places(grid), DOUBLE), REFERENCES[name](24, grid, 1))
 
 
 @over_references
 def test_a_fixed_table_is_exact_in_float32_at_positions_of_thousands(name: str) -> None:
     grid = (2, 3000)
     half_a_unit_in_the_last_place = 2**-25
-    difference = ABSOLUTE[name](8, grid, 1)(grid).double() - REFERENCES[name](8, grid, 1)
+    difference = ABSOLUTE[name](8, grid, 1)(Places(grid), FLOAT).double() - REFERENCES[name](8, grid, 1)
     assert difference.abs().max() <= 1.01 * half_a_unit_in_the_last_place
 
 
 @pytest.mark.parametrize("name", FIXED)
 def test_a_fixed_table_survives_half_precision(name: str) -> None:
-    encoding = ABSOLUTE[name](24, (4, 4), 1)
-    before = encoding((4, 4))
-    assert encoding.half()((4, 4)).dtype == torch.float16
-    assert_equal(encoding.float()((4, 4)), before)
-    assert_equal(encoding.bfloat16().double()((4, 4)).float(), before)
+    encoding, places = ABSOLUTE[name](24, (4, 4), 1), Places((4, 4))
+    before = encoding(places, FLOAT)
+    assert encoding.half()(places, FLOAT.half()).dtype == torch.float16
+    assert_equal(encoding.float()(places, FLOAT), before)
+    assert_equal(encoding.bfloat16().double()(places, DOUBLE).float(), before)
 
 
 @pytest.mark.parametrize("name", FIXED)
 def test_a_fixed_table_survives_the_meta_device(name: str) -> None:
     with torch.device("meta"):
         encoding = ABSOLUTE[name](24, (4, 4), 1)
-    assert encoding((4, 4)).is_meta
-    assert_equal(encoding.to_empty(device="cpu")((4, 4)), ABSOLUTE[name](24, (4, 4), 1)((4, 4)))
+        assert encoding(Places((4, 4)), torch.empty(0)).is_meta
+    places = Places((4, 4), device=torch.device("cpu"))
+    assert_equal(encoding.to_empty(device="cpu")(places, FLOAT), ABSOLUTE[name](24, (4, 4), 1)(places, FLOAT))
 
 
 @pytest.mark.parametrize("name", FIXED)
@@ -119,7 +123,8 @@ class TestResizing:
     )
     def test_is_bicubic_over_the_grid(self, name: str, old: Grid, new: Grid, prefix_rows: int, tables: int) -> None:
         table = torch.randn(tables, prefix_rows + old[0] * old[1], 8, generator=torch.Generator().manual_seed(0))
-        resized = ABSOLUTE[name](8, old, prefix_rows)(new, table)
+        encoding = ABSOLUTE[name](8, old, prefix_rows)
+        resized = torch.cat([encoding(Places(new), one, one) for one in table.split(1)])
         for before, after in zip(table, resized, strict=True):
             assert_near(after, resampled(before, old, new, prefix_rows), 1e-6)
             if before.shape != after.shape:  # else an older timm takes a table of as many rows for one of the same grid
@@ -129,12 +134,12 @@ class TestResizing:
     @over_grids
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
     def test_to_the_same_grid_changes_no_bit(self, name: str, grid: Grid, dtype: torch.dtype) -> None:
-        table = torch.randn(2, 1 + grid[0] * grid[1], 8, generator=torch.Generator().manual_seed(0)).to(dtype)
-        assert_equal(ABSOLUTE[name](8, grid, 1)(grid, table), table)
+        table = torch.randn(1, 1 + grid[0] * grid[1], 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+        assert_equal(ABSOLUTE[name](8, grid, 1)(Places(grid), table, table), table)
 
     def test_lets_gradients_through(self, name: str) -> None:
         table = torch.randn(1, 17, 8, requires_grad=True)
-        ABSOLUTE[name](8, (4, 4), 1)((3, 5), table).square().sum().backward()
+        ABSOLUTE[name](8, (4, 4), 1)(Places((3, 5)), table, table).square().sum().backward()
         assert table.grad is not None
         assert table.grad.any(dim=2).all()
 
@@ -144,9 +149,9 @@ class TestResizing:
 @over_prefix_rows
 def test_an_absolute_encoding_has_a_row_for_each_patch_and_prefix_row(name: str, grid: Grid, prefix_rows: int) -> None:
     encoding = ABSOLUTE[name](24, (4, 4), prefix_rows)
-    table = torch.randn(2, prefix_rows + 16, 24) if encoding.learned else None
-    rows = encoding(grid, table)
-    assert rows.shape == (2 if encoding.learned else 1, prefix_rows + grid[0] * grid[1], 24)
+    table = torch.randn(1, prefix_rows + 16, 24) if encoding.learned else None
+    rows = encoding(Places(grid), FLOAT, table)
+    assert rows.shape == (1, prefix_rows + grid[0] * grid[1], 24)
     assert rows.dtype == torch.float32
 
 
@@ -154,20 +159,20 @@ def test_an_absolute_encoding_has_a_row_for_each_patch_and_prefix_row(name: str,
 @over_grids
 @pytest.mark.parametrize("prefix", [0, 2])
 def test_an_attention_encoding_broadcasts_over_batch_heads_and_tokens(name: str, grid: Grid, prefix: int) -> None:
-    encoding = disturb(ATTENTION[name](HEAD_WIDTH, HEADS, (4, 4), prefix).double())
+    spec = LayerSpec(HEAD_WIDTH, HEADS, (4, 4), prefix, HEADS * HEAD_WIDTH)
+    encoding, places = disturb(ATTENTION[name](spec).double()), Places(grid)
     tokens = prefix + grid[0] * grid[1]
     q, k = torch.randn(2, 2, HEADS, tokens, HEAD_WIDTH, dtype=torch.float64).unbind(0)
-    for before, after in zip((q, k), encoding.rotate(q, k, grid), strict=True):
+    read = torch.randn(2, tokens, HEADS * HEAD_WIDTH, dtype=torch.float64)
+    for before, after in zip((q, k), encoding.rotate(q, k, places), strict=True):
         assert after.shape == before.shape
         assert_equal(after[:, :, :prefix], before[:, :, :prefix])
-    bias = encoding.bias(q, grid)
+    bias = encoding.logits_bias(q, k, places)
     if bias is not None:
         assert torch.broadcast_shapes(bias.shape, (2, HEADS, tokens, tokens)) == (2, HEADS, tokens, tokens)
-    if encoding.widens:
-        wide_q, wide_k, wide_v = encoding.widen(q, k, k, grid)
-        assert wide_q.shape == wide_k.shape == wide_v.shape
-        torch.testing.assert_close(wide_q @ wide_k.mT, q @ k.mT + bias * HEAD_WIDTH**0.5)
-        assert encoding.narrow(wide_v, grid).shape == q.shape
+    wide_q, wide_k, wide_v = encoding.widen(q, k, k, read, places)
+    assert wide_q.shape == wide_k.shape == wide_v.shape
+    assert encoding.narrow(wide_v, places).shape == q.shape
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
@@ -220,15 +225,16 @@ def test_an_alias_means_the_encoding_of_its_name(alias: str) -> None:
 @pytest.mark.parametrize("first", ABSOLUTE)
 def test_an_absolute_and_an_attention_encoding_add_up_in_either_order(first: str, second: str) -> None:
     name = f"{first}+{second}"
-    assert name in encodings.names()
-    assert encodings.resolve(name) == (name, ABSOLUTE[first], ATTENTION[second])
-    assert encodings.resolve(f"{second} + {first}") == (name, ABSOLUTE[first], ATTENTION[second])
+    assert name in encodings.sums()
+    for pe in (name, f"{second} + {first}"):
+        resolved = encodings.resolve(pe)
+        assert (resolved.name, resolved.parts) == (name, [ABSOLUTE[first], ATTENTION[second]])
 
 
 @pytest.mark.parametrize("second", ENCODINGS)
 @pytest.mark.parametrize("first", ENCODINGS)
 def test_no_other_sum_is_legal(first: str, second: str) -> None:
-    if {f"{first}+{second}", f"{second}+{first}"} & set(encodings.names()):
+    if {f"{first}+{second}", f"{second}+{first}"} & set(encodings.sums()):
         return
     with pytest.raises(ValueError, match="sum"):
         encodings.resolve(f"{first}+{second}")

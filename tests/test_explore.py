@@ -25,8 +25,8 @@ from figures import explore
 from figures.explore import explore_page, quantise
 from figures.positions import Positions, measure
 from lape_vit import encodings
+from lape_vit.analysis.positions import PositionView
 from lape_vit.joins import legal_joins
-from lape_vit.similarity import PositionView
 from tests.browser import Page, find_browser, open_browser
 from tests.models import COMPACT, DEIT, tiny
 from training.checkpoint import save_checkpoint

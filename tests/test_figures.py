@@ -18,8 +18,8 @@ from figures.attention import TokenAttention, of_token
 from figures.panels import mosaic_shape, offset_ticks, varies_by_patch
 from figures.positions import Positions, measure, overview, pictures, raw_values, single_bands
 from figures.sheet import draw_sheets, single
-from lape_vit.attention_maps import attention_maps
-from lape_vit.similarity import PositionView, layer_correlations, mean_by_distance, plane_frequencies
+from lape_vit.analysis.attention_maps import attention_maps
+from lape_vit.analysis.positions import PositionView, layer_correlations, mean_by_distance, plane_frequencies
 from tests.models import images, tiny
 
 SHEETS = [("learnable", "LaPE_share"), ("2D_RPE", "LaPE"), ("relative", "basic"), ("rope", "basic")]

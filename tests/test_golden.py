@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lape_vit import convert_checkpoint, encodings
-from tests.models import COMPACT, DEIT, DISTILLED, MODELS, assert_equal, create, over_sampled_pairs
+from tests.models import COMPACT, DEIT, DISTILLED, MODELS, assert_equal, create, over_pairs
 
 GOLDEN = Path(__file__).parent / "golden"
 INDEX: dict[str, dict[str, Any]] = json.loads((GOLDEN / "index.json").read_text(encoding="utf-8"))
@@ -152,7 +152,7 @@ def test_the_state_of_each_model_comes_back_unchanged(name: str) -> None:
     assert_equal(convert_checkpoint(state), dict(state))
 
 
-@over_sampled_pairs
+@over_pairs
 def test_our_own_state_comes_back_unchanged(pe: str, join_type: str) -> None:
     for changes in ({}, {"no_embed_class": True}, {"img_size": (16, 32)}):
         state = create(pe, join_type, **changes).state_dict()

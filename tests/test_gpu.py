@@ -7,7 +7,7 @@ import tiny_run
 import torch
 from tiny_run import call, differences, load, log_of, timeless
 
-from tests.models import images, over_sampled_pairs, tiny
+from tests.models import images, over_pairs, tiny
 
 pytestmark = pytest.mark.gpu
 
@@ -40,7 +40,7 @@ def test_a_deterministic_run_repeats_bit_for_bit(tmp_path: Path, recipe: Path) -
     assert timeless(tmp_path / "one") == timeless(tmp_path / "other")
 
 
-@over_sampled_pairs
+@over_pairs
 @torch.no_grad()
 def test_a_move_to_the_gpu_and_back_leaves_nothing_stale(pe: str, join_type: str) -> None:
     model, pixels = tiny(pe, join_type), images()

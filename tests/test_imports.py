@@ -26,14 +26,19 @@ POSITION = re.compile(r"\bpe\b|pos_embed|encoding|join")
 LIBRARIES = ("torch", "torchvision", "timm", "argparse")
 
 BENEATH: dict[str, tuple[str, ...]] = {
-    "encodings/views": (),
-    "encodings/caching": (),
-    "encodings/base": ("encodings/views", "encodings/caching"),
-    "encodings/*": ("encodings/base",),
+    "places": (),
+    "augmentation": ("places",),
+    "encodings/base": ("places",),
+    "encodings/tables": ("places",),
+    "encodings/*": ("encodings/base", "encodings/tables"),
     "encodings": ("encodings/*",),
     "joins": ("encodings",),
-    "vit": ("joins",),
-    "lape_vit": ("vit",),
+    "attention": ("joins",),
+    "vit": ("attention", "augmentation"),
+    "analysis": ("vit",),
+    "cct": ("vit",),
+    "checkpoints": ("vit",),
+    "lape_vit": ("analysis", "cct", "checkpoints"),
     "models_lape": ("lape_vit",),
     "training": (),
     "engine": ("training",),
@@ -49,11 +54,11 @@ def layer_of(module: str) -> str:
     match module.split("."):
         case ["lape_vit", "encodings"]:
             return "encodings"
-        case ["lape_vit", "encodings", ("views" | "caching" | "base") as name]:
+        case ["lape_vit", "encodings", ("base" | "tables") as name]:
             return f"encodings/{name}"
         case ["lape_vit", "encodings", *_]:
             return "encodings/*"
-        case ["lape_vit", ("joins" | "vit") as name]:
+        case ["lape_vit", name, *_] if name in BENEATH:
             return name
         case [("lape_vit" | "models_lape" | "training" | "engine" | "datasets" | "figures") as name, *_]:
             return name
@@ -112,7 +117,7 @@ def name_comparisons(root: Path) -> list[str]:
     """Comparisons with one of ``NAMES``, by an operator or by a match, where only encodings and joins may know them."""
     faults = []
     for module, path in modules(root).items():
-        if layer_of(module) in {"encodings/base", "encodings/*", "encodings", "joins"}:
+        if layer_of(module) in {"encodings/base", "encodings/tables", "encodings/*", "encodings", "joins"}:
             continue
         for line, subject, value in comparisons(ast.parse(path.read_text(encoding="utf-8"))):
             if value in NAMES and (value not in EVERYDAY or POSITION.search(subject)):
@@ -178,11 +183,13 @@ def tree_of(root: Path, files: dict[str, str]) -> Path:
     good = {
         "lape_vit/__init__.py": "from lape_vit.vit import Attention",
         "lape_vit/encodings/__init__.py": "from .learnable import Learnable",
-        "lape_vit/encodings/views.py": "",
-        "lape_vit/encodings/base.py": "from . import views",
+        "lape_vit/places.py": "",
+        "lape_vit/encodings/base.py": "from lape_vit import places",
         "lape_vit/encodings/learnable.py": "from . import base",
         "lape_vit/joins.py": "from lape_vit import encodings\nif pe == 'LaPE': pass",
-        "lape_vit/vit.py": "from lape_vit import encodings, joins",
+        "lape_vit/attention.py": "from lape_vit import encodings",
+        "lape_vit/vit.py": "from lape_vit import attention, encodings, joins",
+        "lape_vit/analysis/__init__.py": "from lape_vit import vit",
         "lape_vit/checkpoints.py": "import lape_vit.vit",
         "models_lape.py": "import lape_vit",
         "training/__init__.py": "",
@@ -235,7 +242,9 @@ def test_a_tree_that_keeps_the_rules_has_no_faults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "text"),
     [
-        ("lape_vit/encodings/views.py", "from lape_vit.encodings.base import Grid"),
+        ("lape_vit/places.py", "from lape_vit.encodings.base import Encoding"),
+        ("lape_vit/attention.py", "from lape_vit import vit"),
+        ("lape_vit/vit.py", "from lape_vit import analysis"),
         ("lape_vit/encodings/base.py", "from lape_vit.encodings.learnable import Learnable"),
         ("lape_vit/encodings/learnable.py", "from lape_vit.encodings import ENCODINGS"),
         ("lape_vit/encodings/learnable.py", "from . import ENCODINGS"),
@@ -245,7 +254,7 @@ def test_a_tree_that_keeps_the_rules_has_no_faults(tmp_path: Path) -> None:
         ("lape_vit/vit.py", "import lape_vit.checkpoints as checkpoints"),
         ("lape_vit/checkpoints.py", "import models_lape"),
         ("lape_vit/checkpoints.py", "def load():\n    from training.setup import device"),
-        ("lape_vit/similarity.py", "import datasets"),
+        ("lape_vit/analysis/views.py", "import datasets"),
         ("models_lape.py", "import main"),
         ("models_lape.py", "import engine"),
         ("training/setup.py", "import engine"),
@@ -258,7 +267,7 @@ def test_a_tree_that_keeps_the_rules_has_no_faults(tmp_path: Path) -> None:
         ("datasets.py", "import lape_vit"),
         ("figures/sheet.py", "import main"),
         ("figures/sheet.py", "import datasets"),
-        ("lape_vit/similarity.py", "from figures import sheet"),
+        ("lape_vit/analysis/views.py", "from figures import sheet"),
         ("training/setup.py", "import figures"),
     ],
 )

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape_vit import encodings
-from lape_vit.joins import JOINS, check_pair, legal_joins, legal_pairs
-from tests.models import DISTILLED, assert_equal, assert_near, create, images, over_encodings, over_pairs, tiny
+from lape_vit.joins import JOINS, Terms, check_pair, legal_joins, legal_pairs
+from lape_vit.places import Places
+from tests.models import DISTILLED, PAIRS, assert_equal, assert_near, create, images, over_encodings, over_pairs, tiny
 
 Run = Callable[[Any, Tensor, Tensor], Tensor]
 
@@ -23,7 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "distilled": {"name": DISTILLED},
     "distilled_no_embed_class": {"name": DISTILLED, "no_embed_class": True},
 }
-CARRIED = [(pe, join_type) for pe, join_type in legal_pairs() if encodings.resolve(pe).absolute is not None]
+CARRIED = [(pe, join_type) for pe, join_type in PAIRS if encodings.resolve(pe).absolute is not None]
 SUMS = [(pe, join_type) for pe, join_type in CARRIED if encodings.resolve(pe).attention is not None]
 ABSOLUTE = [pair for pair in CARRIED if pair not in SUMS]
 ILLEGAL_PAIRS = [
@@ -34,13 +35,18 @@ over_absolute_pairs = pytest.mark.parametrize(("pe", "join_type"), ABSOLUTE)
 over_variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
+def tensors_of(terms: Terms) -> list[Tensor]:
+    everywhere = (terms.input, *terms.residual, *terms.attention, terms.output)
+    return [term for term in everywhere if term is not None]
+
+
 def layer_norm(x: Tensor, norm: Any) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
     return centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
 
 
 def attention(block: Any, y: Tensor) -> Tensor:
-    return block.attn(y, (2, 4))
+    return block.attn(y, Places((2, 4)))
 
 
 def mlp(block: Any, x: Tensor) -> Tensor:
@@ -114,7 +120,10 @@ def tokens(model: Any, pixels: Tensor) -> Tensor:
 
 def rows_of(model: Any) -> Tensor:
     """w (T, R, D), which tests/test_encodings.py checks."""
-    return model.join.encoding((2, 4), model.pos_embed)
+    encoding, places = model.join.encoding, Places((2, 4))
+    if model.pos_embed is None:
+        return encoding(places, model.head.weight)
+    return torch.cat([encoding(places, table, table) for table in model.pos_embed.split(1)])
 
 
 def build(pe: str, join_type: str, variant: str) -> Any:
@@ -139,11 +148,9 @@ def test_a_join_is_its_equation(pe: str, join_type: str, variant: str) -> None:
 @over_absolute_pairs
 def test_terms_reach_every_token_that_has_a_row_and_no_other(pe: str, join_type: str, variant: str) -> None:
     model = build(pe, join_type, variant)
-    input_term, block_terms = model.position_terms()
-    assert len(block_terms) == 3
     prefix = model.num_prefix_tokens
     without_row = prefix if model.no_embed_class else 0
-    terms = [term for term in (input_term, *block_terms) if term is not None]
+    terms = tensors_of(model.position_terms())
     assert terms
     for term in terms:
         assert term.shape == (1, prefix + 8, 24)
@@ -152,28 +159,24 @@ def test_terms_reach_every_token_that_has_a_row_and_no_other(pe: str, join_type:
 
 
 @over_pairs
-def test_terms_go_where_the_joins_target_says(pe: str, join_type: str) -> None:
-    model = tiny(pe, join_type)
-    input_term, block_terms = model.position_terms()
+def test_no_term_is_there_without_an_absolute_encoding(pe: str, join_type: str) -> None:
     carried = encodings.resolve(pe).absolute is not None
-    assert model.join.target in {"input", "residual", "attention"}
-    assert (input_term is not None) == (carried and model.join.target == "input")
-    assert [term is not None for term in block_terms] == [carried and model.join.target != "input"] * 2
+    assert bool(tensors_of(tiny(pe, join_type).position_terms())) == carried
 
 
 @over_absolute_pairs
 def test_terms_follow_the_grid_that_is_asked_for(pe: str, join_type: str) -> None:
     model = tiny(pe, join_type)
     for grid in ((2, 8), (3, 5)):
-        terms = [term for term in (model.position_terms(grid)[0], *model.position_terms(grid)[1]) if term is not None]
-        assert {tuple(term.shape) for term in terms} == {(1, 1 + grid[0] * grid[1], 24)}
-    assert_equal(model.position_terms((4, 4)), model.position_terms())
+        terms = model.position_terms(Places(grid))
+        assert {tuple(term.shape) for term in tensors_of(terms)} == {(1, 1 + grid[0] * grid[1], 24)}
+    assert_equal(model.position_terms(Places((4, 4))), model.position_terms())
 
 
 @pytest.mark.parametrize("name", [None, DISTILLED])
 def test_lapes_norms_act_on_a_class_tokens_row_of_zeros(name: str | None) -> None:
     model = tiny("2D_sin", "LaPE", **({"name": name} if name else {}))
-    first, second = model.position_terms()[1]
+    first, second = model.position_terms().attention
     for token in range(model.num_prefix_tokens):
         assert_near(first[0, token], model.join.norms[0].bias)
         assert_near(second[0, token], layer_norm(model.join.norms[0].bias, model.join.norms[1]))

@@ -1,23 +1,24 @@
 """What the README shows works as it stands."""
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import compare
 import similarity_visualize
 from comparison.plan import make_plan
-from lape_vit import encodings
-from lape_vit.encodings import ENCODINGS, all_options
-from lape_vit.similarity import position_views
-from tests.models import images, tiny
+from lape_vit.encodings import all_options
 from training.options import build_parser
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 PLUGIN, ENCODING, REGISTRY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
 COMMANDS = [line.split("#")[0].strip() for line in SHELL.splitlines() if ".py" in line]
@@ -30,31 +31,59 @@ def test_the_plugin_runs() -> None:
     assert (namespace["model"].pe, namespace["model"].join_type) == ("learnable", "LaPE")
 
 
-def test_the_added_encoding_works_alone_and_in_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    namespace: dict[str, Any] = {}
-    exec(ENCODING, namespace)
-    (added,) = (value for name, value in namespace.items() if f"class {name}(" in ENCODING)
-    last, line = REGISTRY.splitlines()[1:]
-    assert f"{last}\n    )" in Path(encodings.__file__).read_text()  # the line above the new one is the registry's last
-    assert line.strip() == f"{added.__name__},"
-    monkeypatch.setitem(ENCODINGS, added.name, added)
-    pixels = images(1)
-    without = tiny("learnable", "LaPE")(pixels)
-    (option,) = added.options()
-    logits = [tiny(f"learnable+{added.name}", "LaPE", **{option: value})(pixels) for value in (0.0, 1.0)]
-    assert torch.allclose(logits[0], without)
-    assert not torch.allclose(logits[1], without)
+def run_in(folder: Path, *command: str) -> str:
+    """What a Python command prints, in a folder of its own modules."""
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    run = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return run.stdout
 
 
-def test_the_added_encoding_gets_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    namespace: dict[str, Any] = {}
-    exec(ENCODING, namespace)
-    (added,) = (value for name, value in namespace.items() if f"class {name}(" in ENCODING)
-    monkeypatch.setitem(ENCODINGS, added.name, added)
-    views = {view.name: view for view in position_views(tiny(f"learnable+{added.name}", "LaPE", img_size=(24, 40)))}
-    assert list(views) == ["similarity", "bias", "bias_offsets"]
-    assert views["bias_offsets"].values[0][0, 2, 4] == 0  # its logits fall with the distance
-    assert views["bias_offsets"].values[0][0, 2 - 2, 4 + 3] == pytest.approx(-0.1 * 13**0.5)
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tree with the encoding that the README adds: one file, and one line in the registry."""
+    folder = tmp_path_factory.mktemp("extended") / "tree"
+    kept_out = shutil.ignore_patterns(".*", "__pycache__", "runs", "data", "golden*", "*.png")
+    shutil.copytree(ROOT, folder, ignore=kept_out)
+    path, code = re.fullmatch(r"# (\S+)\n(.*)", ENCODING, re.DOTALL).groups()  # type: ignore[union-attr]
+    (folder / path).write_text(code)
+    place, line = re.fullmatch(r"# (\S+), in FILES\n(.*\n)", REGISTRY).groups()  # type: ignore[union-attr]
+    registry = (folder / place).read_text()
+    last = re.search(r'FILES = \((?:\n    "\w+",)*\n', registry)
+    assert last is not None
+    (folder / place).write_text(registry.replace(last.group(), last.group() + line))
+    return folder
+
+
+TESTS_OF_THE_REGISTRY = ("encodings", "joins", "vit", "places", "caching", "tracing", "similarity", "attention_maps")
+
+
+def test_the_tests_of_the_registry_hold_for_the_added_encoding(extended: Path) -> None:
+    files = [f"tests/test_{name}.py" for name in TESTS_OF_THE_REGISTRY]
+    printed = run_in(extended, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "fading", *files)
+    assert int(re.search(r"(\d+) passed", printed).group(1)) > 50  # type: ignore[union-attr]
+
+
+def test_every_command_line_offers_the_added_encoding(extended: Path) -> None:
+    for command in ("main.py", "compare.py", "similarity_visualize.py"):
+        assert "fading" in run_in(extended, command, "--help")
+    data = ("--data-set", "DIGITS", "--output_dir", "unused", "--dry-run")
+    printed = run_in(extended, "compare.py", "--pe", "fading", "--seeds", "0", *data)
+    assert "fading" in printed
+
+
+def test_the_added_encoding_does_what_it_says_and_gets_pictures(extended: Path) -> None:
+    script = """
+import timm, torch, models_lape
+from lape_vit.analysis.positions import position_views
+size = dict(img_size=(24, 40), patch_size=8, embed_dim=24, depth=2, num_heads=3)
+model = timm.create_model("deit_tiny_patch16_224", pe="learnable+fading(slope=0.2)", join_type="LaPE", **size)
+views = {view.name: view for view in position_views(model)}
+print(model.pe, *views, round(views["bias_offsets"].values[0][0, 0, 7].item(), 6), sep="\\n")
+"""
+    printed = run_in(extended, "-c", script).split()
+    assert printed[:4] == ["learnable+fading(slope=0.2)", "similarity", "bias", "bias_offsets"]
+    assert float(printed[4]) == pytest.approx(-0.2 * 13**0.5, abs=1e-5)  # two rows up, three columns right
 
 
 @pytest.mark.parametrize("command", COMMANDS)

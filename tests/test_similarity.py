@@ -13,10 +13,7 @@ from torch import Tensor, nn
 
 import models_lape  # noqa: F401
 from lape_vit import encodings, joins
-from lape_vit.encodings import AttentionEncoding, Grid
-from lape_vit.encodings.views import mean_by_offset
-from lape_vit.joins import legal_pairs
-from lape_vit.similarity import (
+from lape_vit.analysis.positions import (
     PositionView,
     cosine_similarity,
     encoding_tables,
@@ -27,7 +24,11 @@ from lape_vit.similarity import (
     position_views,
     token_map,
 )
-from tests.models import assert_near, over_pairs
+from lape_vit.analysis.views import mean_by_offset
+from lape_vit.encodings import AttentionEncoding
+from lape_vit.places import Places
+from tests.models import PAIRS as ALL_PAIRS
+from tests.models import assert_near, norm1_reads_content_alone, over_pairs, tiny
 
 GRID = (3, 5)
 DEPTH = 3
@@ -86,9 +87,8 @@ def silence_content(model: nn.Module) -> None:
     for block in model.blocks:
         block.register_forward_pre_hook(feed_x0)
     # A norm makes its bias of zeros: where it reads content without positions, that bias would be content.
-    target = model.join.target
-    before = [model.norm_pre] if target != "input" else []
-    around = [block.norm1 for block in model.blocks] if target == "attention" else []
+    before = [model.norm_pre] if model.position_terms().input is None else []
+    around = [block.norm1 for block in model.blocks] if norm1_reads_content_alone(model) else []
     for norm in (*before, *around):
         if isinstance(norm, nn.LayerNorm):
             nn.init.zeros_(norm.bias)
@@ -106,7 +106,7 @@ def test_positions_are_what_attention_reads_where_only_positions_flow(pe: str, j
         torch.testing.assert_close(ours, received[0, model.num_prefix_tokens :], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("pe", "join_type"), [pair for pair in PAIRS if joins.JOINS[pair[1]].target == "attention"])
+@pytest.mark.parametrize(("pe", "join_type"), [pair for pair in PAIRS if norm1_reads_content_alone(tiny(*pair))])
 def test_positions_are_what_is_added_to_the_normalised_content_of_real_images(pe: str, join_type: str) -> None:
     model = build(pe, join_type)
     normed, read = record_attention(model, torch.randn(2, 3, 4 * GRID[0], 4 * GRID[1], dtype=torch.float64))
@@ -220,15 +220,15 @@ def record_calls(model: nn.Module, method: str) -> list[Tensor]:
 def record_added_logits(model: nn.Module) -> list[Tensor]:
     """What each layer's attention encoding adds to the logits in forward passes from now on, in order."""
     encodings = [block.attn.encoding for block in model.blocks]
-    if not encodings[0].widens:
-        return record_calls(model, "bias")
+    if "widen" not in encodings[0].overridden:
+        return record_calls(model, "logits_bias")
     added: list[Tensor] = []
 
     def recording(encoding: AttentionEncoding) -> Callable[..., Any]:
         own = encoding.widen
 
-        def widen(q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-            wide = own(q, k, v, grid)
+        def widen(q: Tensor, k: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+            wide = own(q, k, *others)
             added.append((wide[0] @ wide[1].mT - q @ k.mT) * encoding.head_dim**-0.5)
             return wide
 
@@ -242,7 +242,7 @@ def record_added_logits(model: nn.Module) -> list[Tensor]:
 def between_patches(model: nn.Module, bias: Tensor) -> Tensor:
     """The patches' part (2, 15, 15) of a bias of both heads and all tokens."""
     P = model.num_prefix_tokens
-    return bias.reshape(2, P + 15, P + 15)[:, P:, P:]
+    return bias.broadcast_to(1, 2, P + 15, P + 15)[0, :, P:, P:]
 
 
 def has_attention_part(pe: str) -> bool:
@@ -282,7 +282,7 @@ def test_views_hold_at_another_grid(pe: str, join_type: str) -> None:
             assert values.shape[1:] == ((7, 3) if shown.by_offset else (side, side))
 
 
-@pytest.mark.parametrize(("pe", "join_type"), [pair for pair in legal_pairs() if has_absolute_part(pair[0])])
+@pytest.mark.parametrize(("pe", "join_type"), [pair for pair in ALL_PAIRS if has_absolute_part(pair[0])])
 def test_the_similarity_is_of_what_attention_reads_where_only_positions_flow(pe: str, join_type: str) -> None:
     model = build(pe, join_type)
     silence_content(model)
@@ -294,7 +294,7 @@ def test_the_similarity_is_of_what_attention_reads_where_only_positions_flow(pe:
         assert torch.equal(ours[0].diagonal(), torch.ones(15, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(("pe", "join_type"), [pair for pair in legal_pairs() if has_attention_part(pair[0])])
+@pytest.mark.parametrize(("pe", "join_type"), [pair for pair in ALL_PAIRS if has_attention_part(pair[0])])
 def test_the_bias_is_what_attention_adds_where_only_positions_flow(pe: str, join_type: str) -> None:
     model = build(pe, join_type)
     silence_content(model)
@@ -307,7 +307,7 @@ def test_the_bias_is_what_attention_adds_where_only_positions_flow(pe: str, join
         assert added == [None] * DEPTH
         return
     for ours, received in zip(view(model, names[-1]).values, added, strict=True):
-        torch.testing.assert_close(ours, between_patches(model, received), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(ours.expand(2, -1, -1), between_patches(model, received), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("pe", [pe for pe in encodings.ENCODINGS if has_attention_part(pe)])
@@ -316,7 +316,7 @@ def test_on_real_images_a_table_of_biases_is_added_as_it_is_shown(pe: str) -> No
         return
     for join_type, name in (("basic", "bias"), ("LaPE", "bias_normed")):
         model = build(pe, join_type)
-        added = record_calls(model, "bias")
+        added = record_calls(model, "logits_bias")
         with torch.no_grad():
             model(torch.randn(2, 3, 12, 20, dtype=torch.float64))
         for ours, received in zip(view(model, name).values, added[:DEPTH], strict=True):
@@ -340,7 +340,7 @@ def test_the_kernel_is_the_mean_over_random_equal_q_and_k(pe: str) -> None:
     shown = view(model, "kernel")
     q = torch.nn.functional.normalize(random_rows(4000, 16).double(), dim=1)[:, None, None].expand(-1, 2, 16, -1)
     for values, block in zip(shown.values, model.blocks, strict=True):
-        turned_q, turned_k = block.attn.encoding.rotate(q, q, GRID)
+        turned_q, turned_k = block.attn.encoding.rotate(q, q, Places(GRID))
         query, key = 1 + 2 * 5 + 1, 1 + 0 * 5 + 4  # from row 2, column 1 to row 0, column 4, after the class token
         means = (turned_q[:, :, query] * turned_k[:, :, key]).sum(dim=-1).mean(dim=0)
         torch.testing.assert_close(values[:, -2 + 2, 3 + 4].expand(2), means, rtol=0, atol=0.03)
@@ -467,6 +467,8 @@ def test_the_encoding_itself_has_a_row_for_each_patch_and_a_table_for_each_layer
 
 def test_the_module_runs_without_matplotlib() -> None:
     root = Path(__file__).parent.parent
-    blocked = "import sys; sys.modules['matplotlib'] = None; import runpy; runpy.run_module('lape_vit.similarity')"
+    blocked = (
+        "import sys; sys.modules['matplotlib'] = None; import runpy; runpy.run_module('lape_vit.analysis.positions')"
+    )
     subprocess.run([sys.executable, "-W", "error", "-c", blocked], check=True, cwd=root)
-    subprocess.run([sys.executable, "-W", "error", "-m", "lape_vit.similarity"], check=True, cwd=root)
+    subprocess.run([sys.executable, "-W", "error", "-m", "lape_vit.analysis.positions"], check=True, cwd=root)

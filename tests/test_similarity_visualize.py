@@ -18,8 +18,8 @@ from torch import Tensor
 import similarity_visualize
 from figures.checkpoints import load_model
 from lape_vit import convert_checkpoint, encodings
+from lape_vit.analysis.positions import layer_positions, position_views
 from lape_vit.joins import legal_pairs
-from lape_vit.similarity import layer_positions, position_views
 from similarity_visualize import main, read_options
 from tests.models import COMPACT, DEIT, DISTILLED, SIZES, create, disturb
 from training.checkpoint import save_checkpoint
@@ -87,9 +87,7 @@ def expected_names(pe: str, join_type: str, token: int) -> set[str]:
     return found | {"overview"} | ({"PE_token_sim"} if parts.absolute is not None else set())
 
 
-@pytest.mark.parametrize(
-    ("pe", "join_type"), [pair for pair in PAIRS if encodings.resolve(pair[0])[1:] != (None, None)]
-)
+@pytest.mark.parametrize(("pe", "join_type"), [pair for pair in PAIRS if encodings.resolve(pair[0]).name != "none"])
 def test_every_encoding_gets_an_overview_pictures_under_the_originals_names_and_raw_values(
     pe: str, join_type: str, tmp_path: Path
 ) -> None:

@@ -8,8 +8,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from lape_vit.similarity import cosine_similarity, position_views
-from lape_vit.timm_similarity import timm_grid, timm_position_views
+from lape_vit.analysis.positions import cosine_similarity, position_views
+from lape_vit.analysis.timm_positions import timm_grid, timm_position_views
 from tests.models import SIZES, disturb, tiny
 
 

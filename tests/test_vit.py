@@ -28,7 +28,6 @@ from tests.models import (
     gradients,
     images,
     over_pairs,
-    over_sampled_pairs,
     tiny,
 )
 
@@ -94,14 +93,14 @@ class TestLogits:
         model, pixels = tiny(pe, join_type), images(3)
         assert_near(model(pixels), torch.cat([model(image) for image in pixels.split(1)]))
 
-    @over_sampled_pairs
+    @over_pairs
     @over_prefixes
     def test_come_out_with_every_kind_of_prefix(self, pe: str, join_type: str, prefix: str) -> None:
         model = tiny(pe, join_type, **PREFIXES[prefix])
         assert model(images(1)).isfinite().all()
         assert model.forward_features(images(1)).shape == (1, model.num_prefix_tokens + 16, 24)
 
-    @over_sampled_pairs
+    @over_pairs
     def test_are_the_same_with_and_without_fused_attention(self, pe: str, join_type: str) -> None:
         model = tiny(pe, join_type)
         mask = torch.rand(17, 17, generator=torch.Generator().manual_seed(0)) < 0.8
@@ -129,7 +128,7 @@ class TestMasks:
         if CAUSAL:
             assert_near(ours(images(), is_causal=True), theirs(images(), is_causal=True))
 
-    @over_sampled_pairs
+    @over_pairs
     def test_of_causality_hide_the_tokens_to_come(self, pe: str, join_type: str) -> None:
         model, pixels = tiny(pe, join_type), images(1)
         changed = pixels.clone()
@@ -138,7 +137,7 @@ class TestMasks:
         assert_near(after[:, :6], before[:, :6])
         assert ((after - before)[:, 6:].abs().amax(dim=2) > 1e-6).all()
 
-    @over_sampled_pairs
+    @over_pairs
     def test_hide_a_key(self, pe: str, join_type: str) -> None:
         """A patch that no other token may look at has no say in the class token."""
         model, pixels = tiny(pe, join_type), images(1)
@@ -163,7 +162,7 @@ class TestGradients:
         if model.pos_embed is not None:
             assert [layer for layer, gradient in enumerate(found["pos_embed"]) if not gradient.any()] == []
 
-    @over_sampled_pairs
+    @over_pairs
     def test_are_the_same_with_checkpointing(self, pe: str, join_type: str) -> None:
         model = tiny(pe, join_type, drop_path_rate=0.3, proj_drop_rate=0.1).train()
         found = []
@@ -220,7 +219,7 @@ class TestInputSize:
         created.load_state_dict(model.state_dict())
         assert_equal(created(images(1, 16, 40)), model(images(1, 16, 40)))
 
-    @over_sampled_pairs
+    @over_pairs
     def test_and_back_leaves_what_is_not_trained_as_it_was(self, pe: str, join_type: str) -> None:
         model = tiny(pe, join_type)
         state, logits = copy.deepcopy(model.state_dict()), model(images())
@@ -230,13 +229,13 @@ class TestInputSize:
         model.load_state_dict(state)
         assert_equal(model(images()), logits)
 
-    @over_sampled_pairs
+    @over_pairs
     def test_keeps_frozen_parameters_frozen(self, pe: str, join_type: str) -> None:
         model = tiny(pe, join_type).requires_grad_(False)
         model.set_input_size((24, 40))
         assert not any(parameter.requires_grad for parameter in model.parameters())
 
-    @over_sampled_pairs
+    @over_pairs
     def test_follows_the_patch_size(self, pe: str, join_type: str) -> None:
         model = tiny(pe, join_type)
         model.set_input_size(img_size=(24, 20), patch_size=(4, 4))
@@ -318,7 +317,7 @@ class TestIntermediates:
         (early,) = model.get_intermediate_layers(pixels, [0], reshape=True, norm=True)
         assert_equal(early, maps[0])
 
-    @over_sampled_pairs
+    @over_pairs
     def test_survive_pruning(self, pe: str, join_type: str) -> None:
         model = tiny(pe, join_type, depth=3)
         expected = model.forward_intermediates(images(), indices=[0, 1], intermediates_only=True)
@@ -326,9 +325,10 @@ class TestIntermediates:
         assert len(model.blocks) == 2
         assert_equal(model.forward_intermediates(images(), indices=[0, 1], intermediates_only=True), expected)
         assert_equal(model(images()), model.forward_features(images()))
-        assert len(model.position_terms()[1]) == 2
+        terms = model.position_terms()
+        assert {len(terms.residual), len(terms.attention)} <= {0, 2}
 
-    @over_sampled_pairs
+    @over_pairs
     def test_pruning_leaves_no_parameter_without_a_use(self, pe: str, join_type: str) -> None:
         model = tiny(pe, join_type, depth=3)
         model.prune_intermediate_layers([1])
@@ -337,7 +337,7 @@ class TestIntermediates:
         if model.pos_embed is not None:
             assert [layer for layer, gradient in enumerate(found["pos_embed"]) if not gradient.any()] == []
 
-    @over_sampled_pairs
+    @over_pairs
     def test_come_out_of_timms_feature_extractor(self, pe: str, join_type: str) -> None:
         extractor = create(pe, join_type, depth=3, features_only=True, out_indices=(0, 1)).double().eval()
         expected = create(pe, join_type, depth=3).double().eval().forward_intermediates(images(), [0, 1])[1]
@@ -354,7 +354,7 @@ class TestIntermediates:
 
 
 class TestOptimisation:
-    @over_sampled_pairs
+    @over_pairs
     def test_never_decays_positions_or_tokens(self, pe: str, join_type: str) -> None:
         model = tiny(pe, join_type, reg_tokens=1)
         parameters, named = dict(model.named_parameters()), model.no_weight_decay()
@@ -364,7 +364,7 @@ class TestOptimisation:
             if isinstance(module, encodings.Encoding):
                 assert {f"{prefix}.{name}" for name in module.no_weight_decay()} <= named
 
-    @over_sampled_pairs
+    @over_pairs
     @pytest.mark.parametrize("layer_decay", [None, 0.75])
     def test_by_timm_takes_every_parameter_once(self, pe: str, join_type: str, layer_decay: float | None) -> None:
         model = create(pe, join_type)
@@ -375,7 +375,7 @@ class TestOptimisation:
         parameters = dict(model.named_parameters())
         assert all(id(parameters[name]) in spared for name in model.no_weight_decay() & parameters.keys())
 
-    @over_sampled_pairs
+    @over_pairs
     def test_by_timm_scales_what_a_join_holds_for_a_layer_as_that_layer(self, pe: str, join_type: str) -> None:
         model = create(pe, join_type, depth=3)
         optimiser = create_optimizer_v2(model, "adamw", lr=1e-3, layer_decay=0.5)
@@ -389,7 +389,7 @@ class TestOptimisation:
 
 
 class TestStorage:
-    @over_sampled_pairs
+    @over_pairs
     def test_a_copy_is_the_same_model(self, pe: str, join_type: str) -> None:
         model = tiny(pe, join_type)
         twin = copy.deepcopy(model)
@@ -397,28 +397,28 @@ class TestStorage:
         disturb(model)
         assert (twin(images()) - model(images())).abs().max() > 1e-6
 
-    @over_sampled_pairs
+    @over_pairs
     def test_a_pickled_model_is_the_same(self, pe: str, join_type: str) -> None:
         model = tiny(pe, join_type)
         again = pickle.loads(pickle.dumps(model))
         assert_equal(again(images()), model(images()))
         assert (again.pe, again.join_type) == (pe, join_type)
 
-    @over_sampled_pairs
+    @over_pairs
     def test_a_state_dict_holds_the_parameters_and_nothing_else(self, pe: str, join_type: str) -> None:
         model, other = tiny(pe, join_type), create(pe, join_type).double().eval()
         assert model.state_dict().keys() == dict(model.named_parameters()).keys()
         other.load_state_dict(model.state_dict())
         assert_equal(other(images()), model(images()))
 
-    @over_sampled_pairs
+    @over_pairs
     def test_a_cast_to_half_precision_and_back_spoils_only_the_parameters(self, pe: str, join_type: str) -> None:
         model = tiny(pe, join_type)
         cast = copy.deepcopy(model).half().double()
         cast.load_state_dict(model.state_dict())
         assert_equal(cast(images()), model(images()))
 
-    @over_sampled_pairs
+    @over_pairs
     def test_a_model_made_on_the_meta_device_works_once_loaded(self, pe: str, join_type: str) -> None:
         model = tiny(pe, join_type)
         with torch.device("meta"):
@@ -427,7 +427,7 @@ class TestStorage:
         loaded.to_empty(device="cpu").double().eval().load_state_dict(model.state_dict())
         assert_equal(loaded(images()), model(images()))
 
-    @over_sampled_pairs
+    @over_pairs
     def test_timms_arguments_device_and_dtype_reach_everything(self, pe: str, join_type: str) -> None:
         model, doubled = tiny(pe, join_type), create(pe, join_type, dtype=torch.float64).eval()
         doubled.load_state_dict(model.state_dict())
@@ -436,14 +436,15 @@ class TestStorage:
         meta = create(pe, join_type, device="meta")
         assert all(tensor.is_meta for tensor in (*meta.parameters(), *meta.buffers()))
 
-    @over_sampled_pairs
+    @over_pairs
     def test_a_model_in_bfloat16_stays_in_bfloat16(self, pe: str, join_type: str) -> None:
         model = create(pe, join_type).bfloat16().eval()
         assert model(images().bfloat16()).dtype == torch.bfloat16
-        terms = [term for term in (model.position_terms()[0], *model.position_terms()[1]) if term is not None]
-        assert all(term.dtype == torch.bfloat16 for term in terms)
+        terms = model.position_terms()
+        found = [term for term in (terms.input, *terms.residual, *terms.attention, terms.output) if term is not None]
+        assert all(term.dtype == torch.bfloat16 for term in found)
 
-    @over_sampled_pairs
+    @over_pairs
     def test_autocast_trains(self, pe: str, join_type: str) -> None:
         model = disturb(create(pe, join_type))
         with torch.autocast("cpu", torch.bfloat16):
@@ -453,22 +454,12 @@ class TestStorage:
 
 
 class TestArguments:
-    @over_sampled_pairs
+    @over_pairs
     def test_names_are_kept_on_the_model(self, pe: str, join_type: str) -> None:
         model = create(pe, join_type)
         assert (model.pe, model.join_type, model.join.name) == (pe, join_type, join_type)
 
-    @over_sampled_pairs
-    def test_dropped_patches_are_refused_where_layers_need_their_places(self, pe: str, join_type: str) -> None:
-        if JOINS[join_type].target == "input" and encodings.resolve(pe).attention is None:
-            model = tiny(pe, join_type, patch_drop_rate=0.5).train()
-            assert model.forward_features(images()).shape == (2, 1 + 8, 24)
-        else:
-            with pytest.raises(ValueError, match="patch_drop_rate") as error:
-                create(pe, join_type, patch_drop_rate=0.5)
-            assert repr(join_type) in str(error.value)
-
-    @over_sampled_pairs
+    @over_pairs
     def test_the_norm_layer_may_be_another(self, pe: str, join_type: str) -> None:
         model = tiny(pe, join_type, norm_layer=partial(nn.RMSNorm, eps=1e-3))
         assert model(images(1)).isfinite().all()

@@ -1,38 +1,84 @@
-"""The contracts that every encoding keeps.
+"""The contracts of the three families of encodings.
 
-Shapes: B batch, P prefix tokens (class, distillation, registers), H x W patches in row-major order, N = P + H*W tokens,
-R rows of an absolute encoding (N, or H*W where prefix tokens have no row), T tables, D embedding width, h heads, head
-width d.
+Shapes: B batch, P prefix tokens (class, distillation, registers), H x W cells of the grid, M patches at some places,
+N = P + M tokens, R rows of an absolute encoding (P or fewer, then M), T tables, D embedding width, h heads, d head
+width.
+
+An author writes formulas of places. The base classes pad for prefix tokens, cast, and keep what depends on a whole grid
+alone: results of a module without parameters. What depends on a parameter is computed in every forward, since a
+parameter can be written in ways that nobody sees.
 """
 
 import inspect
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape_vit.encodings.caching import Cache
-from lape_vit.encodings.views import LayerView, mean_by_offset, one_where_heads_agree, pairs_and_offsets
+from lape_vit.places import Grid, Places
 
-Grid = tuple[int, int]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""From q, k, v (B, h, N, E) and a term of the logits, which broadcasts to (B, h, N, N), to what is gathered."""
+
+
+class Kept:
+    """Results that depend on a grid, a device and a dtype alone: the last one of each computation."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, tuple[Any, Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"entries": {}}  # neither copied nor saved with the model
 
 
 class Encoding(nn.Module):
-    """What position information looks like.
+    """What position information looks like. An encoding belongs to one of the families below.
 
-    Options of an encoding are the keyword-only arguments of its ``__init__``; they reach it from ``timm.create_model``.
+    Options of an encoding are the keyword-only arguments of its ``__init__``: numbers, bools and strings with defaults.
+    An option of few values has the type ``Literal[...]``.
     """
 
     name: ClassVar[str]
-    anchor: Tensor
+    divisor: ClassVar[int] = 1
+    """What the width that the encoding fills must be a multiple of: D of an absolute one, d of one in attention."""
+
+    hooks: ClassVar[tuple[str, ...]] = ()
+    """Of a family: the methods of which its members define at least one."""
+    overridden: ClassVar[frozenset[str]] = frozenset()
+    """Of a member: those that it defines."""
+
+    reads_real_places: ClassVar[bool] = True
+    """False where places or offsets are rounded to cells, so that a move by part of a cell has no effect or a jump."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "hooks" not in vars(cls):  # a family defines them, a member does not
+            cls._check_hooks()
+
+    @classmethod
+    def _check_hooks(cls) -> None:
+        """Raise TypeError where a hook would never be called, or none is there to be called."""
+        family = next(parent for parent in cls.__mro__ if issubclass(parent, Encoding) and "hooks" in vars(parent))
+        defined = {hook for hook in family.hooks if getattr(cls, hook) is not getattr(family, hook)}
+        cls.overridden = frozenset(defined)
+        if family.hooks and not defined:
+            raise TypeError(f"{cls.__name__} defines none of {', '.join(family.hooks)}: it would be no encoding")
+        if len(defined & {"widen", "narrow"}) == 1:
+            raise TypeError(f"{cls.__name__} must define widen and narrow together")
+        if defined == {"patch_vectors", "forward"}:
+            raise TypeError(f"{cls.__name__} defines forward, so its patch_vectors would never be called")
+        foreign = {hook for other in Encoding.__subclasses__() for hook in other.hooks} - set(family.hooks)
+        if never_called := sorted(foreign & vars(cls).keys() - {"forward"}):
+            raise TypeError(
+                f"{cls.__name__} defines {never_called[0]}, a hook of another family: it would never be called"
+            )
 
     def __init__(self, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
-        self.cache = Cache()
-        # Without data: it knows the model's dtype and device, for encodings that have no parameter to ask.
-        self.register_buffer("anchor", torch.empty(0), persistent=False)
+        self.kept = Kept()
 
     @classmethod
     def options(cls) -> dict[str, Any]:
@@ -42,9 +88,17 @@ class Encoding(nn.Module):
             parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY
         }
 
-    def train(self, mode: bool = True) -> "Encoding":
-        self.cache.clear()
-        return super().train(mode)
+    @classmethod
+    def choices(cls) -> dict[str, tuple[Any, ...]]:
+        """The legal values of each option whose type is a ``Literal``."""
+        hints = get_type_hints(cls.__init__)
+        return {option: get_args(hints[option]) for option in cls.options() if get_origin(hints.get(option)) is Literal}
+
+    @classmethod
+    def check_width(cls, width: int, what: str) -> None:
+        """Raise ValueError where a width is no multiple of ``divisor``."""
+        if width % cls.divisor:
+            raise ValueError(f"pe={cls.name!r} needs {what} divisible by {cls.divisor}, not {width}")
 
     def set_grid(self, grid: Grid) -> None:
         """Rebuild for another grid. The model calls it after its trained tables were resampled."""
@@ -54,9 +108,32 @@ class Encoding(nn.Module):
         """Names of this module's own parameters that an optimiser must not decay."""
         return set()
 
+    def compute(self, formula: Callable[[Places, torch.dtype], Tensor], places: Places, like: Tensor) -> Tensor:
+        """``formula(places, like.dtype)``; kept for a whole grid, where the module has no parameters.
+
+        Nothing is kept while a model is compiled, exported or traced, nor with stand-ins of tensors.
+        """
+        is_fixed = places.is_whole and next(self.parameters(), None) is None
+        is_ordinary = type(like) in (Tensor, nn.Parameter)
+        if not (is_fixed and is_ordinary) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return formula(places, like.dtype)
+        key = (places.grid, places.device, like.dtype)
+        entry = self.kept.entries.get(formula.__name__)
+        if entry is None or entry[0] != key:
+            with torch.inference_mode(False), torch.no_grad():  # so that it can be used outside inference mode, too
+                entry = self.kept.entries[formula.__name__] = (key, formula(places, like.dtype))
+        return entry[1]
+
+
+class NoEncoding(Encoding):
+    """No position information at all: without it a transformer sees a bag of patches."""
+
+    name = "none"
+    reads_real_places = False
+
 
 class AbsoluteEncoding(Encoding):
-    """A vector per token: w in ``forward(grid) -> (T, R, D)``.
+    """A vector per token, which a join carries to the layers. A subclass defines :meth:`patch_vectors`.
 
     Args:
         dim: D.
@@ -67,131 +144,168 @@ class AbsoluteEncoding(Encoding):
     learned: ClassVar[bool] = False
     """True where w is a trained table. The model keeps it, under timm's own name ``pos_embed``, and hands it in."""
 
+    hooks = ("patch_vectors", "forward")
+
     def __init__(self, dim: int, grid: Grid, prefix_rows: int) -> None:
+        self.check_width(dim, "an embed_dim")
         super().__init__(grid)
         self.dim = dim
         self.prefix_rows = prefix_rows
 
-    def forward(self, grid: Grid, pos_embed: Tensor | None = None) -> Tensor:
-        """w for a grid of any size, in the model's dtype and on its device.
-
-        Args:
-            grid: (H, W) of the input at hand.
-            pos_embed: the model's trained tables (T, R, D) for ``self.grid``; None where ``learned`` is False.
-        """
+    def patch_vectors(self, places: Places) -> Tensor:
+        """The vector of each patch, (M, D) or (B, M, D), in any dtype."""
         raise NotImplementedError
 
+    def prefix_vectors(self, patches: Tensor) -> Tensor:
+        """The row of each prefix token that has one, (R - M, D), in the dtype and on the device of ``patches``."""
+        return patches.new_zeros(self.prefix_rows, self.dim)
 
-class NoEncoding(Encoding):
-    """No position information at all: without it a transformer sees a bag of patches."""
+    def forward(self, places: Places, like: Tensor, pos_embed: Tensor | None = None) -> Tensor:
+        """w, (1, R, D), or (B, R, D) where the places of images differ.
 
-    name = "none"
+        Args:
+            like: has the dtype that w is to have.
+            pos_embed: one of the model's trained tables (1, R, D) for ``self.grid``; None where ``learned`` is False.
+        """
+        return self.compute(self._rows, places, like)
+
+    def _rows(self, places: Places, dtype: torch.dtype) -> Tensor:
+        patches = self.patch_vectors(places)
+        patches = patches if patches.dim() == 3 else patches[None]
+        prefix = self.prefix_vectors(patches).expand(len(patches), -1, -1)
+        return torch.cat([prefix, patches], dim=1).to(dtype)
 
 
-class AttentionEncoding(Encoding):
-    """Position inside attention; one module per layer. Every hook defaults to doing nothing.
+class LayerSpec(NamedTuple):
+    """The attention layer that an encoding is built for.
 
-    Args:
+    Attributes:
         head_dim: d.
         num_heads: h.
         grid: (H, W) that the model is built for.
         num_prefix_tokens: P.
+        dim: D, the width of what attention reads.
+        layer: number of the block, from 0.
+        depth: L, how many blocks there are.
     """
 
-    widens: ClassVar[bool] = False
-    """True where :meth:`widen` and :meth:`narrow` are defined: attention then uses them in place of :meth:`bias`."""
+    head_dim: int
+    num_heads: int
+    grid: Grid
+    num_prefix_tokens: int
+    dim: int
+    layer: int = 0
+    depth: int = 1
+
+
+class AttentionEncoding(Encoding):
+    """Position inside attention; one module per layer. A subclass defines any of the hooks, each of which does nothing
+    by default: :meth:`rotate`, :meth:`patch_bias`, :meth:`bias`, and :meth:`widen` with :meth:`narrow`.
+    """
+
     takes_norm: ClassVar[bool] = False
     """True where a join may normalise the bias: :meth:`add_norm` is defined."""
 
-    def __init__(self, head_dim: int, num_heads: int, grid: Grid, num_prefix_tokens: int) -> None:
-        super().__init__(grid)
-        self.head_dim = head_dim
-        self.num_heads = num_heads
-        self.num_prefix_tokens = num_prefix_tokens
+    differs_by_layer: ClassVar[bool] = False
+    """True where layers differ in more than their parameters: they then do not share what is kept for a grid."""
+
+    hooks = ("rotate", "patch_bias", "bias", "widen", "narrow")
+
+    def __init__(self, spec: LayerSpec) -> None:
+        self.check_width(spec.head_dim, "a head width")
+        super().__init__(spec.grid)
+        self.head_dim = spec.head_dim
+        self.num_heads = spec.num_heads
+        self.num_prefix_tokens = spec.num_prefix_tokens
 
     def add_norm(self) -> None:
         """Normalise the bias before it is added, from now on."""
         raise NotImplementedError
 
-    def rotate(self, q: Tensor, k: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    def rotate(self, q: Tensor, k: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         """q and k (B, h, N, d) turned by their positions."""
         return q, k
 
-    def bias(self, q: Tensor, grid: Grid) -> Tensor | None:
-        """A term of the logits that broadcasts to (B, h, N, N), or None; q (B, h, N, d) is not yet scaled by d^-1/2."""
+    def patch_bias(self, places: Places) -> Tensor | None:
+        """A term of the logits between patches that depends on places alone.
+
+        It broadcasts to (h, M, M). Where the places of images differ, it is (B, M, M) for all heads alike, or
+        broadcasts to (B, h, M, M). In any dtype. Pairs with a prefix token get 0.
+        """
         return None
 
-    def widen(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    def bias(self, q: Tensor, k: Tensor, places: Places) -> Tensor | None:
+        """A term of the logits that depends on q and k (B, h, N, d), after :meth:`rotate`; q is not yet scaled.
+
+        It broadcasts to (B, h, N, N), prefix tokens included.
+        """
+        return None
+
+    def widen(self, q: Tensor, k: Tensor, v: Tensor, read: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v (B, h, N, d) with more channels E, alike: (B, h, N, d + E).
 
-        The product of the new channels of q and k is the term of the logits, not yet scaled by d^-1/2. What attention
+        The product of the new channels of q and k is a term of the logits, not yet scaled by d^-1/2. What attention
         gathers from those of v is for :meth:`narrow`. So no term is ever held for each pair of tokens, and fused
         kernels can be used.
+
+        Args:
+            read: what attention reads, (B, N, D).
         """
         return q, k, v
 
-    def narrow(self, x: Tensor, grid: Grid) -> Tensor:
+    def narrow(self, x: Tensor, places: Places) -> Tensor:
         """What attention gathers from wide values (B, h, N, d + E), to (B, h, N, d)."""
         return x
 
-    def views(self, queries: Tensor, grid: Grid) -> list[LayerView]:
-        """What there is to see of this layer's positions, in the order in which attention uses it.
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, read: Tensor, places: Places, attend: Attend) -> Tensor:
+        """Attention with this encoding: what each token gathers, (B, h, N, d).
+
+        All that the encoding does with its parameters happens in here, so that a wrapper which gathers or loads the
+        parameters of a module for its forward is in time.
 
         Args:
-            queries: (1, h, N, d) of tokens without content, for a bias that depends on them.
-            grid: (H, W).
+            read: what attention reads, (B, N, D).
+            attend: the rest of attention.
         """
-        views = []
-        kernel = self.kernel(grid)
-        if kernel is not None:
-            title = "mean q.k of equal q and k by offset"
-            views.append(LayerView("kernel", title, kernel, by_offset=True))
-        q, _ = self.rotate(queries, queries, grid)
-        bias, without_query = self.bias(q, grid), self.bias(torch.zeros_like(q), grid)
-        if bias is not None and without_query is not None:
-            title = "bias" if torch.equal(bias, without_query) else "bias of queries without content"
-            P, N = self.num_prefix_tokens, queries.shape[2]
-            patches = bias.expand(1, self.num_heads, N, N)[0, :, P:, P:]
-            views += pairs_and_offsets("bias", title, patches, grid)
-        return views
+        q, k = self.rotate(q, k, places)
+        if "widen" in self.overridden:
+            q, k, v = self.widen(q, k, v, read, places)
+        return self.narrow(attend(q, k, v, self.logits_bias(q, k, places)), places)
 
-    def kernel(self, grid: Grid) -> Tensor | None:
-        """The mean of q.k over random unit vectors q = k that lie as far apart as the offset says.
+    def logits_bias(self, q: Tensor, k: Tensor, places: Places) -> Tensor | None:
+        """The sum of :meth:`patch_bias`, padded for prefix tokens and cast, and :meth:`bias`; None without both."""
+        of_patches = self.compute(self._token_bias, places, q) if "patch_bias" in self.overridden else None
+        of_content = self.bias(q, k, places)
+        if of_patches is None or of_content is None:
+            return of_content if of_patches is None else of_patches
+        return of_patches + of_content
 
-        The mean over all directions is the mean over an orthonormal basis, so that there is nothing to draw at random.
-
-        Returns:
-            (h, 2H-1, 2W-1), or (1, 2H-1, 2W-1) where the heads agree; None where ``rotate`` does nothing.
-        """
-        P, d = self.num_prefix_tokens, self.head_dim
-        basis = torch.eye(d, dtype=self.anchor.dtype, device=self.anchor.device)
-        basis = basis[:, None, None].expand(d, self.num_heads, P + grid[0] * grid[1], d)
-        q, k = self.rotate(basis, basis, grid)
-        if q is basis and k is basis:
-            return None
-        products = torch.einsum("bhqd,bhkd->hqk", q[:, :, P:], k[:, :, P:]) / d
-        return one_where_heads_agree(mean_by_offset(products, grid))
-
-    def plane_frequencies(self) -> Tensor | None:
-        """How far each pair of channels turns per patch to the right and per patch down, in radians.
-
-        Returns:
-            (h, pairs, 2), or (1, pairs, 2) where the heads agree; None where nothing turns.
-        """
-        return None
+    def _token_bias(self, places: Places, dtype: torch.dtype) -> Tensor:
+        bias = self.patch_bias(places)
+        assert bias is not None
+        if places.differs_by_image and bias.dim() == 3:
+            bias = bias[:, None]
+        P = self.num_prefix_tokens
+        return F.pad(bias, (P, 0, P, 0)).to(dtype)
 
 
-def resize_grid(rows: Tensor, old: Grid, new: Grid) -> Tensor:
-    """Resample rows that stand for the cells of a grid: bicubic with antialiasing, by size, in float32.
+class TokenEncoding(Encoding):
+    """A function of the patch tokens, placed after a block. A subclass defines ``forward(x, places)``.
 
     Args:
-        rows: (T, H*W, C), row-major over ``old``.
-
-    Returns:
-        (T, H'*W', C), row-major over ``new``, in the dtype of ``rows``; ``rows`` itself where the grids agree.
+        dim: D.
+        grid: (H, W) that the model is built for.
+        after: number of the block after which it acts, from 0; negative numbers count from the end.
     """
-    if old == new:
-        return rows
-    maps = rows.float().transpose(1, 2).reshape(rows.shape[0], rows.shape[2], old[0], old[1])
-    maps = F.interpolate(maps, size=[new[0], new[1]], mode="bicubic", antialias=True, align_corners=False)
-    return maps.flatten(2).transpose(1, 2).to(rows.dtype)
+
+    hooks = ("forward",)
+
+    def __init__(self, dim: int, grid: Grid, *, after: int = 0) -> None:
+        self.check_width(dim, "an embed_dim")
+        super().__init__(grid)
+        self.dim = dim
+        self.after = after
+
+    def forward(self, x: Tensor, places: Places) -> Tensor:
+        """Patch tokens (B, M, D), without prefix tokens, to (B, M, D)."""
+        raise NotImplementedError

@@ -1,14 +1,15 @@
 """A trained bias for each offset between two patches.
 
-Shapes: H x W patches, P prefix tokens, N = P + H*W tokens, h heads, O = (2H - 1)(2W - 1) offsets, row-major.
+Shapes: H x W cells, M patches, h heads, O = (2H - 1)(2W - 1) offsets, row-major.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape_vit.encodings.base import AttentionEncoding, Grid, resize_grid
-from lape_vit.encodings.views import LayerView, offset_index, pairs_and_offsets
+from lape_vit.encodings.base import AttentionEncoding, LayerSpec
+from lape_vit.encodings.tables import read_between_cells, resize_grid
+from lape_vit.places import Grid, Places
 
 
 def offset_grid(grid: Grid) -> Grid:
@@ -16,21 +17,57 @@ def offset_grid(grid: Grid) -> Grid:
     return 2 * grid[0] - 1, 2 * grid[1] - 1
 
 
+class KeyNorm(nn.LayerNorm):
+    """LayerNorm of a bias over its keys, with a weight and a shift for each cell of the grid."""
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__(grid[0] * grid[1], eps=1e-5)
+        self.grid = grid
+
+    def forward(  # type: ignore[override]  # it needs the places, too
+        self, bias: Tensor, places: Places, over_cells: Tensor | None = None
+    ) -> Tensor:
+        """The bias (..., h, M, M), normalised.
+
+        Args:
+            over_cells: (..., h, M, H*W), the bias with every cell as the key; None where the keys are these cells.
+        """
+        weight, shift = (resize_grid(part[None, :, None], self.grid, places.grid) for part in (self.weight, self.bias))
+        if over_cells is None:
+            return F.layer_norm(bias, bias.shape[-1:], weight.flatten(), shift.flatten(), self.eps)
+        variance, mean = torch.var_mean(over_cells, dim=-1, correction=0, keepdim=True)
+        weight, shift = (
+            read_between_cells(part[0], places.grid, *places.coordinates()).movedim(-1, -2)[..., None, :, :]
+            for part in (weight, shift)
+        )
+        return (bias - mean) / (variance + self.eps).sqrt() * weight + shift
+
+    @torch.no_grad()
+    def set_grid(self, grid: Grid) -> None:
+        """Resample weight and shift."""
+        for name, part in list(self.named_parameters()):
+            resized = resize_grid(part[None, :, None], self.grid, grid).flatten()
+            setattr(self, name, nn.Parameter(resized, requires_grad=part.requires_grad))
+        self.normalized_shape = (grid[0] * grid[1],)
+        self.grid = grid
+
+
 class RelativeBias(AttentionEncoding):
     """A bias per head and offset, added to the logits between patches; pairs with a prefix token have none.
 
     Swin (Liu et al. 2021, https://arxiv.org/abs/2103.14030, Eq. 4), one zero-initialised table per layer. Under LaPE a
-    LayerNorm over the keys of each layer's bias (h, H*W, H*W) precedes the sum (eps 1e-5).
+    LayerNorm over the keys of each layer's bias (h, H*W, H*W) precedes the sum (eps 1e-5). Between whole offsets the
+    table is interpolated; LaPE's norm then takes mean and deviation over all cells, as on a whole grid.
     """
 
     name = "2D_RPE"
     takes_norm = True
 
-    def __init__(self, head_dim: int, num_heads: int, grid: Grid, num_prefix_tokens: int) -> None:
-        super().__init__(head_dim, num_heads, grid, num_prefix_tokens)
-        offsets = offset_grid(grid)
-        self.table = nn.Parameter(torch.empty(offsets[0] * offsets[1], num_heads))
-        self.norm: nn.LayerNorm | None = None
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__(spec)
+        offsets = offset_grid(spec.grid)
+        self.table = nn.Parameter(torch.empty(offsets[0] * offsets[1], spec.num_heads))
+        self.norm: KeyNorm | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -38,50 +75,44 @@ class RelativeBias(AttentionEncoding):
         nn.init.zeros_(self.table)
 
     def add_norm(self) -> None:
-        self.norm = nn.LayerNorm(self.grid[0] * self.grid[1], eps=1e-5)
+        self.norm = KeyNorm(self.grid)
 
     def no_weight_decay(self) -> set[str]:
         return {"table"}
 
-    def table_bias(self, grid: Grid) -> Tensor:
-        """The table's entry of each pair of patches (h, H*W, H*W), for a grid of any size."""
-        table = resize_grid(self.table[None], offset_grid(self.grid), offset_grid(grid))[0]
-        return table[offset_index(grid, self.anchor.device)].permute(2, 0, 1)
+    def table_bias(self, queries: Places, keys: Places) -> Tensor:
+        """The table's entry of each pair, (..., h, M, M'), of queries at some places and keys at others."""
+        grid, offsets = queries.grid, offset_grid(queries.grid)
+        table = resize_grid(self.table[None], offset_grid(self.grid), offsets)[0]
+        if queries.is_whole and keys.is_whole:
+            return table[offset_index(grid, table.device)].permute(2, 0, 1)
+        (x, y), (key_x, key_y) = queries.coordinates(), keys.coordinates()
+        dx = x[..., :, None] - key_x[..., None, :] + grid[1] - 1
+        dy = y[..., :, None] - key_y[..., None, :] + grid[0] - 1
+        return read_between_cells(table, offsets, dx, dy).movedim(-1, -3)
 
-    def patch_bias(self, grid: Grid) -> Tensor:
-        """The bias between patches (h, H*W, H*W), as it is added, for a grid of any size."""
-        bias = self.table_bias(grid)
-        if self.norm is not None:
-            weight = resize_grid(self.norm.weight[None, :, None], self.grid, grid).flatten()
-            shift = resize_grid(self.norm.bias[None, :, None], self.grid, grid).flatten()
-            bias = F.layer_norm(bias, [grid[0] * grid[1]], weight, shift, self.norm.eps)
-        return bias
-
-    def bias(self, q: Tensor, grid: Grid) -> Tensor:
-        if torch.jit.is_scripting():
-            bias = self.token_bias(grid, q.dtype)
-        else:
-            bias = self.cache.get(q, list(self.parameters()), self.token_bias, grid, q.dtype)
-        return bias
-
-    def token_bias(self, grid: Grid, dtype: torch.dtype) -> Tensor:
-        """The same between all tokens (h, N, N), in any dtype: zero with prefix tokens."""
-        P = self.num_prefix_tokens
-        return F.pad(self.patch_bias(grid), (P, 0, P, 0)).to(dtype)
-
-    def views(self, queries: Tensor, grid: Grid) -> list[LayerView]:
+    def patch_bias(self, places: Places) -> Tensor:
+        bias = self.table_bias(places, places)
         if self.norm is None:
-            return super().views(queries, grid)
-        before = pairs_and_offsets("bias", "bias before the norm", self.table_bias(grid), grid)
-        return before + pairs_and_offsets("bias_normed", "bias after the norm", self.patch_bias(grid), grid)
+            return bias
+        if places.is_whole:
+            return self.norm(bias, places)
+        return self.norm(bias, places, self.table_bias(places, Places(places.grid, device=places.device)))
 
     @torch.no_grad()
     def set_grid(self, grid: Grid) -> None:
         table = resize_grid(self.table[None], offset_grid(self.grid), offset_grid(grid))[0]
         self.table = nn.Parameter(table, requires_grad=self.table.requires_grad)
         if self.norm is not None:
-            self.norm.normalized_shape = (grid[0] * grid[1],)
-            for name, part in list(self.norm.named_parameters()):
-                resized = resize_grid(part[None, :, None], self.grid, grid).flatten()
-                setattr(self.norm, name, nn.Parameter(resized, requires_grad=part.requires_grad))
+            self.norm.set_grid(grid)
         super().set_grid(grid)
+
+
+def offset_index(grid: Grid, device: torch.device) -> Tensor:
+    """The number of each pair's offset, query (first) less key: (H*W, H*W), row-major over (2H-1, 2W-1)."""
+    height, width = grid
+    y, x = torch.arange(height, device=device), torch.arange(width, device=device)
+    rows = y[:, None] - y[None, :] + height - 1
+    columns = x[:, None] - x[None, :] + width - 1
+    index = rows[:, None, :, None] * (2 * width - 1) + columns[None, :, None, :]
+    return index.flatten(2, 3).flatten(0, 1)

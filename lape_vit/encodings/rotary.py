@@ -1,7 +1,7 @@
 """Rotations of q and k by angles that grow with a patch's place, so that q.k depends on the offset alone.
 
-Shapes: B batch, h heads, d head width, P prefix tokens, H x W patches, N = P + H*W tokens. Channels 2i and 2i + 1 form
-pair i, which turns by one angle; there are d/2 pairs. Fixed angles are computed in float64 for the grid at hand.
+Shapes: B batch, h heads, d head width, P prefix tokens, M patches, N = P + M tokens. Channels 2i and 2i + 1 form pair
+i, which turns by one angle; there are d/2 pairs. Fixed angles are computed in float64 for the places at hand.
 """
 
 import math
@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape_vit.encodings.base import AttentionEncoding, Grid
+from lape_vit.encodings.base import AttentionEncoding, LayerSpec
+from lape_vit.places import Places
 
 
 @torch.fx.wrap
@@ -22,49 +23,48 @@ def turn(x: Tensor, turns: Tensor) -> Tensor:
     """
     pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
     turns = turns.to(pairs.dtype)
-    # Compilers know no complex numbers, and need none to be fast.
-    if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
+    # Compilers and readers of a traced graph know no complex numbers, and need none to be fast.
+    if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         turned = torch.view_as_complex(pairs) * torch.view_as_complex(turns)
         return torch.view_as_real(turned).flatten(-2).to(x.dtype)
     (even, odd), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
-def places(grid: Grid, device: torch.device, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Column x and row y (H*W, 1) of each patch, counted from 0."""
-    y = torch.arange(grid[0], dtype=dtype, device=device)
-    x = torch.arange(grid[1], dtype=dtype, device=device)
-    return x.repeat(grid[0])[:, None], y.repeat_interleave(grid[1])[:, None]
+@torch.fx.wrap
+def in_float32_or_better(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in a dtype, or in float32 where that one is shorter."""
+    return x.to(torch.promote_types(dtype, torch.float32))
 
 
 class Rotary(AttentionEncoding):
     """The common part: subclasses give the angles. Prefix tokens are not turned."""
 
-    def __init__(self, head_dim: int, num_heads: int, grid: Grid, num_prefix_tokens: int) -> None:
-        if head_dim % 4:
-            raise ValueError(f"pe={self.name!r} needs a head width divisible by 4, not {head_dim}")
-        super().__init__(head_dim, num_heads, grid, num_prefix_tokens)
+    divisor = 4
 
-    def angles(self, grid: Grid) -> Tensor:
-        """In radians, per patch and pair: broadcasts to (h, H*W, d/2)."""
+    def angles(self, places: Places) -> Tensor:
+        """In radians, per patch and pair: broadcasts to (h, M, d/2), or to (B, h, M, d/2) where images differ."""
         raise NotImplementedError
 
-    def turns(self, grid: Grid) -> Tensor:
-        """Cosine and sine of each token's angles, in float32 or better: broadcasts to (h, N, d/2, 2)."""
-        angles = F.pad(self.angles(grid), (0, 0, self.num_prefix_tokens, 0))
-        turns = torch.stack([angles.cos(), angles.sin()], dim=-1)
-        return turns.to(torch.promote_types(self.anchor.dtype, torch.float32))
+    def turns(self, places: Places, dtype: torch.dtype) -> Tensor:
+        """Cosine and sine of each token's angles, in float32 or better: broadcasts to (B, h, N, d/2, 2)."""
+        angles = F.pad(self.angles(places), (0, 0, self.num_prefix_tokens, 0))
+        return in_float32_or_better(torch.stack([angles.cos(), angles.sin()], dim=-1), dtype)
 
-    def rotate(self, q: Tensor, k: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        if torch.jit.is_scripting():
-            turns = self.turns(grid)
-        else:
-            turns = self.cache.get(q, list(self.parameters()), self.turns, grid)
+    def rotate(self, q: Tensor, k: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+        turns = self.compute(self.turns, places, q)
         return turn(q, turns), turn(k, turns)
 
-    def plane_frequencies(self) -> Tensor:
-        corner, right, below, _ = self.angles((2, 2)).reshape(-1, 4, self.head_dim // 2).unbind(1)
-        return torch.stack([right - corner, below - corner], dim=-1)
+
+def per_axis(places: Places, frequencies: Tensor, first: float = 0.0) -> Tensor:
+    """Angles of axial forms, (1, M, d/2) or (B, 1, M, d/2): columns turn the first d/4 pairs, rows the others.
+
+    Args:
+        frequencies: (d/4,), in radians per cell.
+        first: what the first column and row count as.
+    """
+    angles = [(axis[..., None] + first) * frequencies.to(axis.device) for axis in places.coordinates(frequencies.dtype)]
+    return torch.cat(angles, dim=-1).unsqueeze(-3)
 
 
 class Rope(Rotary):
@@ -76,11 +76,9 @@ class Rope(Rotary):
 
     name = "rope"
 
-    def angles(self, grid: Grid) -> Tensor:
-        x, y = places(grid, self.anchor.device)
-        pairs = torch.arange(1, self.head_dim // 4 + 1, dtype=x.dtype, device=x.device)
-        frequencies = torch.exp(-math.log(10000.0) * pairs / (self.head_dim / 4))
-        return torch.cat([(x + 1) * frequencies, (y + 1) * frequencies], dim=-1)
+    def angles(self, places: Places) -> Tensor:
+        pairs = torch.arange(1, self.head_dim // 4 + 1, dtype=torch.float64)
+        return per_axis(places, torch.exp(-math.log(10000.0) * pairs / (self.head_dim / 4)), first=1)
 
 
 class RopeAxial(Rotary):
@@ -95,16 +93,12 @@ class RopeAxial(Rotary):
 
     name = "rope_axial"
 
-    def __init__(
-        self, head_dim: int, num_heads: int, grid: Grid, num_prefix_tokens: int, *, rope_theta: float = 100.0
-    ) -> None:
-        super().__init__(head_dim, num_heads, grid, num_prefix_tokens)
+    def __init__(self, spec: LayerSpec, *, rope_theta: float = 100.0) -> None:
+        super().__init__(spec)
         self.rope_theta = check_theta(rope_theta)
 
-    def angles(self, grid: Grid) -> Tensor:
-        x, y = places(grid, self.anchor.device)
-        frequencies = axial_frequencies(self.head_dim, self.rope_theta).to(x.device)
-        return torch.cat([x * frequencies, y * frequencies], dim=-1)
+    def angles(self, places: Places) -> Tensor:
+        return per_axis(places, axial_frequencies(self.head_dim, self.rope_theta))
 
 
 class RopeMixed(Rotary):
@@ -120,12 +114,11 @@ class RopeMixed(Rotary):
 
     name = "rope_mixed"
 
-    def __init__(
-        self, head_dim: int, num_heads: int, grid: Grid, num_prefix_tokens: int, *, rope_theta: float = 10.0
-    ) -> None:
-        super().__init__(head_dim, num_heads, grid, num_prefix_tokens)
+    def __init__(self, spec: LayerSpec, *, rope_theta: float = 10.0) -> None:
+        super().__init__(spec)
         self.rope_theta = check_theta(rope_theta)
-        self.frequencies = nn.Parameter(torch.empty(2, num_heads, head_dim // 2))  # of x and y, in radians per patch
+        # of x and y, in radians per patch
+        self.frequencies = nn.Parameter(torch.empty(2, spec.num_heads, spec.head_dim // 2))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -138,9 +131,9 @@ class RopeMixed(Rotary):
     def no_weight_decay(self) -> set[str]:
         return {"frequencies"}
 
-    def angles(self, grid: Grid) -> Tensor:
+    def angles(self, places: Places) -> Tensor:
         frequencies = self.frequencies.to(torch.promote_types(self.frequencies.dtype, torch.float32))
-        x, y = places(grid, self.anchor.device, frequencies.dtype)
+        x, y = (axis[..., None, :, None] for axis in places.coordinates(frequencies.dtype))
         return x * frequencies[0, :, None] + y * frequencies[1, :, None]
 
 

@@ -1,12 +1,12 @@
-"""Fixed sines and cosines, computed in float64 for the grid at hand: no cast, device or resolution spoils them."""
+"""Fixed sines and cosines, computed in float64 for the places at hand: no cast, device or resolution spoils them."""
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lape_vit.encodings.base import AbsoluteEncoding, Grid
+from lape_vit.encodings.base import AbsoluteEncoding
+from lape_vit.places import Places
 
 
 def sinusoid(positions: Tensor, dim: int) -> Tensor:
@@ -15,31 +15,32 @@ def sinusoid(positions: Tensor, dim: int) -> Tensor:
     Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, Sec. 3.5.
 
     Args:
-        positions: (M,), in tokens.
+        positions: (..., M), in tokens.
         dim: even number of channels.
 
     Returns:
-        (M, dim), channel 2i is sin(p / 10000^(2i / dim)), channel 2i + 1 its cosine.
+        (..., M, dim), channel 2i is sin(p / 10000^(2i / dim)), channel 2i + 1 its cosine.
     """
     exponents = torch.arange(0, dim, 2, dtype=positions.dtype, device=positions.device) / dim
-    angles = positions[:, None] * torch.exp(-math.log(10000.0) * exponents)
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+    angles = positions[..., None] * torch.exp(-math.log(10000.0) * exponents)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
 class Sinusoidal1D(AbsoluteEncoding):
-    """Sines over the flattened sequence (Vaswani et al. 2017). Rows are numbered from 0, prefix rows first."""
+    """Sines over the flattened sequence (Vaswani et al. 2017). Rows are numbered from 0, prefix rows first.
+
+    The place of a patch in the sequence is y W + x, so that a column between two cells is a place between two patches.
+    """
 
     name = "1D_sin"
+    divisor = 2
 
-    def __init__(self, dim: int, grid: Grid, prefix_rows: int) -> None:
-        if dim % 2:
-            raise ValueError(f"pe='1D_sin' needs an embed_dim divisible by 2, not {dim}")
-        super().__init__(dim, grid, prefix_rows)
+    def patch_vectors(self, places: Places) -> Tensor:
+        x, y = places.coordinates()
+        return sinusoid(self.prefix_rows + y * places.grid[1] + x, self.dim)
 
-    def forward(self, grid: Grid, pos_embed: Tensor | None = None) -> Tensor:
-        rows = self.prefix_rows + grid[0] * grid[1]
-        table = sinusoid(torch.arange(rows, dtype=torch.float64, device=self.anchor.device), self.dim)
-        return table[None].to(self.anchor.dtype)
+    def prefix_vectors(self, patches: Tensor) -> Tensor:
+        return sinusoid(torch.arange(self.prefix_rows, dtype=patches.dtype, device=patches.device), self.dim)
 
 
 class Sinusoidal2D(AbsoluteEncoding):
@@ -49,15 +50,7 @@ class Sinusoidal2D(AbsoluteEncoding):
     """
 
     name = "2D_sin"
+    divisor = 4
 
-    def __init__(self, dim: int, grid: Grid, prefix_rows: int) -> None:
-        if dim % 4:
-            raise ValueError(f"pe='2D_sin' needs an embed_dim divisible by 4, not {dim}")
-        super().__init__(dim, grid, prefix_rows)
-
-    def forward(self, grid: Grid, pos_embed: Tensor | None = None) -> Tensor:
-        height, width = grid
-        y = sinusoid(torch.arange(height, dtype=torch.float64, device=self.anchor.device), self.dim // 2)
-        x = sinusoid(torch.arange(width, dtype=torch.float64, device=self.anchor.device), self.dim // 2)
-        table = torch.cat([x[None].expand(height, -1, -1), y[:, None].expand(-1, width, -1)], dim=-1).flatten(0, 1)
-        return F.pad(table, (0, 0, self.prefix_rows, 0))[None].to(self.anchor.dtype)
+    def patch_vectors(self, places: Places) -> Tensor:
+        return torch.cat([sinusoid(axis, self.dim // 2) for axis in places.coordinates()], dim=-1)

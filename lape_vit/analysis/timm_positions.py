@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lape_vit.encodings import Grid
-from lape_vit.encodings.views import LayerView, cosine_similarity
+from lape_vit.analysis.positions import PositionView, layer_titles, over_layers
+from lape_vit.analysis.views import LayerView, cosine_similarity
 from lape_vit.joins import Basic
-from lape_vit.similarity import PositionView, layer_titles, over_layers
+from lape_vit.places import Grid
 
 
 @torch.no_grad()
 def timm_position_views(model: Any) -> list[PositionView]:
-    """The view ``similarity`` of :func:`lape_vit.similarity.position_views`, of a model of timm.
+    """The view ``similarity`` of :func:`lape_vit.analysis.positions.position_views`, of a model of timm.
 
     Positions that such a model has besides, in the logits or as rotations, are not shown.
 

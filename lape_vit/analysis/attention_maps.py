@@ -1,4 +1,4 @@
-"""What attention makes of an image, and the part of its logits that positions bring in.
+"""Attention of each layer on an image, and the part of its logits that positions bring in.
 
 Shapes: P prefix tokens, N = P + H*W tokens, D embedding width, h heads.
 """
@@ -11,9 +11,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lape_vit.encodings import Grid
-from lape_vit.similarity import Model, attentions
-from lape_vit.vit import Attention, Block
+from lape_vit.analysis.positions import Model, attentions
+from lape_vit.attention import Attention, Block
+from lape_vit.places import Places
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ def why_no_split(model: Model) -> str | None:
     They are where norm1 reads content alone: positions reach attention after it, or as a bias.
     """
     pair = f"pe={model.pe!r}, join_type={model.join_type!r}"
-    first = attentions(model)[0]
+    first, terms = attentions(model)[0], model.position_terms()
     if model.join.encoding is None and first.encoding is None:
         return f"{pair}: there are no positions"
-    if first.encoding is not None and first.encoding.kernel((1, 1)) is not None:
+    if first.encoding is not None and "rotate" in first.encoding.overridden:
         return f"{pair}: positions turn q and k, and are no term of q.k"
-    if model.join.encoding is not None and model.join.target != "attention":
+    if terms.input is not None or any(term is not None for term in terms.residual):
         return f"{pair}: norm1 reads the sum of content and positions"
     if model.join.encoding is not None and not isinstance(first.q_norm, nn.Identity):
         return f"{pair}: q and k are normalised after positions were added"
@@ -59,7 +59,7 @@ def attention_maps(model: Model, image: Tensor) -> list[LayerAttention]:
         image: (1, C, height, width), normalised.
     """
     normed: list[Tensor] = []
-    calls: list[tuple[Tensor, Grid]] = []
+    calls: list[tuple[Tensor, Places]] = []
     with ExitStack() as hooks:
         for block in cast("Iterable[Block]", model.blocks):
             for handle in (
@@ -70,36 +70,34 @@ def attention_maps(model: Model, image: Tensor) -> list[LayerAttention]:
         model.forward_features(image)
     splits = why_no_split(model) is None
     layers = []
-    for attn, content, (read, grid) in zip(attentions(model), normed, calls, strict=True):
-        weights = logits(attn, read, grid)[0].softmax(dim=-1)
-        parts = split_logits(attn, content, read, grid) if splits else (None, None)
+    for attn, content, (read, places) in zip(attentions(model), normed, calls, strict=True):
+        weights = logits(attn, read, places)[0].softmax(dim=-1)
+        parts = split_logits(attn, content, read, places) if splits else (None, None)
         layers.append(LayerAttention(weights, *parts))
     return layers
 
 
-def logits(attn: Attention, read: Tensor, grid: Grid) -> Tensor:
+def logits(attn: Attention, read: Tensor, places: Places) -> Tensor:
     """The logits of tokens (1, N, D), as attention computes them: (1, h, N, N)."""
     q, k, _ = attn.project(read)
     if attn.encoding is None:
         return attn.scale * q @ k.mT
-    q, k = attn.encoding.rotate(q, k, grid)
-    bias = attn.encoding.bias(q, grid)
+    q, k = attn.encoding.rotate(q, k, places)
+    bias = attn.encoding.logits_bias(q, k, places)
+    if "widen" in attn.encoding.overridden:
+        q, k, _ = attn.encoding.widen(q, k, k, read, places)
     return attn.scale * q @ k.mT + (0 if bias is None else bias)
 
 
-def split_logits(attn: Attention, content: Tensor, read: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def split_logits(attn: Attention, content: Tensor, read: Tensor, places: Places) -> tuple[Tensor, Tensor]:
     """What content gives to the logits alone, and what positions add: each (h, N, N).
 
-    With q = qc + qw and k = kc + kw, of content c and positions w, that is qc.kc, and qc.kw + qw.kc + qw.kw + bias.
+    With c of content alone, q = qc + qw and k = kc + kw, that is qc.kc, and all that the logits have besides.
 
     Args:
         content: what norm1 gives, (1, N, D).
         read: the same with positions, (1, N, D).
     """
-    (q, k, _), (q_content, k_content, _) = attn.project(read), attn.project(content)
-    q_position, k_position = q - q_content, k - k_content
-    position = attn.scale * (q_content @ k_position.mT + q_position @ k.mT)
-    bias = attn.encoding.bias(q, grid) if attn.encoding is not None else None
-    if bias is not None:
-        position = position + bias
-    return (attn.scale * q_content @ k_content.mT)[0], position[0]
+    q_content, k_content, _ = attn.project(content)
+    of_content = (attn.scale * q_content @ k_content.mT)[0]
+    return of_content, logits(attn, read, places)[0] - of_content

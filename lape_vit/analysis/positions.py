@@ -11,16 +11,19 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lape_vit.encodings import Grid
-from lape_vit.encodings.views import LayerView, cosine_similarity, mean_by_offset
-from lape_vit.vit import Attention, Block, VisionTransformer, VisionTransformerDistilled
+from lape_vit.analysis import views
+from lape_vit.analysis.views import LayerView, cosine_similarity, mean_by_offset
+from lape_vit.attention import Attention, Block
+from lape_vit.joins import Terms
+from lape_vit.places import Grid, Places
+from lape_vit.vit import VisionTransformer, VisionTransformerDistilled
 
 Model = VisionTransformer | VisionTransformerDistilled
 
 
 @dataclass(frozen=True)
 class PositionView:
-    """One quantity between places, in every layer that has it; made of :class:`lape_vit.encodings.views.LayerView`.
+    """One quantity between places, in every layer that has it; made of :class:`lape_vit.analysis.views.LayerView`.
 
     Attributes:
         name: part of a file's name, such as ``similarity``, ``bias``, ``bias_normed``, ``bias_offsets``, ``kernel``,
@@ -49,7 +52,7 @@ def position_views(model: Model, grid: Grid | None = None) -> list[PositionView]
     """Everything there is to see of a model's positions, in the order in which a layer uses it.
 
     Absolute encodings: ``similarity``, the cosine similarity of what :func:`layer_positions` gives. Encodings in
-    attention: their own :meth:`~lape_vit.encodings.AttentionEncoding.views`. A sum has both, ``none`` has nothing.
+    attention: their :func:`~lape_vit.analysis.views.layer_views`. A sum has both, ``none`` has nothing.
 
     Args:
         grid: (H, W) patches; default: what the model is built for.
@@ -57,17 +60,22 @@ def position_views(model: Model, grid: Grid | None = None) -> list[PositionView]
     Raises:
         ValueError: weights that are NaN or infinite.
     """
-    grid = grid or model.patch_embed.grid_size
+    places = whole_grid(model, grid)
     by_layer: list[list[LayerView]] = [[] for _ in model.blocks]
     if model.join.encoding is not None:
-        for views, positions in zip(by_layer, layer_positions(model, grid), strict=True):
+        for found, positions in zip(by_layer, layer_positions(model, grid), strict=True):
             similarity = cosine_similarity(positions)[None]
-            views.append(LayerView("similarity", "cosine similarity of positions", similarity, bounded=True))
-    for views, queries, attn in zip(by_layer, content_free_queries(model, grid), attentions(model), strict=True):
+            found.append(LayerView("similarity", "cosine similarity of positions", similarity, bounded=True))
+    for found, read, attn in zip(by_layer, content_free_tokens(model, places), attentions(model), strict=True):
         if attn.encoding is not None:
-            views.extend(attn.encoding.views(queries, grid))
+            found.extend(views.layer_views(attn.encoding, read, attn.project(read)[0], places))
     layers = layer_titles(len(by_layer), model.join_type)
-    return [over_layers(views, layers) for views in zip(*by_layer, strict=True)]
+    return [over_layers(found, layers) for found in zip(*by_layer, strict=True)]
+
+
+def whole_grid(model: Model, grid: Grid | None = None) -> Places:
+    """The places of a whole grid (H, W), by default that of the model, on its device."""
+    return Places(grid or model.patch_embed.grid_size, device=model.patch_embed.proj.weight.device)
 
 
 def layer_titles(count: int, join_type: str) -> list[str]:
@@ -96,7 +104,8 @@ def plane_frequencies(model: Model) -> list[Tensor]:
     Returns:
         (V, pairs, 2) per block; empty where nothing turns.
     """
-    found = [attn.encoding.plane_frequencies() for attn in attentions(model) if attn.encoding is not None]
+    device = model.patch_embed.proj.weight.device
+    found = [views.plane_frequencies(attn.encoding, device) for attn in attentions(model) if attn.encoding is not None]
     return [frequencies for frequencies in found if frequencies is not None]
 
 
@@ -146,27 +155,26 @@ def layer_correlations(view: PositionView) -> Tensor:
 
 def attentions(model: Model) -> list[Attention]:
     """The attention of each block."""
-    return [cast("Attention", block.attn) for block in cast("Iterable[Block]", model.blocks)]
+    return [block.attn for block in cast("Iterable[Block]", model.blocks)]
 
 
-def content_free_queries(model: Model, grid: Grid) -> list[Tensor]:
-    """The queries that tokens have in each block if they hold positions alone: (1, h, N, d) per block.
+def content_free_tokens(model: Model, places: Places) -> list[Tensor]:
+    """What attention of each block reads of tokens that hold positions alone: (1, N, D) per block.
 
-    Where nothing is added to the tokens, that is the query of the zero token: of norm1's bias.
+    Where nothing is added to the tokens, that is norm1 of the zero token: its shift.
     """
-    tokens = torch.zeros(1, model.num_prefix_tokens + grid[0] * grid[1], model.embed_dim).to(
-        model.patch_embed.proj.weight
-    )
-    input_term, terms = model.position_terms(grid)
-    if input_term is not None:
-        tokens = model.norm_pre(input_term)
-    queries = []
-    for block, term in zip(cast("Iterable[Block]", model.blocks), terms, strict=True):
-        read = block.norm1(tokens if term is None or not block.term_to_residual else tokens + term)
-        if term is not None and not block.term_to_residual:
-            read = read + term
-        queries.append(cast("Attention", block.attn).project(read)[0])
-    return queries
+    height, width = places.grid
+    tokens = torch.zeros(1, model.num_prefix_tokens + height * width, model.embed_dim)
+    tokens = tokens.to(model.patch_embed.proj.weight)
+    terms = model.position_terms(places)
+    if terms.input is not None:
+        tokens = model.norm_pre(terms.input)
+    read = []
+    for layer, block in enumerate(cast("Iterable[Block]", model.blocks)):
+        residual, attention = terms.of_block(layer)
+        normed = block.norm1(tokens if residual is None else tokens + residual)
+        read.append(normed if attention is None else normed + attention)
+    return read
 
 
 @torch.no_grad()
@@ -175,8 +183,8 @@ def layer_positions(model: Model, grid: Grid | None = None) -> list[Tensor]:
 
     Where positions are added after norm1 (LaPE), that is block l's term as it is. Where they are added before it, norm1
     is not linear, so the answer is what it makes of the positions alone: ``norm1_l(w)`` if w is added to the input,
-    ``norm1_l(term_l)`` if block l adds a term of its own to the residual stream. What earlier blocks' terms have left
-    in that stream counts as its content.
+    ``norm1_l(term_l)`` if block l adds a term of its own to the residual stream. Where a join adds in both places,
+    it is the sum. What earlier blocks' terms have left in the residual stream counts as its content.
 
     Args:
         grid: (H, W) patches; default: what the model is built for.
@@ -187,24 +195,34 @@ def layer_positions(model: Model, grid: Grid | None = None) -> list[Tensor]:
     Raises:
         ValueError: the model's encoding has no absolute part.
     """
-    input_term, terms = model.position_terms(grid)
-    if input_term is not None:
-        terms = [model.norm_pre(input_term) for _ in model.blocks]
-    positions = []
-    for block, term in zip(cast("Iterable[Block]", model.blocks), terms, strict=True):
-        if term is None:
-            raise ValueError(f"pe={model.pe!r} is no absolute encoding: it has no vector per patch, so nothing to draw")
-        read = term if model.join.target == "attention" else block.norm1(term)
-        positions.append(read[0, model.num_prefix_tokens :])
-    return positions
+    if model.join.encoding is None:
+        raise ValueError(f"pe={model.pe!r} is no absolute encoding: it has no vector per patch, so nothing to draw")
+    terms = model.position_terms(whole_grid(model, grid))
+    in_stream = None if terms.input is None else model.norm_pre(terms.input)
+    blocks = enumerate(cast("Iterable[Block]", model.blocks))
+    return [_read_of_terms(block, in_stream, terms, layer)[0, model.num_prefix_tokens :] for layer, block in blocks]
+
+
+def _read_of_terms(block: Block, in_stream: Tensor | None, terms: Terms, layer: int) -> Tensor:
+    residual, attention = terms.of_block(layer)
+    before = [term for term in (in_stream, residual) if term is not None]
+    read = [block.norm1(sum(before))] if before else []
+    found = [*read, *([attention] if attention is not None else [])]
+    if not found:
+        raise ValueError(f"block {layer} reads no position: the join adds nothing before its attention")
+    return cast("Tensor", sum(found))
 
 
 @torch.no_grad()
 def encoding_tables(model: Model) -> Tensor | None:
     """The absolute encoding itself, before any layer: (T, H*W, D) of its T tables; None where there is none."""
-    height, width = grid = model.patch_embed.grid_size
     encoding = model.join.encoding
-    return encoding(grid, model.pos_embed)[:, -height * width :] if encoding is not None else None
+    if encoding is None:
+        return None
+    places, weight = whole_grid(model), model.patch_embed.proj.weight
+    tables = [None] if model.pos_embed is None else model.pos_embed.split(1)
+    height, width = places.grid
+    return torch.cat([encoding(places, weight, table)[:, -height * width :] for table in tables])
 
 
 def token_map(values: Tensor, grid: Grid, token: tuple[int, int]) -> Tensor:

@@ -1,0 +1,1 @@
+"""What models make of positions, as tensors only: views of layers, attention maps. No plotting."""

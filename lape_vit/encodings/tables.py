@@ -1,0 +1,48 @@
+"""Trained tables over the cells of a grid: read at other grids, and at places between cells.
+
+Shapes: T tables, H x W cells in row-major order, C channels, M places, B batch.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lape_vit.places import Grid
+
+
+def resize_grid(rows: Tensor, old: Grid, new: Grid) -> Tensor:
+    """Resample rows that stand for the cells of a grid: bicubic with antialiasing, by size, in float32.
+
+    Args:
+        rows: (T, H*W, C), row-major over ``old``.
+
+    Returns:
+        (T, H'*W', C), row-major over ``new``, in the dtype of ``rows``; ``rows`` itself where the grids agree.
+    """
+    if old == new:
+        return rows
+    maps = rows.float().transpose(1, 2).reshape(rows.shape[0], rows.shape[2], old[0], old[1])
+    maps = F.interpolate(maps, size=[new[0], new[1]], mode="bicubic", antialias=True, align_corners=False)
+    return maps.flatten(2).transpose(1, 2).to(rows.dtype)
+
+
+def read_between_cells(rows: Tensor, grid: Grid, x: Tensor, y: Tensor) -> Tensor:
+    """Rows at real places, bilinear between the four cells around each; beyond the edge as at the edge.
+
+    On a whole cell that is the cell's row, exactly.
+
+    Args:
+        rows: (H*W, C), row-major over ``grid``.
+        x, y: columns and rows of the places, of any shape (...), in cells.
+
+    Returns:
+        (..., C), in the dtype of ``rows``.
+    """
+    height, width = grid
+    x, y = x.clamp(0, width - 1), y.clamp(0, height - 1)
+    left, top = x.floor(), y.floor()
+    of_right, of_bottom = ((place - cell)[..., None].to(rows.dtype) for place, cell in ((x, left), (y, top)))
+    left, top = left.long(), top.long()
+    right, bottom = (left + 1).clamp(max=width - 1), (top + 1).clamp(max=height - 1)
+    upper = rows[top * width + left] * (1 - of_right) + rows[top * width + right] * of_right
+    lower = rows[bottom * width + left] * (1 - of_right) + rows[bottom * width + right] * of_right
+    return upper * (1 - of_bottom) + lower * of_bottom

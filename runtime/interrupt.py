@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from threading import Thread
 from types import FrameType
 
@@ -84,6 +85,7 @@ def hold_signals() -> Iterator[None]:
 
     Else torch's own handler ends a loader's worker that gets a SIGTERM before it is ready, and with it the run.
     """
+    resource_tracker.ensure_running()  # else a process that spawns starts it in here, which unblocks the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

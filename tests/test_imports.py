@@ -48,8 +48,8 @@ BENEATH: dict[str, tuple[str, ...]] = {
     "engine": ("training",),
     "setup": ("datasets", "training", "models_lape"),
     "figures": ("models_lape", "training"),
-    "comparison": ("models_lape", "training"),
-    "commands": ("comparison", "engine", "figures", "setup"),
+    "comparison": ("engine", "setup"),
+    "commands": ("comparison", "figures"),
     "benchmarks": ("commands",),
 }
 """Layer: the layers directly beneath it. A module may import its own layer and all that lies beneath."""

@@ -1,4 +1,4 @@
-"""Every optimizer of timm that runs on a CPU: stopped and resumed, it continues bit for bit with its own options."""
+"""Every optimizer of timm that runs on a CPU: stopped and resumed, it continues bit for bit, with the new options."""
 
 import io
 from typing import Any

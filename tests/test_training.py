@@ -53,7 +53,6 @@ from training.options import (
     find_recipe,
     flag_of,
     read_recipe,
-    word_of,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,7 +103,6 @@ def test_options_of_encodings_are_read_by_their_type(
 ) -> None:
     parser = build_parser({"size": (kind, ["learnable"])})
     assert parser.read(words) == {"size": value}
-    assert parser.read([word_of("size", value)]) == {"size": value}
     assert read_recipe(parser, recipe_file(tmp_path, f"size: {json.dumps(value)}")) == {"size": value}
     assert Options.of({**parser.defaults, "size": value}).model.encoding == {"size": value}
 

@@ -450,13 +450,6 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def word_of(name: str, value: Any) -> str:
-    """The word of a command line that gives an option a value."""
-    if isinstance(value, bool):
-        return flag_of(name if value else f"no_{name}")
-    return f"{flag_of(name)}={value}"
-
-
 def build_parser(encoding_options: Mapping[str, tuple[type, Sequence[str]]]) -> OptionParser:
     """All options of `main.py`, in sections.
 

@@ -14,7 +14,7 @@ from timm.layers import to_2tuple
 
 from datasets import DATA_SETS, REPEATS, ImageLoader, build_dataset, build_loader, canonical_data_set
 from lape_vit import convert_checkpoint
-from lape_vit.encodings import all_options, canonical_name
+from lape_vit.encodings import all_options, resolve
 from loading.images import ImageSettings
 from loading.shards import runs_commands
 from runtime import distributed
@@ -293,7 +293,9 @@ def resolve_options(
     description: dict[str, Any],
     start: dict[str, Any],
 ) -> Options:
-    """All options: what was given, else what the checkpoint is of, else the recipe, else the default; canonical names.
+    """All options: what was given, else what the checkpoint is of, else the recipe, else the default.
+
+    Names are canonical, and `pe` is without options, which have names of their own.
 
     Args:
         description: of the checkpoint to evaluate or to resume, which nothing may contradict.
@@ -302,9 +304,7 @@ def resolve_options(
     Raises:
         ValueError: an unknown name, or an option that contradicts the checkpoint; names both values.
     """
-    for options in (given, description, start):
-        if options.get("pe") is not None:
-            options["pe"] = canonical_name(options["pe"])
+    given, recipe, description, start = map(spell_out_encoding, (given, recipe, description, start))
     fixed = {name: description[name] for name in FIXED if name in description}
     may_change = {"input_size"} if given.get("eval") else set()
     for name in (fixed.keys() & given.keys()) - may_change:
@@ -312,9 +312,9 @@ def resolve_options(
             raise ValueError(f"{flag_of(name)} {given[name]} contradicts {given['resume']}, which has {fixed[name]}")
 
     model = {name: start[name] for name in FIXED if name in start}
-    if given.get("pe", model.get("pe")) != model.get("pe"):
-        model = {name: value for name, value in model.items() if name not in all_options()}
-    values = {**parser.defaults, **recipe, **model, **fixed, **given}
+    pe = {**recipe, **model, **fixed, **given}.get("pe")
+    beneath = {**for_encoding(pe, recipe), **for_encoding(pe, model)}
+    values = {**parser.defaults, **beneath, **fixed, **given}
     if values["resume"] and not values["eval"] and values["output_dir"] is None:
         values["output_dir"] = str(Path(values["resume"]).parent)
     if values["model"] not in (known := timm.list_models(module="models_lape")):
@@ -326,6 +326,29 @@ def resolve_options(
     values["data_set"] = canonical_data_set(values["data_set"])
     values["data_path"] = values["data_path"] or DATA_SETS[values["data_set"]].default_data_path
     return Options.of(values)
+
+
+def spell_out_encoding(values: dict[str, Any]) -> dict[str, Any]:
+    """These options, with those that stand in brackets in `pe`, as in `rope_axial(rope_theta=10)`, under their names.
+
+    Raises:
+        ValueError: no such encoding or option, or two values of one option.
+    """
+    if values.get("pe") is None:
+        return values
+    try:
+        resolved = resolve(values["pe"], {name: values[name] for name in all_options() if values.get(name) is not None})
+    except TypeError as error:
+        raise ValueError(f"--pe {values['pe']}: {error}") from error
+    own = resolved.options() if "(" in values["pe"] else resolved.given
+    return {**values, **own, "pe": "+".join(part.name for part in resolved.parts)}
+
+
+def for_encoding(pe: str | None, values: dict[str, Any]) -> dict[str, Any]:
+    """These options without those of encodings, if they are of another encoding than `pe`."""
+    return (
+        values if values.get("pe") in (None, pe) else {name: values[name] for name in values.keys() - {*all_options()}}
+    )
 
 
 def pick_recipe(parser: OptionParser, given: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, Any]:

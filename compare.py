@@ -19,7 +19,7 @@ from comparison.jobs import FAILED, Job, alone_in, environments, run_jobs
 from comparison.pictures import draw_comparison
 from comparison.plan import Plan, make_plan
 from comparison.screen import Screen
-from comparison.sizes import evaluations, write_sizes
+from comparison.sizes import PLAIN, WAYS, check_ways, evaluations, write_sizes
 from comparison.tables import NAMES, heading, outcomes, table_rows, write_tables
 from datasets import build_dataset
 from lape_vit.encodings import all_options
@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 args, rest = read_options(sys.argv[1:] if argv is None else argv)
                 plan = make_plan(args, rest)
+                check_ways(plan, args.size_ways)
                 show_plan(plan, args.jobs)
                 if args.dry_run:
                     return forecast(plan, args.jobs, console)
@@ -98,6 +99,9 @@ def build_parser() -> Parser:
              "data; with several GPUs each run has one; default: 1")
     add("--sizes", nargs="+", type=whole(1), default=[], metavar="S",
         help="evaluate every trained model at these sides of its input, too: sizes.md, sizes.csv and sizes.png")
+    add("--size-ways", nargs="+", choices=tuple(WAYS), default=[PLAIN], metavar="WAY",
+        help=f"how to evaluate at the sizes: {', '.join(WAYS)}; on a reference grid, attention reads places in the "
+             f"cells of the trained grid, and log-n sharpens attention over more tokens; default: {PLAIN}")
     add("--dry-run", action="store_true",
         help="show the plan and the time that it takes, from some steps of each pair, and write nothing; CIFAR, which "
              "that needs, is downloaded if it is not there")
@@ -115,9 +119,11 @@ def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         ValueError: an illegal value.
     """
     args, rest = build_parser().parse_known_args(argv)
-    for flag, values in (("--seeds", args.seeds), ("--sizes", args.sizes)):
+    for flag, values in (("--seeds", args.seeds), ("--sizes", args.sizes), ("--size-ways", args.size_ways)):
         if len(set(values)) < len(values):
-            raise ValueError(f"{flag} names a number twice")
+            raise ValueError(f"{flag} names one thing twice")
+    if args.size_ways != [PLAIN] and not args.sizes:
+        raise ValueError("--size-ways says how --sizes evaluates: give both")
     if world_from_environment().size > 1:
         raise ValueError("compare.py starts its runs itself, by --jobs: start it by python, not by torchrun")
     return args, rest
@@ -176,12 +182,12 @@ def evaluate(
 ) -> None:
     """Evaluate every finished run at the sizes, and write that down."""
     failed: dict[str, str] = {}
-    jobs = evaluations(plan, args.sizes)
+    jobs = evaluations(plan, args.sizes, args.size_ways)
     try:
         for job in run_shown(Screen(console, "evaluation", jobs, args.jobs, trains=False), jobs, where):
             keep_failure(job, failed)
     finally:
-        write_sizes(plan, args.sizes, failed)
+        write_sizes(plan, args.sizes, args.size_ways, failed)
     failures |= failed
     _logger.info("%s: sizes.md, sizes.csv and sizes.png", plan.folder)
 

@@ -19,9 +19,11 @@ from logging import getLogger
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from engine import evaluate, train_one_epoch
+from lape_vit.encodings import all_options
 from loading.images import UnreadableImageError
 from loading.shards import DamagedShardError
 from runtime import distributed
@@ -29,11 +31,12 @@ from runtime.distributed import World
 from runtime.files import atomic_write, write_text
 from runtime.interrupt import Interrupted, defer_interrupts
 from runtime.logs import LoopDisplay, clock, end_in_one_line, start_logging
+from runtime.tables import print_table
 from training.checkpoint import save_checkpoint
 from training.curves import draw_curves
 from training.folder import CHECKPOINTS, last_checkpoint
-from training.models import count_parameters
-from training.options import saved_options
+from training.models import count_parameters, encoding_table
+from training.options import build_parser, saved_options, with_dashes
 from training.setup import Setup, set_up
 from training.state import Training
 
@@ -56,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     display = LoopDisplay(console if world.is_main else None, world.size)
     try:
         try:
+            if "--list-encodings" in map(with_dashes, argv):
+                return list_encodings(argv, console)
             setup = set_up(argv, world, display)
         except (ValueError, OSError) as error:
             return _end(f"error: {error}", 2, world)
@@ -86,6 +91,14 @@ def _end(message: str, exit_code: int, world: World) -> int:
         time.sleep(SECONDS_FOR_OTHERS)
         message = f"process {world.rank}: {message}"
     return end_in_one_line("main.py", message, exit_code)
+
+
+def list_encodings(argv: Sequence[str], console: Console) -> int:
+    """Print what each encoding is, takes and adds to the model of the command line."""
+    parser = build_parser(all_options())
+    model = {**parser.defaults, **parser.read(argv)}["model"]
+    print_table(console, f"encodings, and the parameters that they add to {model}", *encoding_table(model))
+    return 0
 
 
 def evaluate_checkpoint(setup: Setup) -> int:

@@ -309,6 +309,30 @@ def test_sizes_are_evaluated_once_for_each_checkpoint(tmp_path: Path, stand_in: 
     assert [len(calls_of(out / f"{pe}_basic_seed0" / "size_24")) for pe in ("none", "rope")] == [2, 1]
 
 
+def test_a_size_is_evaluated_in_every_way_that_the_encoding_takes(tmp_path: Path, stand_in: object) -> None:
+    out = tmp_path / "out"
+    ways = ("plain", "reference-grid", "log-n", "reference-grid+log-n")
+    argv = ("--pe", "learnable", "rope", *QUICK, "--output_dir", out, "--sizes", 24, "--size-ways", *ways)
+    finish_all(plan_of(*argv))
+    assert call(*argv) == 0
+    flags = {}
+    for pe in ("learnable", "rope"):
+        for folder in (out / f"{pe}_basic_seed0").glob("size_24*"):
+            ((evaluation, _),) = calls_of(folder)
+            flags[pe, folder.name] = {"--reference-grid", "--log-n"} & {*evaluation}
+    assert flags == {
+        ("learnable", "size_24"): set(),
+        ("learnable", "size_24_log-n"): {"--log-n"},
+        ("rope", "size_24"): set(),
+        ("rope", "size_24_log-n"): {"--log-n"},
+        ("rope", "size_24_reference-grid"): {"--reference-grid"},
+        ("rope", "size_24_reference-grid+log-n"): {"--reference-grid", "--log-n"},
+    }
+    assert [row["way"] for row in table_of(out / "sizes.csv")].count("plain") == 2
+    assert (out / "sizes.md").read_text().count("\n## ") == 3
+    assert {path.name for path in out.glob("sizes*.png")} == {"sizes.png", *(f"sizes_{way}.png" for way in ways[1:])}
+
+
 # ---- what is refused
 
 
@@ -324,6 +348,8 @@ def test_sizes_are_evaluated_once_for_each_checkpoint(tmp_path: Path, stand_in: 
         (("--pe", "learnable", "learn"), "learnable twice"),
         (("--pe", "none", "--seeds", "1", "1"), "--seeds"),
         (("--pe", "none", "--sizes", "8", "8"), "--sizes"),
+        (("--pe", "none", "--size-ways", "log-n"), "--size-ways says how --sizes evaluates"),
+        (("--pe", "none", "learnable", "--sizes", "8", "--size-ways", "reference-grid"), "--size-ways reference-grid"),
         (("--pe", "none", "--join-type", "glue"), "glue"),
         (("--pe", "none", "rope", "--join-type", "LaPE", "share"), "legal joins are none: basic; rope: basic"),
         (("--pe", "none", "--max-relative-distance", "3"), "relative"),

@@ -1,5 +1,6 @@
 """The models of a run, built from its options and filled from checkpoints."""
 
+import re
 from collections.abc import Sequence
 from logging import getLogger
 from typing import Any, NamedTuple, cast
@@ -14,11 +15,11 @@ import models_lape  # noqa: F401  (registers the models)
 from datasets import DATA_SETS
 from lape_vit import convert_checkpoint, warm_start
 from lape_vit.convert import grid_of, unwrap_names
-from lape_vit.encodings import all_options
+from lape_vit.encodings import ENCODINGS, FAMILIES, all_options
 from loading.classes import name_differences, order_of_classes
 from loading.images import ImageSettings
 from training.checkpoint import description_of, load_checkpoint, load_weights
-from training.options import Options, RunOptions, flag_of
+from training.options import AugmentationOptions, Options, RunOptions, flag_of
 
 _logger = getLogger(__name__)
 
@@ -30,6 +31,8 @@ def build_model(options: Options, num_classes: int, input_size: int | Sequence[i
     others: dict[str, Any] = {"pe": wanted.pe, "join_type": wanted.join_type}
     others |= {"drop_rate": wanted.drop, "drop_path_rate": wanted.drop_path}
     others = {name: value for name, value in others.items() if value is not None}
+    moves = {name: getattr(options.augmentation, name) for name in ("pos_shift", "pos_jitter", "pos_rescale")}
+    others |= {name: value for name, value in moves.items() if value != getattr(AugmentationOptions, name)}
     try:
         model: Any = timm.create_model(
             wanted.model, num_classes=num_classes, img_size=to_2tuple(input_size), **others, **of_encoding
@@ -43,6 +46,35 @@ def build_model(options: Options, num_classes: int, input_size: int | Sequence[i
         if side % multiple:  # timm would leave the rest of the image out
             raise ValueError(f"--input-size {side} is no multiple of the {multiple} pixels of {wanted.model}'s patches")
     return model, options.changed(pe=model.pe, join_type=model.join_type, **model.pe_options)
+
+
+def encoding_table(model: str) -> tuple[list[dict[str, str]], tuple[str, ...]]:
+    """A row for each encoding: family, options with their defaults, parameters that it adds to a model, and source.
+
+    Returns:
+        The rows, and the names of the columns that hold no numbers.
+
+    Raises:
+        ValueError: an unknown model.
+    """
+    if model not in (known := timm.list_models(module="models_lape")):
+        raise ValueError(f"unknown --model {model!r}: choose from {', '.join(known)}")
+
+    def count(pe: str) -> int:
+        return count_parameters(timm.create_model(model, pe=pe, device="meta"))
+
+    without, rows = count("none"), []
+    for name, encoding in ENCODINGS.items():
+        family = next((family for family, members in FAMILIES.items() if issubclass(encoding, members)), "")
+        options = ", ".join(f"{option}={default}" for option, default in encoding.options().items())
+        try:
+            parameters = f"{count(name) - without:,}"
+        except ValueError:  # a width that the encoding cannot divide
+            parameters = "not for this width"
+        source = re.search(r"arxiv\.org/abs/[\d.]+\d", encoding.__doc__ or "")
+        row = {"pe": name, "family": family, "options": options, "parameters": parameters}
+        rows.append({**row, "source": source.group() if source else ""})
+    return rows, ("pe", "family", "options", "source")
 
 
 def weights_of(checkpoint: dict[str, Any], run: RunOptions) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim import Muon, create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
@@ -104,6 +104,8 @@ def build_optimizer(optimisation: OptimisationOptions, model: nn.Module, lr: flo
             f"--opt {optimisation.opt} needs second derivatives, which this training loop does not compute"
         )
     options: dict[str, Any] = {}
+    if isinstance(info.opt_class, type) and issubclass(info.opt_class, Muon):
+        options["fallback_no_weight_decay"] = True  # a table of positions is a matrix by its shape alone
     for option, value, is_known in (
         ("eps", optimisation.opt_eps, info.has_eps),
         ("betas", optimisation.opt_betas, info.has_betas),

@@ -136,6 +136,8 @@ class RunOptions:
              "are the checkpoint's unless others are given; default: start from random weights")
     recipe: str | None = option(metavar="NAME", of_one_call=True,
         help="options from recipes/NAME.yaml, or from the .yaml file of this path; default: the data set's recipe")
+    list_encodings: bool = option(default=False, of_one_call=True,
+        help="print a table of all encodings, with their options and what they add to --model, and end")
     seed: int = option(default=0, read=whole(), metavar="N", help="of weights, order and augmentation")
     device: str | None = option(metavar="NAME", help="cpu, cuda or cuda:N; default: cuda if there is one, else cpu")
     world_size: int | None = option(read=whole(1), metavar="N", of_one_call=True,
@@ -162,7 +164,9 @@ class ModelOptions:
     """
 
     model: str = option(default="deit_base_patch16_224", metavar="NAME", help="a model of models_lape")
-    pe: str | None = option(metavar="NAME", aliases=("--pos-embed",), help=f"positional encoding; {OWN}")
+    pe: str | None = option(metavar="NAME", aliases=("--pos-embed",),
+        help="positional encoding, NAME or 'NAME(option=value)', or a sum with at most one of each family; "
+             f"--list-encodings describes them; {OWN}")
     join_type: str | None = option(metavar="NAME", help=f"how an absolute encoding reaches the layers; {OWN}")
     input_size: int | Sequence[int] | None = option(read=image_size, metavar="S",
         help=f"side of the images, or HEIGHT,WIDTH, pixels; {OWN}")
@@ -170,6 +174,11 @@ class ModelOptions:
         help=f"probability of dropout before the classifier; {OWN}")
     drop_path: float | None = option(read=optional(FRACTION), metavar="P",
         help=f"probability to skip the last block, the others less; {OWN}")
+    reference_grid: bool = option(default=False, of_one_call=True,
+        help="with --eval, at another size: attention reads places in the cells of the trained grid, so that a part of "
+             "the image has the same place at every size")
+    log_n: bool = option(default=False, of_one_call=True,
+        help="with --eval, at another size: multiply the logits of attention by log(tokens) / log(tokens in training)")
     model_ema: bool = option(default=False, help="average the weights over the updates, and evaluate the average too")
     model_ema_decay: float = option(default=0.99996, read=FRACTION, metavar="D", help="the average's decay per update")
     model_ema_force_cpu: bool = option(default=False,
@@ -240,6 +249,12 @@ class AugmentationOptions:
     recount: int = option(default=1, read=whole(1), metavar="N", help="erased boxes per image")
     repeated_aug: bool = option(default=False,
         help="show a third of the images per epoch, each three times and augmented anew")
+    pos_shift: float = option(default=0.0, read=AMOUNT, metavar="S",
+        help="shift the places of all patches by up to S halves of the grid's sides, drawn for each step; 0: off")
+    pos_jitter: float = option(default=1.0, read=number(1.0), metavar="J",
+        help="stretch columns and rows by factors from 1/J to J, drawn for each step; 1: off")
+    pos_rescale: float = option(default=1.0, read=number(1.0), metavar="R",
+        help="stretch both by the same factor from 1/R to R, drawn for each step; 1: off")
     mixup: float = option(default=0.0, read=AMOUNT, metavar="ALPHA", help="mixup's alpha; 0: off")
     cutmix: float = option(default=0.0, read=AMOUNT, metavar="ALPHA", help="cutmix's alpha; 0: off")
     cutmix_minmax: Sequence[float] | None = option(read=FRACTION, nargs=2, metavar=("LOW", "HIGH"),
@@ -450,12 +465,16 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def build_parser(encoding_options: Mapping[str, tuple[type, Sequence[str]]]) -> OptionParser:
+def build_parser(
+    encoding_options: Mapping[str, tuple[type, Sequence[str]]], names: Mapping[str, str] | None = None
+) -> OptionParser:
     """All options of `main.py`, in sections.
 
     Args:
         encoding_options: of the positional encodings: each one's type, and the encodings that take it.
+        names: what the help of an option lists, by the option's name.
     """
+    names = names or {}
     parser = OptionParser()
     for title, section in SECTIONS.items():
         add = parser.section(title)
@@ -463,9 +482,8 @@ def build_parser(encoding_options: Mapping[str, tuple[type, Sequence[str]]]) -> 
             about = one.metadata
             kind: type = bool if bool in (one.type, *get_args(one.type)) else str
             reading = reading_of(kind, about["read"]) if not about["of_one_call"] or kind is str else SWITCH
-            add(
-                flag_of(one.name), *about["aliases"], help=about["help"], default=one.default, **reading, **about["how"]
-            )
+            text = about["help"] + (f"; {names[one.name]}" if one.name in names else "")
+            add(flag_of(one.name), *about["aliases"], help=text, default=one.default, **reading, **about["how"])
     add = parser.section("encoding")
     for name, (kind, encodings) in encoding_options.items():
         add(flag_of(name), **encoding_option(kind, encodings))

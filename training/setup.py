@@ -14,7 +14,8 @@ from timm.layers import to_2tuple
 
 from datasets import DATA_SETS, REPEATS, ImageLoader, build_dataset, build_loader, canonical_data_set
 from lape_vit import convert_checkpoint
-from lape_vit.encodings import all_options, resolve
+from lape_vit.encodings import all_options, by_family, resolve
+from lape_vit.joins import JOINS
 from loading.images import ImageSettings
 from loading.shards import runs_commands
 from runtime import distributed
@@ -105,7 +106,7 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Setup:
     Raises:
         ValueError, OSError: something is wrong with the input; the message says what, where, and what to do.
     """
-    parser = build_parser(all_options())
+    parser = build_parser(all_options(), {"pe": by_family(), "join_type": ", ".join(JOINS)})
     given = read_given(parser, argv)
     if given.get("auto_resume"):
         checkpoint = find_checkpoint(given)
@@ -126,6 +127,9 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Setup:
     if checkpoint:
         name = f"{options.model.model} with {options.model.pe} and {options.model.join_type}"
         load_weights(model, convert_checkpoint(weights_of(checkpoint, options.run)), given["resume"], name)
+        if options.model.reference_grid or options.model.log_n:
+            grid = model.patch_embed.grid_size if options.model.reference_grid else None
+            model.extrapolate(reference_grid=grid, log_n=options.model.log_n)
         model.set_input_size(img_size=to_2tuple(options.model.input_size))
     if start:
         load_what_fits(model, start, str(options.run.finetune), options.data.data_set, classes)
@@ -221,6 +225,9 @@ def read_given(parser: OptionParser, argv: Sequence[str]) -> dict[str, Any]:
         raise ValueError("--eval needs --resume FILE, the checkpoint to evaluate")
     if given.get("eval_ema") and not given.get("eval"):
         raise ValueError("--eval-ema says what --eval evaluates: give both")
+    for name in ("reference_grid", "log_n"):
+        if given.get(name) and not ("input_size" in given and given.get("eval")):
+            raise ValueError(f"{flag_of(name)} is of an evaluation at another size: give --eval and --input-size, too")
     if "data_set" in given:
         given["data_set"] = canonical_data_set(given["data_set"])
     if "finetune" in given and "resume" in given:

@@ -7,18 +7,16 @@ from typing import Any, NamedTuple, cast
 import timm
 import torch
 from timm.layers import to_2tuple
-from timm.models import get_pretrained_cfg
 from torch import nn
 
-import models_lape  # noqa: F401  (registers the models)
 from datasets import DATA_SETS
-from lape_vit import convert_checkpoint, warm_start
-from lape_vit.checkpoints import grid_of, unwrap_names
-from lape_vit.encodings import all_options
+from lape_vit import warm_start
+from lape_vit.checkpoints import grid_of
 from training.checkpoint import description_of, load_checkpoint, load_weights
 from training.classes import name_differences, order_of_classes
 from training.images import ImageSettings
-from training.options import Options, RunOptions, flag_of
+from training.models import build_described, spelled_for
+from training.options import Options, RunOptions
 
 _logger = getLogger(__name__)
 
@@ -26,18 +24,10 @@ _logger = getLogger(__name__)
 def build_model(options: Options, num_classes: int, input_size: int | Sequence[int]) -> tuple[Any, Options]:
     """The model of the options, and the options with what they left to the model: the encoding and the join."""
     wanted = options.model
-    of_encoding = {name: value for name, value in wanted.encoding.items() if value is not None}
-    others: dict[str, Any] = {"pe": wanted.pe, "join_type": wanted.join_type}
-    others |= {"drop_rate": wanted.drop, "drop_path_rate": wanted.drop_path}
-    others = {name: value for name, value in others.items() if value is not None}
-    try:
-        model: Any = timm.create_model(
-            wanted.model, num_classes=num_classes, img_size=to_2tuple(input_size), **others, **of_encoding
-        )
-    except TypeError as error:
-        if not of_encoding:
-            raise
-        raise ValueError(f"{' '.join(map(flag_of, of_encoding))}: {error}") from error
+    description = {"model": wanted.model, "pe": wanted.pe, "join_type": wanted.join_type, "input_size": input_size}
+    rates = {"drop_rate": wanted.drop, "drop_path_rate": wanted.drop_path}
+    rates = {name: value for name, value in rates.items() if value is not None}
+    model = build_described({**description, **wanted.encoding}, num_classes, **rates)
     patch = model.patch_embed.patch_size
     for side, multiple in zip(to_2tuple(wanted.input_size), patch, strict=True):
         if side % multiple:  # timm would leave the rest of the image out
@@ -153,20 +143,15 @@ def build_teacher(options: Options, classes: Sequence[str]) -> nn.Module:
     if name not in timm.list_models():
         raise ValueError(f"unknown --teacher-model {name!r}: timm.list_models() lists them")
     checkpoint = load_checkpoint(path)
-    description, build = description_of(checkpoint), {}
+    description = description_of(checkpoint)
     match = match_classes(classes, options.data.data_set, description, path)
     if match.differences:
         raise ValueError(f"--teacher-path {path} was trained on other classes: {match.differences}")
     log_match(match, options.data.data_set, path)
-    if name in timm.list_models(module="models_lape"):
-        weights = convert_checkpoint(checkpoint["model"])
-        build = {key: description[key] for key in ("pe", "join_type", *all_options()) if key in description}
-    else:
-        weights = unwrap_names(checkpoint["model"])
-    cfg = get_pretrained_cfg(name)
-    if "input_size" in description and cfg is not None and cfg.fixed_input_size:
-        build["img_size"] = to_2tuple(description["input_size"])
-    teacher = timm.create_model(name, num_classes=len(classes), **build)
+    teacher, weights = (
+        build_described({**description, "model": name}, len(classes)),
+        spelled_for(name, checkpoint["model"]),
+    )
     if match.order is not None:
         weights = reorder_classifier(weights, teacher, match.order)
     load_weights(teacher, weights, f"--teacher-path {path}", f"{name} of {len(classes)} classes")

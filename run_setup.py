@@ -13,7 +13,6 @@ import torch
 from timm.layers import to_2tuple
 
 from datasets import DATA_SETS, REPEATS, ImageLoader, build_dataset, build_loader, canonical_data_set
-from lape_vit import convert_checkpoint
 from lape_vit.encodings import all_options, resolve
 from model_setup import (
     build_model,
@@ -36,6 +35,7 @@ from training.files import write_text
 from training.folder import find_checkpoint, open_output_dir, read_log
 from training.images import ImageSettings
 from training.logs import LoopDisplay
+from training.models import spelled_for
 from training.optimisation import highest_rate, images_per_update, learning_rate
 from training.options import (
     OptionParser,
@@ -125,7 +125,9 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Setup:
     model, options = build_model(options, len(classes), built_at)
     if checkpoint:
         name = f"{options.model.model} with {options.model.pe} and {options.model.join_type}"
-        load_weights(model, convert_checkpoint(weights_of(checkpoint, options.run)), given["resume"], name)
+        load_weights(
+            model, spelled_for(options.model.model, weights_of(checkpoint, options.run)), given["resume"], name
+        )
         model.set_input_size(img_size=to_2tuple(options.model.input_size))
     if start:
         load_what_fits(model, start, str(options.run.finetune), options.data.data_set, classes)

@@ -41,9 +41,10 @@ BENEATH: dict[str, tuple[str, ...]] = {
     "lape_vit": ("analysis", "cct", "checkpoints"),
     "models_lape": ("lape_vit",),
     "training": (),
+    "training/models": ("models_lape", "training"),
     "engine": ("training",),
     "datasets": ("training",),
-    "figures": ("models_lape", "training"),
+    "figures": ("training/models",),
     "commands": ("figures", "engine", "datasets"),
 }
 """Layer: the layers directly beneath it. A module may import its own layer and all that lies beneath."""
@@ -60,6 +61,8 @@ def layer_of(module: str) -> str:
             return "encodings/*"
         case ["lape_vit", name, *_] if name in BENEATH:
             return name
+        case ["training", "models"]:
+            return "training/models"
         case [("lape_vit" | "models_lape" | "training" | "engine" | "datasets" | "figures") as name, *_]:
             return name
         case _:

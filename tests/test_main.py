@@ -492,7 +492,8 @@ class TestFinetune:
     ) -> None:
         run = set_up("--recipe", recipe, "--finetune", rotary / "checkpoint.pth")
         model = run.options.model
-        assert (model.pe, model.join_type, model.encoding["rope_theta"]) == ("learnable+rope_mixed", "LaPE", 20)
+        assert (model.pe, model.join_type) == ("learnable+rope_mixed(rope_theta=20)", "LaPE")
+        assert model.encoding["rope_theta"] == 20
         saved = load(rotary / "checkpoint.pth")["model"]
         assert all(torch.equal(value, saved[name]) for name, value in run.model.state_dict().items())
         assert run.training is not None
@@ -757,7 +758,7 @@ BAD_OPTIONS = [
     (("--eval",), ["--resume"]),
     (("--start-epoch", "2"), ["--start-epoch 2", "--epochs 2"]),
     (("--world-size", "3"), ["--world-size 3", "torchrun"]),
-    (("--resplit",), ["--resplit", "leave it out"]),
+    (("--resplit",), ["unknown option --resplit", "leave it out"]),
     (("--eval-data-path", "x.tar"), ["--eval-data-path x.tar", "FOLDER"]),
 ]
 

@@ -8,12 +8,11 @@ from typing import Any
 import timm
 from timm.layers import to_2tuple
 
-import models_lape  # noqa: F401  (registers the models)
-from lape_vit import VisionTransformer, convert_checkpoint
+from lape_vit import VisionTransformer
 from lape_vit.analysis.timm_positions import timm_grid
-from lape_vit.convert import unwrap_names
 from lape_vit.encodings import all_options, canonical_name
 from training.checkpoint import carry_data_config, description_of, load_checkpoint, load_weights
+from training.models import build_described, is_of_models_lape, spelled_for
 from training.options import flag_of
 
 _logger = getLogger(__name__)
@@ -53,28 +52,19 @@ def load_model(path: str, flags: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
     checkpoint = load_checkpoint(path)
     description = complete(description_of(checkpoint), flags, path)
     name = description["model"]
-    build = {option: description[option] for option in ("pe", "join_type", *all_options()) if option in description}
-    state_dict = checkpoint["model"]
-    if name in timm.list_models(module="models_lape"):
-        state_dict = convert_checkpoint(state_dict)
-    else:
-        if not timm.is_model(name):
-            raise ValueError(f"unknown {FLAGS['model']} {name!r}: it is neither a model of models_lape nor one of timm")
-        if build:
-            given = ", ".join(flag_for(option) for option in build)
-            raise ValueError(f"{given}: for models of models_lape; {name} is timm's own")
-        state_dict = unwrap_names(state_dict)
+    said = [option for option in ("pe", "join_type", *all_options()) if option in description]
+    if not timm.is_model(name):
+        raise ValueError(f"unknown {FLAGS['model']} {name!r}: it is neither a model of models_lape nor one of timm")
+    if said and not is_of_models_lape(name):
+        raise ValueError(f"{', '.join(map(flag_for, said))}: for models of models_lape; {name} is timm's own")
+    state_dict = spelled_for(name, checkpoint["model"])
     head = next((state_dict[key] for key in ("head.weight", "head.fc.weight") if key in state_dict), ())
-    size = description.get("input_size")
-    try:
-        model = timm.create_model(name, num_classes=len(head), **({"img_size": size} if size else {}), **build)
-    except TypeError as error:
-        raise ValueError(f"{name} cannot be built: {error}") from error
+    model = build_described(description, len(head))
     if not isinstance(model, VisionTransformer):
         timm_grid(model)
     own = {key: str(getattr(model, key)) for key in ("pe", "join_type") if hasattr(model, key)}
     load_weights(model, state_dict, path, f"{name} ({', '.join(own.values())})" if own else name)
-    if untold := own.keys() - build.keys():
+    if untold := own.keys() - {*said}:
         taken = ", ".join(f"{key}={own[key]}" for key in sorted(untold))
         _logger.info("%s does not say all of its model: %s, as timm builds it", path, taken)
     carry_data_config(model, description)

@@ -27,6 +27,8 @@ StateDict = dict[str, Tensor]
 KERNEL, TABLE = "patch_embed.proj.weight", "pos_embed"
 OFFSETS = ".attn.encoding.table"
 """End of the names of tables with a row for each offset between two patches."""
+HOLDERS = ("model.", "net.", "network.", "backbone.", "student.", "teacher.")
+"""Usual names under which a training framework holds a model."""
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
 """The tokens before the patches, in their order."""
 WRAPPERS = re.compile(
@@ -57,14 +59,15 @@ def unwrap_names(state_dict: StateDict) -> StateDict:
     """The same weights without what wrappers put before a model's own names, in any order and any number.
 
     Wrappers are DistributedDataParallel, FSDP, ``torch.compile``, activation checkpointing, averages of weights (whose
-    counter ``n_averaged`` is left out), and modules of a training framework that hold the model under one name, such
-    as ``model.``, where nothing else is saved.
+    counter ``n_averaged`` is left out), and modules of a training framework that hold the model alone: under a usual
+    name, such as ``model.``, or under any name where the model is a ViT.
     """
     names = {name: name for name in state_dict if name != "n_averaged"}
-    while (shorter := {name: WRAPPERS.sub("", new) for name, new in names.items()}) != names:
-        names = shorter
-    holder = next((new[: -len(KERNEL)] for new in names.values() if new.endswith(f".{KERNEL}")), "")
-    if all(new.startswith(holder) for new in names.values()):
+    before: dict[str, str] = {}
+    while names != before:
+        before, names = names, {name: WRAPPERS.sub("", new) for name, new in names.items()}
+        holders = [*HOLDERS, *(new[: -len(KERNEL)] for new in names.values() if new.endswith(f".{KERNEL}"))]
+        holder = next((holder for holder in holders if all(new.startswith(holder) for new in names.values())), "")
         names = {name: new.removeprefix(holder) for name, new in names.items()}
     return {new: state_dict[name] for name, new in names.items()}
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lape_vit import convert_checkpoint, warm_start
+from lape_vit.convert import unwrap_names
 from tests.models import (
     CCT,
     COMPACT,
@@ -217,12 +218,25 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_the_true_reason(
 
 
 @pytest.mark.parametrize(
-    "prefixes", [*itertools.product(("module.", "_orig_mod.", ""), repeat=3), ("model.",)], ids="".join
+    "prefixes",
+    [
+        *itertools.product(("module.", "_orig_mod.", ""), repeat=3),
+        *[(name,) for name in ("model.", "vit.", "module.model.backbone.")],
+    ],
+    ids="".join,
 )
 def test_what_wrappers_put_before_names_is_taken_off(prefixes: tuple[str, ...]) -> None:
     source = tiny().state_dict()
     wrapped = {"".join(prefixes) + name: value for name, value in source.items()}
     assert_equal(convert_checkpoint(wrapped), dict(source))
+
+
+def test_what_holds_a_model_is_taken_off_only_where_it_holds_all() -> None:
+    weights = {"conv.weight": torch.zeros(1), "fc.bias": torch.ones(1)}
+    held = {f"model.{name}": value for name, value in weights.items()}
+    assert_equal(unwrap_names({f"_orig_mod.{name}": value for name, value in held.items()}), weights)
+    mixed = {**held, "loss.weight": torch.zeros(1)}
+    assert_equal(unwrap_names(mixed), mixed)
 
 
 def test_tokens_and_tables_of_other_shapes_are_left_out() -> None:
@@ -321,7 +335,7 @@ def test_a_hub_folder_keeps_encoding_join_and_options(pe: str, options: dict[str
     ("pe", "join_type"),
     [("learnable", "basic"), ("learnable", "LaPE"), ("2D_RPE", "LaPE"), ("learnable+2D_RPE", "basic")],
 )
-@pytest.mark.parametrize("cells", [(5, 7), (2, 8)])
+@pytest.mark.parametrize("cells", [(5, 7), (4, 16)])
 def test_a_model_that_is_not_square_survives_saving_and_loading(
     name: str, pe: str, join_type: str, cells: tuple[int, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -23,6 +23,7 @@ NAMES = {*encodings.names(), *encodings.ALIASES, *JOINS} - {""}
 EVERYDAY = {"none"}
 """Names that options of other things share: a fault only in a comparison of what ``POSITION`` recognises."""
 POSITION = re.compile(r"\bpe\b|pos_embed|encoding|join")
+COMMANDS = ("main", "compare", "similarity_visualize", "demo")
 LIBRARIES = ("torch", "torchvision", "timm", "argparse")
 
 BENEATH: dict[str, tuple[str, ...]] = {
@@ -47,7 +48,7 @@ BENEATH: dict[str, tuple[str, ...]] = {
     "datasets": ("loading",),
     "engine": ("training",),
     "setup": ("datasets", "training", "models_lape"),
-    "figures": ("models_lape", "training"),
+    "figures": ("setup",),
     "comparison": ("engine", "setup"),
     "commands": ("comparison", "figures"),
     "benchmarks": ("commands",),
@@ -124,6 +125,16 @@ def upward_imports(root: Path) -> list[str]:
                 target = target.rpartition(".")[0]
             if target and layer_of(target) not in within_reach(layer_of(module)):
                 faults.append(f"{path.relative_to(root)}:{line}: {module} imports {target}")
+    return faults
+
+
+def imported_commands(root: Path) -> list[str]:
+    """Imports of a command by a module: what both need lies beneath."""
+    faults = []
+    for module, path in modules(root).items():
+        for line, target, _ in imports(ast.parse(path.read_text(encoding="utf-8")), module.rpartition(".")[0]):
+            if target.partition(".")[0] in COMMANDS:
+                faults.append(f"{path.relative_to(root)}:{line}: {module} imports the command {target}")
     return faults
 
 
@@ -234,6 +245,16 @@ def test_a_command_is_imported_by_no_module_but_benchmarks() -> None:
 
 def test_imports_run_downward() -> None:
     assert upward_imports(ROOT) == []
+
+
+def test_no_module_imports_a_command() -> None:
+    assert imported_commands(ROOT) == []
+
+
+@pytest.mark.parametrize("text", ["import main", "def run():\n    from main import train"])
+def test_an_imported_command_is_a_fault(tmp_path: Path, text: str) -> None:
+    (fault,) = imported_commands(tree_of(tmp_path, {"comparison/forecast.py": text}))
+    assert fault.startswith("comparison/forecast.py:")
 
 
 def test_only_encodings_and_joins_compare_with_their_names() -> None:

@@ -1,7 +1,7 @@
-"""The models of a run, built from its options and filled from checkpoints."""
+"""The models of a run: from its options or from a checkpoint, to train and to evaluate, to teach, and to draw."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from logging import getLogger
 from typing import Any, NamedTuple, cast
 
@@ -9,7 +9,7 @@ import timm
 import torch
 from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg
-from torch import nn
+from torch import Tensor, nn
 
 import models_lape  # noqa: F401  (registers the models)
 from datasets import DATA_SETS
@@ -19,33 +19,43 @@ from lape_vit.encodings import ENCODINGS, FAMILIES, all_options
 from loading.classes import name_differences, order_of_classes
 from loading.images import ImageSettings
 from training.checkpoint import description_of, load_checkpoint, load_weights
-from training.options import AugmentationOptions, Options, RunOptions, flag_of
+from training.options import AugmentationOptions, Options, RunOptions
 
 _logger = getLogger(__name__)
 
 
-def build_model(options: Options, num_classes: int, input_size: int | Sequence[int]) -> tuple[Any, Options]:
-    """The model of the options, and the options with what they left to the model: the encoding and the join."""
-    wanted = options.model
-    of_encoding = {name: value for name, value in wanted.encoding.items() if value is not None}
-    others: dict[str, Any] = {"pe": wanted.pe, "join_type": wanted.join_type}
-    others |= {"drop_rate": wanted.drop, "drop_path_rate": wanted.drop_path}
-    others = {name: value for name, value in others.items() if value is not None}
-    moves = {name: getattr(options.augmentation, name) for name in ("pos_shift", "pos_jitter", "pos_rescale")}
-    others |= {name: value for name, value in moves.items() if value != getattr(AugmentationOptions, name)}
+def is_of_models_lape(name: str) -> bool:
+    """Whether a model is one of this project, and not of timm alone."""
+    return name in timm.list_models(module="models_lape")
+
+
+def build_described(description: Mapping[str, Any], num_classes: int, **others: Any) -> Any:
+    """The model that a description names, with its encoding, join and input size, and with random weights.
+
+    Args:
+        description: `model`, a name of this project or of timm, and what else is known: `pe`, `join_type`, options of
+            encodings, `input_size`; None where the model decides.
+        others: what `timm.create_model` takes besides.
+
+    Raises:
+        ValueError: something that the model does not take.
+    """
+    name, size = description["model"], description.get("input_size")
+    known = ("pe", "join_type", *all_options())
+    build = {option: description[option] for option in known if description.get(option) is not None}
+    cfg = get_pretrained_cfg(name)
+    if size is not None and (is_of_models_lape(name) or (cfg is not None and cfg.fixed_input_size)):
+        build["img_size"] = to_2tuple(size)
     try:
-        model: Any = timm.create_model(
-            wanted.model, num_classes=num_classes, img_size=to_2tuple(input_size), **others, **of_encoding
-        )
+        return timm.create_model(name, num_classes=num_classes, **build, **others)
     except TypeError as error:
-        if not of_encoding:
-            raise
-        raise ValueError(f"{' '.join(map(flag_of, of_encoding))}: {error}") from error
-    patch = model.patch_embed.patch_size
-    for side, multiple in zip(to_2tuple(wanted.input_size), patch, strict=True):
-        if side % multiple:  # timm would leave the rest of the image out
-            raise ValueError(f"--input-size {side} is no multiple of the {multiple} pixels of {wanted.model}'s patches")
-    return model, options.changed(pe=model.pe, join_type=model.join_type, **model.pe_options)
+        said = ", ".join(f"{option}={value}" for option, value in build.items())
+        raise ValueError(f"{name} cannot be built with {said}: {error}") from error
+
+
+def spelled_for(name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a checkpoint under the names that the model of this name gives them."""
+    return convert_checkpoint(dict(state_dict)) if is_of_models_lape(name) else unwrap_names(dict(state_dict))
 
 
 def encoding_table(model: str) -> tuple[list[dict[str, str]], tuple[str, ...]]:
@@ -57,7 +67,8 @@ def encoding_table(model: str) -> tuple[list[dict[str, str]], tuple[str, ...]]:
     Raises:
         ValueError: an unknown model.
     """
-    if model not in (known := timm.list_models(module="models_lape")):
+    if not is_of_models_lape(model):
+        known = timm.list_models(module="models_lape")
         raise ValueError(f"unknown --model {model!r}: choose from {', '.join(known)}")
 
     def count(pe: str) -> int:
@@ -75,6 +86,22 @@ def encoding_table(model: str) -> tuple[list[dict[str, str]], tuple[str, ...]]:
         row = {"pe": name, "family": family, "options": options, "parameters": parameters}
         rows.append({**row, "source": source.group() if source else ""})
     return rows, ("pe", "family", "options", "source")
+
+
+def build_model(options: Options, num_classes: int, input_size: int | Sequence[int]) -> tuple[Any, Options]:
+    """The model of the options, and the options with what they left to the model: the encoding and the join."""
+    wanted = options.model
+    description = {"model": wanted.model, "pe": wanted.pe, "join_type": wanted.join_type, "input_size": input_size}
+    rates = {"drop_rate": wanted.drop, "drop_path_rate": wanted.drop_path}
+    rates = {name: value for name, value in rates.items() if value is not None}
+    moves = {name: getattr(options.augmentation, name) for name in ("pos_shift", "pos_jitter", "pos_rescale")}
+    rates |= {name: value for name, value in moves.items() if value != getattr(AugmentationOptions, name)}
+    model = build_described({**description, **wanted.encoding}, num_classes, **rates)
+    patch = model.patch_embed.patch_size
+    for side, multiple in zip(to_2tuple(wanted.input_size), patch, strict=True):
+        if side % multiple:  # timm would leave the rest of the image out
+            raise ValueError(f"--input-size {side} is no multiple of the {multiple} pixels of {wanted.model}'s patches")
+    return model, options.changed(pe=model.pe, join_type=model.join_type, **model.pe_options)
 
 
 def weights_of(checkpoint: dict[str, Any], run: RunOptions) -> dict[str, Any]:
@@ -185,20 +212,15 @@ def build_teacher(options: Options, classes: Sequence[str]) -> nn.Module:
     if name not in timm.list_models():
         raise ValueError(f"unknown --teacher-model {name!r}: timm.list_models() lists them")
     checkpoint = load_checkpoint(path)
-    description, build = description_of(checkpoint), {}
+    description = description_of(checkpoint)
     match = match_classes(classes, options.data.data_set, description, path)
     if match.differences:
         raise ValueError(f"--teacher-path {path} was trained on other classes: {match.differences}")
     log_match(match, options.data.data_set, path)
-    if name in timm.list_models(module="models_lape"):
-        weights = convert_checkpoint(checkpoint["model"])
-        build = {key: description[key] for key in ("pe", "join_type", *all_options()) if key in description}
-    else:
-        weights = unwrap_names(checkpoint["model"])
-    cfg = get_pretrained_cfg(name)
-    if "input_size" in description and cfg is not None and cfg.fixed_input_size:
-        build["img_size"] = to_2tuple(description["input_size"])
-    teacher = timm.create_model(name, num_classes=len(classes), **build)
+    teacher, weights = (
+        build_described({**description, "model": name}, len(classes)),
+        spelled_for(name, checkpoint["model"]),
+    )
     if match.order is not None:
         weights = reorder_classifier(weights, teacher, match.order)
     load_weights(teacher, weights, f"--teacher-path {path}", f"{name} of {len(classes)} classes")

@@ -451,7 +451,8 @@ class OptionParser(Parser):
     def suggest(self, flag: str) -> str:
         """What to do about an unknown flag."""
         known = get_close_matches(flag.partition("=")[0], self.flags)
-        return f": did you mean {' or '.join(known)}? main.py --help lists all" if known else ": see main.py --help"
+        hint = f"did you mean {' or '.join(known)}?" if known else "leave it out;"
+        return f": {hint} main.py --help lists all"
 
 
 def with_dashes(token: str) -> str:
@@ -481,7 +482,7 @@ def build_parser(
         for one in options_of(section):
             about = one.metadata
             kind: type = bool if bool in (one.type, *get_args(one.type)) else str
-            reading = reading_of(kind, about["read"]) if not about["of_one_call"] or kind is str else SWITCH
+            reading = reading_of(kind, about["read"], has_no=not about["of_one_call"])
             text = about["help"] + (f"; {names[one.name]}" if one.name in names else "")
             add(flag_of(one.name), *about["aliases"], help=text, default=one.default, **reading, **about["how"])
     add = parser.section("encoding")
@@ -490,12 +491,11 @@ def build_parser(
     return parser
 
 
-SWITCH = {"action": "store_true"}
-
-
-def reading_of(kind: type, read: Callable[[str], Any]) -> dict[str, Any]:
-    """How argparse reads a bool, or anything else by `read`."""
-    return {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": read}
+def reading_of(kind: type, read: Callable[[str], Any], has_no: bool = True) -> dict[str, Any]:
+    """How argparse reads a value by `read`, or a bool, by a flag that may have its `--no-name`."""
+    if kind is not bool:
+        return {"type": read}
+    return {"action": argparse.BooleanOptionalAction if has_no else "store_true"}
 
 
 def encoding_option(kind: type, encodings: Sequence[str]) -> dict[str, Any]:

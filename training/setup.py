@@ -13,7 +13,6 @@ import torch
 from timm.layers import to_2tuple
 
 from datasets import DATA_SETS, REPEATS, ImageLoader, build_dataset, build_loader, canonical_data_set
-from lape_vit import convert_checkpoint
 from lape_vit.encodings import all_options, by_family, resolve
 from lape_vit.joins import JOINS
 from loading.images import ImageSettings
@@ -38,6 +37,7 @@ from training.models import (
     load_what_fits,
     log_match,
     match_classes,
+    spelled_for,
     weights_of,
 )
 from training.optimisation import highest_rate, images_per_update, learning_rate
@@ -126,7 +126,8 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Setup:
     model, options = build_model(options, len(classes), built_at)
     if checkpoint:
         name = f"{options.model.model} with {options.model.pe} and {options.model.join_type}"
-        load_weights(model, convert_checkpoint(weights_of(checkpoint, options.run)), given["resume"], name)
+        weights = spelled_for(options.model.model, weights_of(checkpoint, options.run))
+        load_weights(model, weights, given["resume"], name)
         if options.model.reference_grid or options.model.log_n:
             grid = model.patch_embed.grid_size if options.model.reference_grid else None
             model.extrapolate(reference_grid=grid, log_n=options.model.log_n)

@@ -361,7 +361,9 @@ def test_frequencies_say_what_rotation_makes_of_q_and_k_in_a_real_forward_pass(p
     query, key = 1 + row * 5 + column, 1 + key_row * 5 + key_column
     for frequencies, block, read, (q, k) in zip(plane_frequencies(model), model.blocks, inputs, turned, strict=True):
         plain_q, plain_k, _ = block.attn.project(read)
-        as_complex = (plain[0, :, place].unflatten(-1, (-1, 2)) for plain, place in ((plain_q, query), (plain_k, key)))
+        shape, pair = ((2, -1), -2) if block.attn.encoding.halves else ((-1, 2), -1)
+        vectors = (plain_q[0, :, query], plain_k[0, :, key])
+        as_complex = (vector.unflatten(-1, shape).movedim(pair, -1) for vector in vectors)
         complex_q, complex_k = (torch.view_as_complex(pairs.contiguous()) for pairs in as_complex)
         angles = frequencies @ torch.tensor([key_column - column, key_row - row], dtype=torch.float64)
         expected = (complex_q.conj() * complex_k * torch.polar(torch.ones_like(angles), angles)).real.sum(dim=-1)

@@ -19,7 +19,7 @@ GRIDS: list[Grid] = [(3, 5), (4, 4)]
 over_grids = pytest.mark.parametrize("grid", GRIDS)
 over_prefixes = pytest.mark.parametrize("prefix", [0, 1, 2])
 DIRECTED = ["learnable", "1D_sin", "2D_sin", "relative", "2D_RPE", "rope", "rope_axial", "rope_mixed"]
-DIRECTED += ["rope_dinov3", "rope_golden"]
+DIRECTED += ["rope_dinov3", "rope_golden", "factorized", "fourier", "peg"]
 """Encodings that tell columns from rows, which no function of a distance can do."""
 ROTARY = [name for name, encoding in ENCODINGS.items() if issubclass(encoding, Rotary)]
 

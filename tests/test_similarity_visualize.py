@@ -26,7 +26,7 @@ from training.checkpoint import save_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 PAIRS = [(pe, join_type) for pe, join_type in legal_pairs() if pe in encodings.ENCODINGS]
-PAIRS += [("learnable+rope_mixed", "LaPE"), ("2D_sin+2D_RPE", "share")]
+PAIRS += [("learnable+rope_mixed", "LaPE"), ("2D_sin+2D_RPE", "share"), ("2D_sin+peg", "LaPE")]
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +83,7 @@ def expected_names(pe: str, join_type: str, token: int) -> set[str]:
     if (pe, join_type) == ("2D_RPE", "LaPE"):
         of_layer += ["bias_normed", f"bias_normed_{token}thToken", "bias_normed_offsets"]
     found = {f"{join_type}_layer{layer}_{name}" for layer in range(2) for name in of_layer}
+    found |= {f"{join_type}_layer0_response"} if parts.token is not None else set()
     return found | {"overview"} | ({"PE_token_sim"} if parts.absolute is not None else set())
 
 

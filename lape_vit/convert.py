@@ -26,6 +26,8 @@ StateDict = dict[str, Tensor]
 
 KERNEL, TABLE = "patch_embed.proj.weight", "pos_embed"
 OFFSETS = ".attn.encoding.table"
+AXES = ("join.encoding.pos_embed_y", "join.encoding.pos_embed_x")
+"""Tables of the rows and the columns of a grid, which tell its shape."""
 """End of the names of tables with a row for each offset between two patches."""
 HOLDERS = ("model.", "net.", "network.", "backbone.", "student.", "teacher.")
 """Usual names under which a training framework holds a model."""
@@ -265,6 +267,8 @@ def table_layout(state_dict: StateDict, model: Any, known: Grid | None = None) -
     layouts = [{}, tokens, {name: rows for name, rows in tokens.items() if name != "reg_token"}]
     if not model.no_embed_class:
         layouts = layouts[1:] + layouts[:1]
+    if all(name in own and name in state_dict and state_dict[name].ndim == 3 for name in AXES):
+        known = (state_dict[AXES[0]].shape[1], state_dict[AXES[1]].shape[1])
     has_table = TABLE in own and is_table(state_dict.get(TABLE), own[TABLE])
     offsets = {name: len(state_dict[name]) for name in own if name.endswith(OFFSETS) and name in state_dict}
     if not has_table and not offsets:

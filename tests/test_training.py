@@ -69,8 +69,9 @@ def options(**changed: Any) -> Options:
 
 def test_every_option_is_read_somewhere() -> None:
     read = set()
-    files = ("main", "training.setup", "training.models", "engine", "datasets")
-    for path in [*(ROOT / f"{file}.py" for file in files), *(ROOT / "training").glob("*.py")]:
+    files = ("main", "engine", "datasets")
+    rooms = (path for room in ("training", "loading") for path in (ROOT / room).glob("*.py"))
+    for path in [*(ROOT / f"{file}.py" for file in files), *rooms]:
         for node in ast.walk(ast.parse(path.read_text())):
             match node:
                 case ast.Attribute(value=ast.Name(id=section) | ast.Attribute(attr=section), attr=name, ctx=ast.Load()):

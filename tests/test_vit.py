@@ -20,6 +20,7 @@ from lape_vit.joins import JOINS, legal_pairs
 from tests.models import (
     DEIT,
     DISTILLED,
+    PAIRS,
     SIZES,
     assert_equal,
     assert_near,
@@ -44,8 +45,17 @@ over_prefixes = pytest.mark.parametrize("prefix", PREFIXES)
 
 
 def without_position(pe: str) -> bool:
-    resolved = encodings.resolve(pe)
-    return resolved.absolute is None and resolved.attention is None
+    return encodings.resolve(pe).name == "none"
+
+
+def mixes_tokens_in_attention_alone(pair: tuple[str, str]) -> bool:
+    """Whether a mask of attention decides which patches know of which; a token encoding knows no mask."""
+    return encodings.resolve(pair[0]).token is None
+
+
+over_pairs_that_heed_masks = pytest.mark.parametrize(
+    ("pe", "join_type"), [*filter(mixes_tokens_in_attention_alone, PAIRS)]
+)
 
 
 def has_trained_tables(pe: str) -> bool:
@@ -128,7 +138,7 @@ class TestMasks:
         if CAUSAL:
             assert_near(ours(images(), is_causal=True), theirs(images(), is_causal=True))
 
-    @over_pairs
+    @over_pairs_that_heed_masks
     def test_of_causality_hide_the_tokens_to_come(self, pe: str, join_type: str) -> None:
         model, pixels = tiny(pe, join_type), images(1)
         changed = pixels.clone()
@@ -137,7 +147,7 @@ class TestMasks:
         assert_near(after[:, :6], before[:, :6])
         assert ((after - before)[:, 6:].abs().amax(dim=2) > 1e-6).all()
 
-    @over_pairs
+    @over_pairs_that_heed_masks
     def test_hide_a_key(self, pe: str, join_type: str) -> None:
         """A patch that no other token may look at has no say in the class token."""
         model, pixels = tiny(pe, join_type), images(1)
@@ -181,7 +191,7 @@ class TestTrainedTables:
             assert model.pos_embed.shape == (JOINS[join_type].num_tables(3), 8, 24)
         else:
             assert model.pos_embed is None
-            assert not any("pos_embed" in name for name in model.state_dict())
+            assert "pos_embed" not in model.state_dict()
 
     @pytest.mark.parametrize("join_type", [join for pe, join in legal_pairs() if pe == "learnable"])
     @pytest.mark.parametrize("again", [False, True])
@@ -384,8 +394,19 @@ class TestOptimisation:
             norms = [norm for name, norm in model.join.named_modules() if name.endswith(f".{layer}")]
             of_layer = {scales[id(one)] for module in (block, *norms) for one in module.parameters()}
             assert of_layer == {scales[id(block.norm1.weight)]}
-        if model.pos_embed is not None:
-            assert scales[id(model.pos_embed)] == scales[id(model.patch_embed.proj.weight)]
+        of_input = [] if model.join.encoding is None else [*model.join.encoding.parameters()]
+        of_input += [] if model.pos_embed is None else [model.pos_embed]
+        assert {scales[id(one)] for one in of_input} <= {scales[id(model.patch_embed.proj.weight)]}
+        of_output = [one for name, one in model.join.named_parameters() if name.startswith("output_norm")]
+        assert {scales[id(one)] for one in of_output} <= {scales[id(model.norm.weight)]}
+
+    def test_by_timm_scales_a_token_encoding_as_the_block_before_it(self) -> None:
+        for pe, layer in (("peg", 0), ("peg(after=-1)", 2)):
+            model = create(pe, depth=3)
+            optimiser = create_optimizer_v2(model, "adamw", lr=1e-3, layer_decay=0.5)
+            scales = {id(one): group["lr_scale"] for group in optimiser.param_groups for one in group["params"]}
+            found = {scales[id(one)] for one in model.token_encoding.parameters()}
+            assert found == {scales[id(model.blocks[layer].norm1.weight)]}
 
 
 class TestStorage:

@@ -3,6 +3,7 @@
 Shapes: T tables, H x W cells in row-major order, C channels, M places, B batch.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,3 +47,27 @@ def read_between_cells(rows: Tensor, grid: Grid, x: Tensor, y: Tensor) -> Tensor
     upper = rows[top * width + left] * (1 - of_right) + rows[top * width + right] * of_right
     lower = rows[bottom * width + left] * (1 - of_right) + rows[bottom * width + right] * of_right
     return upper * (1 - of_bottom) + lower * of_bottom
+
+
+def resize_axis(rows: Tensor, old: int, new: int) -> Tensor:
+    """Rows (old, C) that stand for the cells of one axis, resampled linearly: (new, C)."""
+    if old == new:
+        return rows
+    return read_along(rows, torch.arange(new, dtype=torch.float64, device=rows.device), old, new)
+
+
+def read_along(rows: Tensor, place: Tensor, old: int, new: int) -> Tensor:
+    """Rows at real places of one axis, linear between the centres of its cells, without antialiasing.
+
+    Args:
+        rows: (old, C).
+        place: of any shape (...), in cells of a grid that has ``new`` of them along this axis.
+
+    Returns:
+        (..., C), in the dtype of ``rows``.
+    """
+    place = ((place + 0.5) * (old / new) - 0.5).clamp(0, old - 1)
+    low = place.floor()
+    of_high = (place - low)[..., None].to(rows.dtype)
+    low = low.long()
+    return rows[low] * (1 - of_high) + rows[(low + 1).clamp(max=old - 1)] * of_high

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lape_vit.encodings import AttentionEncoding
+from lape_vit.encodings.distance import LookHere
 from lape_vit.encodings.relative import Relative
 from lape_vit.encodings.relative_bias import RelativeBias, offset_index
 from lape_vit.encodings.rotary import Rotary
@@ -108,13 +109,25 @@ def layer_views(encoding: AttentionEncoding, read: Tensor, q: Tensor, places: Pl
         title = "mean q.k of equal q and k by offset"
         views.append(LayerView("kernel", title, kernel, by_offset=True))
     q, _ = encoding.rotate(q, q, places)
-    bias, without_query = (added_logits(encoding, queries, read, places) for queries in (q, torch.zeros_like(q)))
+    bias = added_logits(encoding, q, read, places)
+    without_query = added_logits(encoding, torch.zeros_like(q), torch.zeros_like(read), places)
     if bias is not None and without_query is not None:
         title = "bias" if torch.equal(bias, without_query) else "bias of queries without content"
         P, N = encoding.num_prefix_tokens, q.shape[2]
         patches = bias.expand(1, encoding.num_heads, N, N)[0, :, P:, P:]
         views += pairs_and_offsets("bias", title, patches, places.grid)
     return views
+
+
+@layer_views.register
+def _(encoding: LookHere, read: Tensor, q: Tensor, places: Places) -> list[LayerView]:
+    """The factor exp(bias), since no colour stands for a bias of -inf."""
+    factors = merge_equal_heads(encoding.patch_bias(places).exp())
+    offsets = mean_by_offset(factors, places.grid)
+    return [
+        LayerView("bias", "factor exp(bias) of attention weights", factors, bounded=True),
+        LayerView("bias_offsets", "factor exp(bias) by offset", offsets, by_offset=True, bounded=True),
+    ]
 
 
 @layer_views.register

@@ -75,12 +75,13 @@ def expected_names(pe: str, join_type: str, token: int) -> set[str]:
         of_layer += ["sim_overall", f"sim_{token}thToken"]
     by_encoding = {
         "relative": ["table", "head0", "head1", "head2", "bias_offsets"],
-        "2D_RPE": ["head0", "head1", "head2", "bias_offsets"],
         "rope": ["kernel", "frequencies"],
         "rope_axial": ["kernel", "frequencies"],
         "rope_mixed": ["kernel", "frequencies"],
+        "lookhere": ["factor", f"factor_{token}thToken", "factor_offsets"],
     }
-    of_layer += by_encoding[parts.attention.name] if parts.attention else []
+    if parts.attention is not None:
+        of_layer += by_encoding.get(parts.attention.name, ["head0", "head1", "head2", "bias_offsets"])
     if (pe, join_type) == ("2D_RPE", "LaPE"):
         of_layer += ["bias_normed", f"bias_normed_{token}thToken", "bias_normed_offsets"]
     found = {f"{join_type}_layer{layer}_{name}" for layer in range(2) for name in of_layer}

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lape_vit.encodings import AttentionEncoding
-from lape_vit.encodings.distance import LookHere
 from lape_vit.encodings.relative import Relative
 from lape_vit.encodings.relative_bias import RelativeBias, offset_index
 from lape_vit.encodings.rotary import Rotary
@@ -93,6 +92,17 @@ def pairs_and_offsets(name: str, title: str, values: Tensor, grid: Grid) -> list
     ]
 
 
+def factors(bias: Tensor, grid: Grid) -> list[LayerView]:
+    """A bias (h, H*W, H*W) that is -inf for some pairs, as the factors exp(bias), since -inf has no colour."""
+    values = merge_equal_heads(bias.exp())
+    offsets = mean_by_offset(values, grid)
+    title = "factor of attention weights, exp(bias)"
+    return [
+        LayerView("factor", title, values, bounded=True),
+        LayerView("factor_offsets", f"mean {title} by offset", offsets, by_offset=True, bounded=True),
+    ]
+
+
 @singledispatch
 def layer_views(encoding: AttentionEncoding, read: Tensor, q: Tensor, places: Places) -> list[LayerView]:
     """What there is to see of one layer's positions, in the order in which attention uses it.
@@ -115,19 +125,9 @@ def layer_views(encoding: AttentionEncoding, read: Tensor, q: Tensor, places: Pl
         title = "bias" if torch.equal(bias, without_query) else "bias of queries without content"
         P, N = encoding.num_prefix_tokens, q.shape[2]
         patches = bias.expand(1, encoding.num_heads, N, N)[0, :, P:, P:]
-        views += pairs_and_offsets("bias", title, patches, places.grid)
+        hides = bool(patches.isneginf().any())
+        views += factors(patches, places.grid) if hides else pairs_and_offsets("bias", title, patches, places.grid)
     return views
-
-
-@layer_views.register
-def _(encoding: LookHere, read: Tensor, q: Tensor, places: Places) -> list[LayerView]:
-    """The factor exp(bias), since no colour stands for a bias of -inf."""
-    factors = merge_equal_heads(encoding.patch_bias(places).exp())
-    offsets = mean_by_offset(factors, places.grid)
-    return [
-        LayerView("bias", "factor exp(bias) of attention weights", factors, bounded=True),
-        LayerView("bias_offsets", "factor exp(bias) by offset", offsets, by_offset=True, bounded=True),
-    ]
 
 
 @layer_views.register

@@ -19,10 +19,10 @@ class ContinuousBias(AttentionEncoding):
     """16 sigmoid(W2 relu(W1 c + b1)), with c the logarithms of the offset, row first, query less key.
 
     Log-spaced continuous position bias (Swin V2, Liu et al. 2022, https://arxiv.org/abs/2111.09883, Eq. 3 and 4), one
-    MLP per layer. c(a) = sign(a) log2(1 + 8 |a| / (n - 1)) / log2(8), where n is the side of the grid that the model was
-    trained on: at another size an offset in cells keeps its meaning. The trained grid is stored in the state dict, so
-    that it stays with the weights. In the form ``cr``, timm's for its Swin V2 variants, c(a) = sign(a) ln(1 + |a|) has
-    no side in it, W2 has a bias, and there is no sigmoid. Pairs with a prefix token have no bias, as in timm's
+    MLP per layer. c(a) = sign(a) log2(1 + 8 |a| / (n - 1)) / log2(8), where n is the side of the grid that the model
+    was trained on: at another size an offset in cells keeps its meaning. The trained grid is stored in the state dict,
+    so that it stays with the weights. In the form ``cr``, timm's for its Swin V2 variants, c(a) = sign(a) ln(1 + |a|)
+    has no side in it, W2 has a bias, and there is no sigmoid. Pairs with a prefix token have no bias, as in timm's
     ``RelPosMlp``.
 
     Where the trained window is not given, the codes of Swin V2 and of timm divide by the window at hand; here it is

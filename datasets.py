@@ -7,6 +7,7 @@ Images reach the model as float32 (3, H, W) of `--input-size`, scaled to 0..1 an
 
 import argparse
 import json
+import os
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,7 @@ from torchvision.transforms import (
     Resize,
 )
 
+from training.classes import first_few, name_differences, order_of_classes
 from training.distributed import in_turns
 from training.images import (
     Batching,
@@ -50,6 +52,7 @@ from training.images import (
     Sample,
     Transform,
     UnreadableImageError,
+    image_endings,
     one_line,
     read_image,
     read_pixels,
@@ -99,25 +102,33 @@ class Images(Dataset):
     Args:
         cropped: (PIL RGB image of the input's size, label) by index; or `Shards`, which have no index.
         finish: what makes an image of a cropped one.
+        labels: what stands for each label of `cropped`; by default the label itself.
     """
 
-    def __init__(self, cropped: Dataset, finish: Transform) -> None:
+    def __init__(self, cropped: Dataset, finish: Transform, labels: Sequence[int] | None = None) -> None:
         self.cropped = cropped
         self.finish = finish
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.cropped)  # type: ignore[arg-type]  # torch's Dataset declares no __len__; all of ours have one
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.cropped[index]
-        return self.finish(image), label
+        return self.finish(image), label if self.labels is None else self.labels[label]
 
 
-def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Images, list[str]]:
+def build_dataset(
+    is_train: bool, args: argparse.Namespace, classes: Sequence[str] | None = None
+) -> tuple[Images, list[str]]:
     """Open one split of `args.data_set` (a key of `DATA_SETS`), transformed by `build_transform`.
 
+    Args:
+        classes: of a model. Where the data set has the same names, an image's label is the place of its class in this
+            order; else, and by default, in the data set's own.
+
     Returns:
-        The images, and the class names in the order of their labels.
+        The images, and the data set's class names in its own order.
 
     Raises:
         FileNotFoundError: images are missing and, for CIFAR, cannot be downloaded.
@@ -138,8 +149,8 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Images, lis
         options["read_file"] = read_pixels if is_train and _crops_pixels(args) else read_image
     data_path = args.data_path or data_set.default_data_path
     crop, finish = build_transform(is_train, args).transforms
-    cropped, classes = data_set.open(is_train, data_path, crop, **options)
-    return Images(cropped, finish), classes
+    cropped, names = data_set.open(is_train, data_path, crop, **options)
+    return Images(cropped, finish, None if classes is None else order_of_classes(names, classes)), names
 
 
 def _open_folders(is_train: bool, data_path: str | None, crop: Crop, read_file: Reader) -> LabelledImages:
@@ -152,15 +163,45 @@ def _open_folders(is_train: bool, data_path: str | None, crop: Crop, read_file: 
     classes = {split: _class_folders(path) for split, path in splits.items() if path.is_dir()}
     _check_same_classes(data_path, classes.get("train"), classes.get("val"))
 
-    images = ImageFolder(folder, crop, loader=read_file, allow_empty=True)
+    left_out = [path.name for path in sorted(folder.iterdir()) if not _is_class_folder(path)]
+    endings, within, hidden = image_endings(), f"{folder}{os.sep}", f"{os.sep}."
+
+    def is_image(path: str) -> bool:
+        name = path.removeprefix(within)
+        if hidden in name or os.path.splitext(name)[1].lower() not in endings:  # the class folder is not hidden
+            left_out.append(name)
+            return False
+        return True
+
+    images = _ClassFolders(str(folder), crop, loader=read_file, is_valid_file=is_image, allow_empty=True)
+    if left_out:
+        _logger.info(
+            "%s: %d files or folders are left out, as they are hidden, in no class folder, or without the ending of "
+            "an image: %s",
+            folder,
+            len(left_out),
+            first_few(left_out),
+        )
     if empty := set(range(len(images.classes))).difference(images.targets):
-        names = _first_few([images.classes[label] for label in sorted(empty)])
+        names = first_few([images.classes[label] for label in sorted(empty)])
         raise FileNotFoundError(f"no image in class folder {names} of {folder}: add images or remove the folder")
     return images, images.classes
 
 
+class _ClassFolders(ImageFolder):
+    """torchvision's, without hidden folders such as `.ipynb_checkpoints`."""
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names = sorted(_class_folders(Path(directory)))
+        return names, {name: label for label, name in enumerate(names)}
+
+
+def _is_class_folder(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith(".")
+
+
 def _class_folders(folder: Path) -> set[str]:
-    names = {entry.name for entry in folder.iterdir() if entry.is_dir()}
+    names = {path.name for path in folder.iterdir() if _is_class_folder(path)}
     if not names:
         raise FileNotFoundError(f"no class folder in {folder}: it must hold a folder of images per class")
     return names
@@ -169,14 +210,8 @@ def _class_folders(folder: Path) -> set[str]:
 def _check_same_classes(data_path: str, train: set[str] | None, val: set[str] | None) -> None:
     if train is None or val is None or train == val:
         return
-    sides = {"train/": train - val, "val/": val - train}
-    differences = "; ".join(f"only in {side}: {_first_few(sorted(names))}" for side, names in sides.items() if names)
+    differences = name_differences(train, "train/", val, "val/")
     raise ValueError(f"the classes of train/ and val/ in --data-path {data_path} differ: {differences}")
-
-
-def _first_few(names: Sequence[str], few: int = 5) -> str:
-    rest = f" and {len(names) - few} more" if len(names) > few else ""
-    return ", ".join(names[:few]) + rest
 
 
 def _open_cifar(cifar: type[CIFAR10], is_train: bool, data_path: str | None, crop: Crop) -> LabelledImages:
@@ -644,7 +679,7 @@ def build_loader(dataset: Images, is_train: bool, args: argparse.Namespace, rank
     load = partial(
         ImageLoader,
         num_images=len(dataset),
-        collate_fn=Batching(dataset.finish, args.seed if is_train else None),
+        collate_fn=Batching(dataset.finish, args.seed if is_train else None, dataset.labels),
         skips_unreadable=is_train and args.skip_bad_images,
         batch_size=args.batch_size if is_train else int(1.5 * args.batch_size),
         drop_last=is_train,

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from logging import getLogger
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import timm
 import torch
@@ -11,9 +11,11 @@ from timm.layers import to_2tuple
 from torch import nn
 
 import models_lape  # noqa: F401  (registers the models)
+from datasets import DATA_SETS
 from lape_vit import convert_checkpoint, warm_start
 from lape_vit.encodings import all_options
 from training.checkpoint import description_of, load_checkpoint, load_weights
+from training.classes import name_differences, order_of_classes
 from training.options import flag_of
 
 _logger = getLogger(__name__)
@@ -52,25 +54,89 @@ def weights_of(checkpoint: dict[str, Any], args: argparse.Namespace) -> dict[str
     return weights
 
 
-def load_what_fits(model: Any, checkpoint: dict[str, Any], path: str) -> None:
+class ClassMatch(NamedTuple):
+    """How the classes of a data set compare with those of a checkpoint."""
+
+    order: list[int] | None
+    """Where each class of the data set stands among the checkpoint's; None where these are not the same names."""
+    differences: str
+    """The names of one side alone; empty where there are none, or where one side has no names."""
+
+
+def match_classes(classes: Sequence[str], data_set: str, description: dict[str, Any], path: str) -> ClassMatch:
+    """Compare the names of a data set's classes with those in the description of the checkpoint at `path`.
+
+    Shards have no names, and neither have the checkpoints of other code bases.
+    """
+    known = description.get("classes")
+    if known is None:
+        return ClassMatch(None, "")
+    order = order_of_classes(classes, known)
+    unnamed = {name for name, entry in DATA_SETS.items() if entry.is_sharded}
+    if order is not None or unnamed & {data_set, description.get("data_set")}:
+        return ClassMatch(order, "")
+    return ClassMatch(None, name_differences(classes, data_set, known, path))
+
+
+def log_match(match: ClassMatch, data_set: str, path: str) -> None:
+    """Log where a class has another number in the checkpoint, and where names could not be compared."""
+    if match.order is None:
+        _logger.info(
+            "%s: its classes cannot be compared by name with those of %s: equal numbers are taken for equal classes",
+            path,
+            data_set,
+        )
+    elif match.order != sorted(match.order):
+        _logger.info("%s: its classes are those of %s in another order, and matched by name", path, data_set)
+
+
+def reorder_classifier(
+    state_dict: dict[str, torch.Tensor], model: Any, order: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """The weights with row `order[label]` of each of the model's classifiers as row `label`."""
+    names = classifier_names(model)
+    return {name: value[list(order)] if name in names else value for name, value in state_dict.items()}
+
+
+def classifier_names(model: Any) -> set[str]:
+    """The names of the parameters of a model's classifier, or of its two."""
+    classifier = model.get_classifier()
+    heads = classifier if isinstance(classifier, tuple) else (classifier,)
+    parameters = {id(parameter) for head in heads for parameter in head.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in parameters}
+
+
+def load_what_fits(model: Any, checkpoint: dict[str, Any], path: str, data_set: str, classes: Sequence[str]) -> None:
     """Start from the weights of a checkpoint, and say in one line each what is new and what was left out.
+
+    Of a classifier for the same `classes`, each row goes to the class of its name; one for others is left out.
 
     Raises:
         ValueError: nothing fits.
     """
+    weights, match = checkpoint["model"], match_classes(classes, data_set, description_of(checkpoint), path)
+    if match.differences:
+        _logger.info("%s: its classifier is for other classes and left out: %s", path, match.differences)
+        weights = {name: value for name, value in weights.items() if name not in classifier_names(model)}
+    elif match.order is not None:
+        weights = reorder_classifier(weights, model, match.order)
     size, patch = description_of(checkpoint).get("input_size"), model.patch_embed.patch_size
     grid = None if size is None else tuple(side // cell for side, cell in zip(to_2tuple(size), patch, strict=True))
     try:
-        start = warm_start(checkpoint["model"], model, grid)
+        start = warm_start(weights, model, grid)
     except ValueError as error:
         raise ValueError(f"--finetune {path}: {error}") from error
     for line in start.report():
         _logger.info("%s: %s", path, line)
+    if not match.differences and not classifier_names(model) <= {*start.new}:
+        log_match(match, data_set, path)
     model.load_state_dict(start.state_dict)
 
 
-def build_teacher(args: argparse.Namespace, num_classes: int) -> nn.Module:
+def build_teacher(args: argparse.Namespace, classes: Sequence[str]) -> nn.Module:
     """The model to learn from: any of timm or of this project, with the weights of `--teacher-path`.
+
+    Its classes are in the order of `classes`, if its checkpoint names them.
 
     Raises:
         FileNotFoundError: no such file.
@@ -84,14 +150,20 @@ def build_teacher(args: argparse.Namespace, num_classes: int) -> nn.Module:
     if name not in timm.list_models():
         raise ValueError(f"unknown --teacher-model {name!r}: timm.list_models() lists them")
     checkpoint = load_checkpoint(path)
+    match = match_classes(classes, args.data_set, description_of(checkpoint), path)
+    if match.differences:
+        raise ValueError(f"--teacher-path {path} was trained on other classes: {match.differences}")
+    log_match(match, args.data_set, path)
     weights, options = checkpoint["model"], {}
     if name in timm.list_models(module="models_lape"):
         weights, description = convert_checkpoint(weights), description_of(checkpoint)
         options = {key: description[key] for key in ("pe", "join_type", *all_options()) if key in description}
         if "input_size" in description:
             options["img_size"] = to_2tuple(description["input_size"])
-    teacher = timm.create_model(name, num_classes=num_classes, **options)
-    load_weights(teacher, weights, f"--teacher-path {path}", f"{name} of {num_classes} classes")
+    teacher = timm.create_model(name, num_classes=len(classes), **options)
+    if match.order is not None:
+        weights = reorder_classifier(weights, teacher, match.order)
+    load_weights(teacher, weights, f"--teacher-path {path}", f"{name} of {len(classes)} classes")
     size = to_2tuple(args.input_size)
     try:
         with torch.no_grad():
@@ -121,11 +193,9 @@ def describe_model(args: argparse.Namespace, classes: Sequence[str]) -> dict[str
 
 def freeze_all_but_attention(model: Any) -> None:
     """Leave to training what DeiT III fine-tunes by `--attn-only`: attention, positions and classifier."""
-    classifier = model.get_classifier()
-    heads = classifier if isinstance(classifier, tuple) else (classifier,)
-    trained = {id(parameter) for part in (model.join, *heads) for parameter in part.parameters()}
+    names, positions = {"pos_embed", *classifier_names(model)}, {id(parameter) for parameter in model.join.parameters()}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".attn." in name or name == "pos_embed" or id(parameter) in trained)
+        parameter.requires_grad_(".attn." in name or name in names or id(parameter) in positions)
 
 
 def compile_model(model: nn.Module, device: torch.device) -> nn.Module:

@@ -25,6 +25,8 @@ from model_setup import (
     describe_model,
     freeze_all_but_attention,
     load_what_fits,
+    log_match,
+    match_classes,
     weights_of,
 )
 from training import distributed
@@ -122,10 +124,9 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
     distributed.start(world, device, args.dist_url, args.init_timeout)
     check_same_start(args, checkpoint, world, device)
 
-    test_set, classes = build_dataset(False, args)
-    expected = description.get("num_classes", len(classes))
-    if expected != len(classes):
-        raise ValueError(f"{args.data_set} has {len(classes)} classes, but the model of {args.resume} has {expected}")
+    test_set, classes = build_dataset(False, args, description.get("classes"))
+    if checkpoint:
+        classes = classes_of_model(args, classes, description)
     seed_everything(args.seed)  # every process makes the same model
     model = build_model(args, len(classes), description.get("input_size", args.input_size))
     if checkpoint:
@@ -133,7 +134,7 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
         load_weights(model, convert_checkpoint(weights_of(checkpoint, args)), args.resume, name)
         model.set_input_size(img_size=to_2tuple(args.input_size))
     if start:
-        load_what_fits(model, start, args.finetune)
+        load_what_fits(model, start, args.finetune, args.data_set, classes)
     run = Run(
         args=args,
         world=world,
@@ -155,6 +156,27 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Run:
     if run.training is not None and args.tensorboard:
         run.training.events = start_events(run, run.training)
     return run
+
+
+def classes_of_model(args: argparse.Namespace, classes: list[str], description: dict[str, Any]) -> list[str]:
+    """The names of the classes of a checkpoint's model, in its order; the data set's where it has none.
+
+    Raises:
+        ValueError: the data set has other classes.
+    """
+    match = match_classes(classes, args.data_set, description, args.resume)
+    expected = description.get("num_classes", len(classes))
+    names = f": {match.differences}" if match.differences else ""
+    if expected != len(classes):
+        raise ValueError(
+            f"{args.data_set} has {len(classes)} classes, but the model of {args.resume} has {expected}{names}"
+        )
+    if names:
+        raise ValueError(f"{args.data_set} has other classes than the model of {args.resume}{names}")
+    log_match(match, args.data_set, args.resume)
+    if match.order is None and not DATA_SETS[args.data_set].is_sharded:
+        return classes
+    return description.get("classes", classes)
 
 
 def read_given(parser: OptionParser, argv: Sequence[str]) -> dict[str, Any]:
@@ -319,10 +341,11 @@ def set_up_training(run: Run, parser: OptionParser, checkpoint: dict[str, Any]) 
         _logger.warning("--drop and --drop-path are without effect under --no-train-mode")
     if args.attn_only:
         freeze_all_but_attention(run.model)
-    train_set, classes = build_dataset(True, args)
+    classes = run.description["classes"]
+    train_set, _ = build_dataset(True, args, classes)
     loader = build_loader(train_set, True, args, world.rank, world.size)
     updates = len(loader) // args.accum_steps
-    teacher = None if args.distillation_type == "none" else build_teacher(args, len(classes)).to(run.device)
+    teacher = None if args.distillation_type == "none" else build_teacher(args, classes).to(run.device)
     state = build_state(args, run.model, len(classes), updates, world.size, teacher)
     if checkpoint:
         restore_state(state, checkpoint, args)

@@ -16,7 +16,6 @@ import numpy as np
 import timm.data
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
 from datasets import build_transform
@@ -27,6 +26,7 @@ from figures.positions import Positions
 from lape_vit import VisionTransformer
 from lape_vit.analysis.attention_maps import attention_maps, why_no_split
 from lape_vit.encodings import all_options
+from training.images import read_image
 from training.logs import end_in_one_line, start_logging
 from training.options import Parser, flag_of, number, whole
 
@@ -190,9 +190,8 @@ def over_image(checkpoint: Checkpoint, file: str) -> attention.TokenAttention:
 
 
 def prepare(model: Any, description: dict[str, Any], file: str) -> tuple[Tensor, Tensor]:
-    """An image as the model reads it (3, height, width), and as the eye does (height, width, 3) in [0, 1]."""
-    with Image.open(Path(file).expanduser()) as opened:
-        picture = opened.convert("RGB")
+    """An image as the model reads it (3, height, width), and as the eye does (height, width, 3) in [0, 1]: upright."""
+    picture = read_image(str(Path(file).expanduser()), upright=True)
     if "eval_crop_ratio" in description:  # ours
         transform = build_transform(is_train=False, args=argparse.Namespace(**description))
         mean, std = description["mean"], description["std"]

@@ -3,6 +3,7 @@
 Shapes: B batch, N tokens, D embedding width, h heads, d head width. Block l reads the residual stream x_l (B, N, D).
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,8 @@ class Attention(timm.layers.Attention):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.encoding: AttentionEncoding | None = None
+        self.trained_tokens: int | None = None
+        """Where it is set, logits are multiplied by log(N) / log(trained_tokens) (https://arxiv.org/abs/2202.12172)."""
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, N, D) to q, k and v, each (B, h, N, d), before any encoding."""
@@ -56,14 +59,18 @@ class Attention(timm.layers.Attention):
         Args:
             bias: is added to the logits, broadcasts to (B, h, N, N).
         """
+        scale = self.scale
+        if self.trained_tokens is not None:
+            temperature = math.log(q.shape[2]) / math.log(self.trained_tokens)
+            scale, bias = scale * temperature, None if bias is None else bias * temperature
         if self.fused_attn and not is_trained_on_cpu(bias):
             if bias is not None:
                 attn_mask, is_causal = mask_logits(bias, attn_mask, is_causal), False
             dropout = self.attn_drop.p if self.training else 0.0
             return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
+                q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=scale
             )
-        logits = (q * self.scale) @ k.transpose(-2, -1)
+        logits = (q * scale) @ k.transpose(-2, -1)
         if bias is not None:
             logits = logits + bias
         return self.attn_drop(mask_logits(logits, attn_mask, is_causal).softmax(dim=-1)) @ v

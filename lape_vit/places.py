@@ -70,6 +70,14 @@ class Places(NamedTuple):
         """Patch i gets the place of patch ``order[i]``: (M,), or (B, M) where images differ."""
         return self.keep(order)
 
+    def on(self, grid: Grid) -> "Places":
+        """The same places in the cells of another grid that covers the same image."""
+        if grid == self.grid:
+            return self
+        x, y = self.coordinates()
+        by_x, by_y = grid[1] / self.grid[1], grid[0] / self.grid[0]
+        return self._replace(grid=grid, x=(x + 0.5) * by_x - 0.5, y=(y + 0.5) * by_y - 0.5)
+
     def shifted(self, dx: float | Tensor, dy: float | Tensor) -> "Places":
         """All places moved by (dx, dy) cells; a tensor (B, 1) moves each image by its own."""
         x, y = self.coordinates()

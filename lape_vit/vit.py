@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lape_vit import encodings, joins
 from lape_vit.attention import Attention, Block
+from lape_vit.augmentation import PlaceAugmentation
 from lape_vit.encodings import LayerSpec, Resolved, TokenEncoding
 from lape_vit.joins import Terms
-from lape_vit.places import Places
+from lape_vit.places import Grid, Places
 
 
 class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
@@ -29,6 +30,8 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
         pe: an encoding of :mod:`lape_vit.encodings`, or a sum of some, with options in brackets or as arguments of
             their own; default ``learnable``. timm's own argument ``pos_embed`` is taken for it, if given.
         join_type: a join of :mod:`lape_vit.joins`; default ``basic``.
+        pos_shift, pos_jitter, pos_rescale: augmentation of places in training, off by default; see
+            :class:`lape_vit.augmentation.PlaceAugmentation`.
         kwargs: options of the encoding, and all arguments of timm's class. With neither ``pe`` nor ``join_type`` the
             model is timm's, bit for bit.
 
@@ -45,7 +48,15 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
         dist_token: Any  # a parameter in distilled models, None in others
 
     def __init__(
-        self, *args: Any, pe: str | None = None, join_type: str = "basic", pos_embed: str | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        pe: str | None = None,
+        join_type: str = "basic",
+        pos_embed: str | None = None,
+        pos_shift: float = 0.0,
+        pos_jitter: float = 1.0,
+        pos_rescale: float = 1.0,
+        **kwargs: Any,
     ) -> None:
         if pe is not None and pos_embed is not None:
             raise ValueError(f"pe={pe!r} and pos_embed={pos_embed!r} say the same thing: give one of them")
@@ -66,6 +77,10 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
         if isinstance(self.patch_drop, timm.layers.PatchDropout):
             rate, prefix = self.patch_drop.prob, self.num_prefix_tokens
             self.patch_drop = cast("Any", timm.layers.PatchDropoutWithIndices(rate, prefix))
+        self.augment_places = PlaceAugmentation(pos_shift, pos_jitter, pos_rescale)
+        if self.augment_places.is_on:
+            encoding.check_real_places("pos_shift, pos_jitter and pos_rescale")
+        self.reference_grid: Grid | None = None
         weight = self.patch_embed.proj.weight
         with weight.device:
             self._add_join(encoding)
@@ -122,6 +137,28 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
             "with dynamo=True; torch.jit.trace works, too"
         )
 
+    def extrapolate(self, reference_grid: Grid | None = None, log_n: bool = False) -> None:
+        """Choose how attention treats images of another size than those of the training; both are off by default.
+
+        Args:
+            reference_grid: (H, W) of the training: attention then reads the places in its cells, so that the same part
+                of the image has the same place at every size. Tables of a join are resampled as always.
+            log_n: multiply logits by log(N) / log(N of the size that the model is built for), so that attention over
+                more tokens is as sharp (Chiang and Cholak 2022, https://arxiv.org/abs/2202.12172).
+
+        Raises:
+            ValueError: the encoding does not live in attention, or rounds places.
+        """
+        if reference_grid is not None:
+            resolved = encodings.resolve(self.pe)
+            if resolved.attention is None:
+                raise ValueError(f"pe={self.pe!r} has no part in attention, which a reference grid could place")
+            resolved.check_real_places("a reference grid")
+        self.reference_grid = reference_grid
+        height, width = self.patch_embed.grid_size
+        for block in cast("Any", self.blocks):
+            block.attn.trained_tokens = self.num_prefix_tokens + height * width if log_n else None
+
     def position_terms(self, places: Places | None = None) -> Terms:
         """What the join adds, and where: terms (1, N, D), or (B, N, D) where the places of images differ.
 
@@ -146,6 +183,8 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
 
     def embed(self, x: Tensor, places: Places) -> tuple[Tensor, Terms, Places]:
         """Tokens (B, N, D) to x_0, with the terms and places of those that are left after dropout of patches."""
+        if self.training:
+            places = self.augment_places(places)
         terms = self.position_terms(places)
         if terms.input is not None:
             x = x + terms.input
@@ -158,7 +197,7 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
                 lambda term: term.expand(len(kept), -1, -1).gather(1, tokens.expand(-1, -1, term.shape[-1]))
             )
             places = places.keep(kept)
-        return self.norm_pre(x), terms, places
+        return self.norm_pre(x), terms, places if self.reference_grid is None else places.on(self.reference_grid)
 
     def forward_block(
         self, layer: int, x: Tensor, terms: Terms, places: Places, attn_mask: Tensor | None, is_causal: bool

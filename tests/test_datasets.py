@@ -8,8 +8,10 @@ import pickle
 import random
 import signal
 import socket
+import struct
 import tarfile
 import threading
+import zlib
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,7 +26,7 @@ import simplejpeg
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from PIL import Image
+from PIL import ExifTags, Image
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms_factory import create_transform
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -228,6 +230,23 @@ def test_a_folder_per_class_is_labelled_in_alphabetical_order(tmp_path, data_set
     assert classes == ["cat", "dog"]
     assert [label for _, label in images] == [0, 0, 1, 1]
     assert all(image.shape == (3, 64, 64) for image, _ in images)
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels"),
+    [
+        (["dog", "cow", "cat"], [2, 2, 1, 1, 0, 0]),
+        (["dog", "cow", "pig"], [0, 0, 1, 1, 2, 2]),
+        (None, [0, 0, 1, 1, 2, 2]),
+    ],
+)
+def test_labels_follow_the_classes_of_a_model_that_has_the_same(tmp_path, classes, labels):
+    make_folders(tmp_path, *[("cat", "cow", "dog")] * 2)
+    args = folder_args(tmp_path)
+    images, names = build_dataset(False, args, classes)
+    assert names == ["cat", "cow", "dog"]
+    assert [label for _, label in images] == labels
+    assert list(chain(*(batch.tolist() for _, batch in build_loader(images, False, args, 0, 1)))) == labels
 
 
 def test_evaluation_needs_only_val(tmp_path):
@@ -672,6 +691,64 @@ def test_an_illegal_option_of_the_transform_names_its_flag(is_train, flag, value
     assert_one_line(error, str(value))
 
 
+# ---- what is an image
+
+
+def logged(caplog: pytest.LogCaptureFixture, word: str) -> list[str]:
+    return [message for message in caplog.messages if word in message]
+
+
+@pytest.mark.parametrize("hidden", [".ipynb_checkpoints", ".git"])
+def test_hidden_folders_are_no_classes_and_hidden_files_no_images(tmp_path, caplog, hidden):
+    make_folders(tmp_path)
+    inside = noise_image(40, 30)
+    for folder in (tmp_path / "train" / hidden, tmp_path / "train/cat" / hidden):
+        folder.mkdir()
+        inside.save(folder / "0-checkpoint.png")
+    inside.save(tmp_path / "train/cat/._0.png")
+    inside.save(tmp_path / "train/beside.png")
+    (tmp_path / "train/cat/notes.txt").write_text("notes")
+    with caplog.at_level("INFO"):
+        images, classes = build_dataset(True, folder_args(tmp_path))
+    assert classes == ["cat", "dog"]
+    assert [label for _, label in images] == [0, 0, 1, 1]
+    (line,) = logged(caplog, "left out")
+    assert f"{tmp_path / 'train'}: 5 files or folders" in line
+    for name in (hidden, f"cat/{hidden}/0-checkpoint.png", "cat/._0.png", "beside.png", "cat/notes.txt"):
+        assert name in line
+
+
+def test_nothing_is_said_where_nothing_is_left_out_and_a_hidden_root_hides_nothing(tmp_path, caplog):
+    root = make_folders(tmp_path / ".cache" / "photos")
+    with caplog.at_level("INFO"):
+        assert len(build_dataset(True, folder_args(root))[0]) == 4
+    assert logged(caplog, "left out") == []
+
+
+WRITTEN = ("avif", "bmp", "dds", "gif", "icns", "ico", "jfif", "jp2", "jpe", "JPEG", "mpo", "pbm", "pcx", "pgm", "png")
+WRITTEN += ("pnm", "ppm", "qoi", "sgi", "tga", "TIFF", "webp", "xbm")
+
+
+@pytest.mark.parametrize("ending", WRITTEN)
+def test_every_ending_of_an_image_that_pillow_reads_is_read(tmp_path, ending):
+    make_folders(tmp_path)
+    image = noise_image(32, 32)
+    (image.convert("1") if ending in ("pbm", "xbm") else image).save(tmp_path / "train/cat" / f"more.{ending}")
+    images, _ = build_dataset(True, folder_args(tmp_path, input_size=32))
+    assert [label for _, label in images] == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("ending", ["h5", "pdf", "eps", "json", "mpg", "heic", ""])
+def test_other_endings_are_left_out_and_counted(tmp_path, caplog, ending):
+    make_folders(tmp_path)
+    (tmp_path / "val/dog" / f"x.{ending}").write_bytes(b"x")
+    with caplog.at_level("INFO"):
+        assert len(build_dataset(False, folder_args(tmp_path))[0]) == 4
+    (line,) = logged(caplog, "left out")
+    assert line.startswith(f"{tmp_path / 'val'}: 1 files or folders")
+    assert line.endswith(f"dog/x.{ending}")
+
+
 # ---- the fast crop
 
 
@@ -733,6 +810,81 @@ def test_whether_an_image_is_too_large_is_for_pil_to_say(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)
     with pytest.raises(UnreadableImageError, match="bomb"):
         read_pixels(JPEGS["RGB"], "image")
+
+
+GREY = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+"""Each grey of 8 bits, in 16: from black to white."""
+
+
+def grey_tiff(data: bytes, bits: int, white_is_zero: bool = False) -> bytes:
+    """An uncompressed TIFF of 16 x 16 values."""
+    entries = [(256, 16), (257, 16), (258, bits), (259, 1), (262, int(not white_is_zero))]
+    entries += [(273, 8), (277, 1), (278, 16), (279, len(data))]
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    header = b"II*\0" + struct.pack("<I", 8 + len(data))
+    return header + data + struct.pack("<H", len(entries)) + directory + bytes(4)
+
+
+def in_12_bits(values: np.ndarray) -> bytes:
+    """Two values up to 4095 in three bytes each."""
+    even, odd = (values.reshape(-1)[first::2].astype(int) for first in (0, 1))
+    return np.stack([even >> 4, (even & 15) << 4 | odd >> 8, odd & 255], axis=1).astype(np.uint8).tobytes()
+
+
+DEEP_GREY = {
+    "PNG": encoded(Image.fromarray(GREY), "PNG"),
+    "TIFF": encoded(Image.fromarray(GREY), "TIFF"),
+    "compressed TIFF": encoded(Image.fromarray(GREY), "TIFF", compression="tiff_lzw"),
+    "TIFF of 12 bits": grey_tiff(in_12_bits(GREY >> 4), 12),
+    "TIFF whose white is zero": grey_tiff((65535 - GREY).tobytes(), 16, white_is_zero=True),
+    "TIFF of 8 bits whose white is zero": grey_tiff((255 - (GREY >> 8)).astype(np.uint8).tobytes(), 8, True),
+    "big-endian TIFF": encoded(Image.frombytes("I;16B", (16, 16), GREY.astype(">u2").tobytes()), "TIFF"),
+    "PGM": encoded(Image.fromarray(GREY), "PPM"),
+    "JPEG 2000": encoded(Image.fromarray(GREY), "JPEG2000", irreversible=False),
+}
+
+
+@pytest.mark.parametrize("read", [read_image, read_pixels])
+@pytest.mark.parametrize("content", DEEP_GREY.values(), ids=DEEP_GREY)
+def test_grey_of_more_than_8_bits_keeps_all_its_levels(content, read):
+    pixels = np.asarray(read(content))
+    np.testing.assert_array_equal(pixels, np.repeat(np.arange(256).reshape(16, 16, 1), 3, axis=2))
+
+
+def test_grey_and_colours_of_16_bits_are_read_alike():
+    values = np.random.default_rng(0).integers(0, 65536, (16, 16), dtype=np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in np.repeat(values, 3, axis=1))
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0))
+    colours = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    grey = encoded(Image.fromarray(values), "PNG")
+    np.testing.assert_array_equal(read_image(colours), read_image(grey))
+
+
+@pytest.mark.parametrize(("kind", "word"), [(np.int32, "whole numbers"), (np.float32, "floats")])
+def test_values_without_a_known_range_are_refused_by_name(tmp_path, kind, word):
+    Image.fromarray(GREY.astype(kind)).save(file := tmp_path / "deep.tiff")
+    for read in (read_image, read_pixels):
+        with pytest.raises(UnreadableImageError) as error:
+            read(str(file))
+        assert_one_line(error, str(file), word, "save it with 8 or 16 unsigned bits")
+
+
+def test_only_an_image_for_the_eye_is_turned_as_its_exif_data_say(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # turned by a quarter
+    for name, image in (("colours.png", photo(30, 20)), ("grey.png", Image.fromarray(GREY[:8]))):
+        image.save(file := tmp_path / name, exif=exif)
+        stored, upright = read_image(str(file)), read_image(str(file), upright=True)
+        np.testing.assert_array_equal(upright, np.rot90(stored, -1))
+        np.testing.assert_array_equal(read_pixels(str(file)), stored)
+    image = photo(32, 16)
+    image.save(file := tmp_path / "photo.jpg", exif=exif)
+    np.testing.assert_array_equal(read_pixels(str(file)), read_image(str(file)))  # simplejpeg turns nothing either
+    assert read_image(str(file)).size == (32, 16)
 
 
 def photo_folder(root: Path, sizes: list[tuple[int, int]]) -> Path:

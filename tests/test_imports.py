@@ -27,13 +27,14 @@ LIBRARIES = ("torch", "torchvision", "timm", "argparse")
 
 BENEATH: dict[str, tuple[str, ...]] = {
     "places": (),
+    "augmentation": ("places",),
     "encodings/base": ("places",),
     "encodings/tables": ("places",),
     "encodings/*": ("encodings/base", "encodings/tables"),
     "encodings": ("encodings/*",),
     "joins": ("encodings",),
     "attention": ("joins",),
-    "vit": ("attention",),
+    "vit": ("attention", "augmentation"),
     "analysis": ("vit",),
     "cct": ("vit",),
     "checkpoints": ("vit",),

@@ -91,7 +91,7 @@ def distilled(path: Path, **changes: Any) -> argparse.Namespace:
 
 
 def loss_of(args: argparse.Namespace, model: nn.Module) -> nn.Module:
-    teacher = None if args.distillation_type == "none" else model_setup.build_teacher(args, 3)
+    teacher = None if args.distillation_type == "none" else model_setup.build_teacher(args, [*"abc"])
     return build_loss(args, model, build_criterion(args, None), teacher)
 
 
@@ -147,7 +147,7 @@ def test_a_student_with_one_head_and_a_teacher_of_other_classes_are_refused(teac
         loss_of(distilled(teacher_file), nn.Linear(2, 2))
     args = distilled(teacher_file)
     with pytest.raises(ValueError, match=r"of 5 classes: fc.bias is \(3,\), not \(5,\)"):
-        model_setup.build_teacher(args, 5)
+        model_setup.build_teacher(args, [*"abcde"])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lape_vit.encodings import ENCODINGS
 from lape_vit.places import Places
-from tests.models import PAIRS, assert_equal, assert_near, images, over_pairs, tiny
+from tests.models import assert_equal, assert_near, images, over_pairs, tiny
 
 WHOLE = Places((2, 3))
 X, Y = torch.tensor([0.0, 1, 2, 0, 1, 2]).double(), torch.tensor([0.0, 0, 0, 1, 1, 1]).double()

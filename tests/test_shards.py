@@ -353,7 +353,51 @@ BAD_SHARDS = {
     "with a name for a label": {"a.png": PIXELS, "a.cls": b"cat"},
     "with a negative label": {"a.png": PIXELS, "a.cls": b"-1"},
     "with a file twice": {"a.png": PIXELS, "a.PNG": PIXELS, "a.cls": b"0"},
+    "with an image of another ending": {"a.bmp": PIXELS, "a.cls": b"0"},
 }
+DOTTED = {
+    "beside another": {"x0.png": PIXELS, "x0.cls": b"0", "x0.copy.png": PIXELS, "x0.copy.cls": b"1"},
+    "alone": {"x0.copy.png": PIXELS, "x0.copy.cls": b"1"},
+    "in a folder": {"a.b/x0.copy.PNG": PIXELS, "a.b/x0.copy.CLS": b"1"},
+}
+
+
+@pytest.mark.parametrize("files", DOTTED.values(), ids=DOTTED)
+def test_an_image_that_webdataset_takes_for_a_part_of_another_is_refused_by_name(args, files):
+    bad = write_tar(Path(args.data_path.replace("{00..06}", "02")), files)
+    with pytest.raises(DamagedShardError, match="a name ends at its first dot") as error:
+        build_dataset(True, args)
+    assert_one_line(error, f"x0.copy.png of shard {bad} has a label of its own", "x0_copy.png")
+
+
+def test_images_that_are_left_out_are_counted_in_the_log(args, tmp_path, caplog):
+    lights = [encoded(np.full((8, 8, 3), number, dtype=np.uint8)) for number in (0, 1)]
+    labelled = {
+        "0.png": lights[0],
+        "0.cls": b"0",
+        "0.seg.png": PIXELS,
+        "0.txt": b"",
+        "d/1.png": lights[1],
+        "d/1.cls": b"1",
+    }
+    left_out = {"._0.png": b"", "d/._1.png": b"", "._1.cls": b"", "__MACOSX/._0.png": b"", "__meta__/a.png": PIXELS}
+    pattern = str(write_tar(tmp_path / "val.tar", {**left_out, **labelled, "e.tif": PIXELS}))
+    for _ in ("counted", "kept"):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            loader = loader_of(changed(args, eval_data_path=pattern), False)
+        assert seen(loader) == [0, 1]
+        (line,) = [message for message in caplog.messages if "left out" in message]
+        assert f"{pattern}: 6 files of images" in line
+        assert all(name in line for name in ("._0.png", "d/._1.png", "__MACOSX/._0.png", "__meta__/a.png", "0.seg.png"))
+
+
+def test_a_count_by_other_rules_is_not_used(args, monkeypatch):
+    build_dataset(True, args)
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "RULES", shards.RULES + 1)
+        patch.setattr(shards, "_count", lambda path: (1, {0}, []))
+        assert len(build_dataset(True, args)[0]) == len(LENGTHS)
 
 
 @pytest.mark.parametrize("kind", [*BAD_SHARDS, "truncated", "text", "empty"])

@@ -12,7 +12,7 @@ import safetensors.torch
 import timm
 import torch
 from matplotlib.image import imread
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 import similarity_visualize
@@ -210,6 +210,18 @@ def test_an_image_is_prepared_as_the_checkpoint_says(tmp_path: Path) -> None:
     normalised, pixels = similarity_visualize.prepare(model, description, str(tmp_path / "image.png"))
     np.testing.assert_allclose(pixels, expected, atol=1e-6)
     np.testing.assert_allclose(normalised.permute(1, 2, 0), (expected - 0.1) / 0.5, atol=1e-5)
+
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3  # upside down
+    with Image.open(tmp_path / "image.png") as image:
+        image.rotate(180).save(tmp_path / "turned.png", exif=exif)
+    _, upright = similarity_visualize.prepare(model, description, str(tmp_path / "turned.png"))
+    np.testing.assert_allclose(upright, pixels, atol=1e-6)
+
+    deep = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    _, grey = similarity_visualize.prepare(model, description, str(tmp_path / "deep.png"))
+    np.testing.assert_allclose(grey[..., 0] * 255, deep >> 8, atol=1e-3)
 
 
 def test_dashes_and_underscores_in_flags_mean_the_same() -> None:

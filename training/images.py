@@ -3,12 +3,13 @@
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, ImageOps, TiffImagePlugin
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -19,6 +20,13 @@ Picture = Image.Image | np.ndarray
 Reader = Callable[..., Picture]  # (path or content of a file, name for the error)
 Crop = Callable[[Picture], Image.Image]
 Transform = Callable[[Image.Image], Tensor]
+
+NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+"""Formats that Pillow recognises and does not decode itself."""
+FORMATS_OF_16_BITS = ("PNG", "PPM")
+"""Formats whose images of mode `I`, 32 bits wide, hold values of 0..65535."""
+WHITE_IS_ZERO = 0
+"""Of TIFF's photometric interpretations the one that Pillow heeds up to 8 bits alone."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +54,12 @@ class Batching:
     Args:
         finish: the transform after the crop.
         seed: of the augmentations; None where nothing is random.
+        labels: what stands for each label of the samples; None where they stay.
     """
 
     finish: Transform
     seed: int | None
+    labels: Sequence[int] | None = None
 
     def __call__(self, samples: Sequence[Sample | Exception]) -> Any:
         """Make a batch.
@@ -63,7 +73,8 @@ class Batching:
                 return sample
             if self.seed is not None:
                 seed_everything(self.seed, AUGMENTATION, *sample.place)
-            finished.append((self.finish(sample.image), sample.label))
+            label = sample.label if self.labels is None else self.labels[sample.label]
+            finished.append((self.finish(sample.image), label))
             complaints.append(sample.complaint)
         return default_collate(finished), complaints
 
@@ -72,21 +83,54 @@ class UnreadableImageError(ValueError):
     """What cannot be read as an image; the message names it."""
 
 
-def read_image(file: str | bytes, name: str = "") -> Image.Image:
+@cache
+def image_endings() -> frozenset[str]:
+    """The endings of the files that Pillow reads, in lower case and with their dot."""
+    endings = Image.registered_extensions()  # which loads Pillow's plugins
+    read = {*Image.OPEN, "MPO"} - NOT_DECODED
+    return frozenset(ending for ending, kind in endings.items() if kind in read)
+
+
+def read_image(file: str | bytes, name: str = "", upright: bool = False) -> Image.Image:
     """The RGB image in a file.
 
     Args:
         file: its path, or what it holds.
         name: of the image, for the error; else the path.
+        upright: whether to turn it as its EXIF orientation says, for the eye. Training and evaluation read images as
+            they are stored, as torchvision does.
 
     Raises:
-        UnreadableImageError: it is damaged, absent, or no image.
+        UnreadableImageError: it is damaged, absent, no image, or of a mode that `to_rgb` refuses.
     """
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            return image.convert("RGB")
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
     except Exception as error:  # what is no image can fail in any way
         raise UnreadableImageError(f"{name or file!s} cannot be read as an image: {one_line(error)}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of any image that is open.
+
+    Pillow's `convert` clips grey of 16 bits at 255. Here it keeps its high byte, as Pillow's colours of 16 bits do.
+
+    Raises:
+        ValueError: the values have no known range, as whole numbers of 32 bits or with a sign, and floats.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in FORMATS_OF_16_BITS):
+        tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+        bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
+        grey = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+        if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:
+            grey = 255 - grey
+        image = Image.fromarray(grey)
+    elif image.mode in ("I", "F"):
+        kind = "whole numbers" if image.mode == "I" else "floats"
+        raise ValueError(f"its values are {kind} of no known range: save it with 8 or 16 unsigned bits per channel")
+    return image.convert("RGB")
 
 
 def read_pixels(file: str | bytes, name: str = "") -> Picture:

@@ -18,7 +18,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice, repeat
+from itertools import chain, islice, repeat
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from training.checkpoint import atomic_write
+from training.classes import first_few
 from training.distributed import in_turns
-from training.images import Crop, Reader, Sample, UnreadableImageError, one_line
+from training.images import Crop, Reader, Sample, UnreadableImageError, image_endings, one_line
 from training.seeding import CROP, seed_everything
 
 _logger = getLogger(__name__)
@@ -40,8 +41,12 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 LABEL_SUFFIX = "cls"
 BLOCK = 1000
 """Images that a worker shuffles among one another; it holds up to two blocks in memory, as they are in the files."""
+METADATA = re.compile(r"__[^/]*__($|/)")
+"""What webdataset passes over."""
 READERS = 8
 """Threads that count images."""
+RULES = 2
+"""Version of the rules by which images are counted: what was counted by others is counted again."""
 
 
 class DamagedShardError(ValueError):
@@ -50,10 +55,12 @@ class DamagedShardError(ValueError):
 
 @dataclass(frozen=True)
 class Contents:
-    """What shards hold: the number of images of each, and the labels of all."""
+    """What shards hold: the number of images of each, and the labels of all; and what files of images are left out."""
 
     lengths: list[int]
     labels: list[int]
+    num_left_out: int
+    left_out: str  # the names of a few
 
 
 class Shards(Dataset):
@@ -74,6 +81,14 @@ class Shards(Dataset):
         self.read_file = read_file
         contents = find_contents(self.urls)
         self.lengths, self.labels = contents.lengths, contents.labels
+        if contents.num_left_out:
+            _logger.info(
+                "%s: %d files of images are left out, as they are hidden, parts of another image, or none of %s: %s",
+                first_few(self.urls, 1),
+                contents.num_left_out,
+                ", ".join(IMAGE_SUFFIXES),
+                contents.left_out,
+            )
 
     def __len__(self) -> int:
         return sum(self.lengths)
@@ -110,7 +125,14 @@ class Shards(Dataset):
 
 
 def _is_part(name: str) -> bool:
+    """Whether to read a file: an image or a label that is not hidden, nor one of those that webdataset passes over."""
+    if METADATA.match(name) or name.rpartition("/")[2].startswith("."):
+        return False
     return name.rpartition(".")[2].lower() in (*IMAGE_SUFFIXES, LABEL_SUFFIX)
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in image_endings()
 
 
 def _first_argument(error: Exception) -> str:
@@ -198,7 +220,7 @@ def find_contents(urls: Sequence[str]) -> Contents:
     Raises:
         DamagedShardError: a shard is no tar file, or an image is not beside a label, a whole number from 0 on.
     """
-    digest = hashlib.sha256(json.dumps([_identity(url) for url in urls]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([RULES, *(_identity(url) for url in urls)]).encode()).hexdigest()
     kept = Path(torch.hub.get_dir()) / "shards" / f"{digest}.json"
     with in_turns():  # so that all but the first find what it has kept
         if kept.is_file():
@@ -206,7 +228,9 @@ def find_contents(urls: Sequence[str]) -> Contents:
         _logger.info("counting the images in %d shards; the result is kept in %s", len(urls), kept)
         with ThreadPoolExecutor(READERS) as threads:
             counted = list(threads.map(_count, urls))
-        contents = Contents([length for length, _ in counted], sorted(set().union(*(labels for _, labels in counted))))
+        lengths, labels, left_out = zip(*counted, strict=True)
+        names = list(chain(*left_out))
+        contents = Contents([*lengths], sorted(set().union(*labels)), len(names), first_few(names))
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(kept) as file:
@@ -224,22 +248,31 @@ def _identity(url: str) -> tuple[str | int, ...]:
     return (str(path), path.stat().st_size, path.stat().st_mtime_ns)
 
 
-def _count(url: str) -> tuple[int, set[int]]:
+def _count(url: str) -> tuple[int, set[int], list[str]]:
+    """The number of images in a shard, their labels, and the names of images that are left out."""
+    left_out: list[str] = []
+
+    def parts(archive: tarfile.TarFile) -> Iterator[dict[str, Any]]:
+        for member in filter(tarfile.TarInfo.isreg, archive):
+            if _is_part(member.name):
+                yield {"fname": member.name, "data": _label_in(archive, member), "__url__": url}
+            elif _is_image(member.name):
+                left_out.append(member.name)
+
+    labels = []
     try:
         with (
             webdataset.gopen(url) as stream,
             tarfile.open(fileobj=stream, mode="r|*" if is_remote(url) else "r") as tar,
         ):
-            parts = (member for member in tar if member.isreg() and _is_part(member.name))
-            samples = group_by_keys(
-                {"fname": member.name, "data": _label_in(tar, member), "__url__": url} for member in parts
-            )
-            labels = [_label_of(sample) for sample in samples]
+            for sample in group_by_keys(parts(tar)):
+                labels.append(_label_of(sample))
+                left_out += [f"{sample['__key__']}.{suffix}" for suffix in _further_images(sample)]
     except DamagedShardError:
         raise
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise DamagedShardError(f"shard {url} cannot be read: {_first_argument(error)}") from error
-    return len(labels), set(labels)
+    return len(labels), set(labels), left_out
 
 
 def _label_in(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -247,13 +280,26 @@ def _label_in(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return b"" if file is None else file.read()
 
 
+def _further_images(sample: dict[str, Any]) -> list[str]:
+    """The endings of a sample's other images from their first dot on, as `seg.png` of `x.seg.png` beside `x.jpg`."""
+    return [suffix for suffix in sample if "." in suffix and suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
+
+
 def _label_of(sample: dict[str, Any]) -> int:
+    key, url = sample["__key__"], sample["__url__"]
+    for suffix in _further_images(sample):
+        stem, _, ending = suffix.rpartition(".")
+        if f"{stem}.{LABEL_SUFFIX}" in sample:
+            raise DamagedShardError(
+                f"{key}.{suffix} of shard {url} has a label of its own, but for webdataset it is a part of {key}, as a "
+                f"name ends at its first dot: call it {key}_{stem.replace('.', '_')}.{ending}, and its label alike"
+            )
     suffixes = [suffix for suffix in IMAGE_SUFFIXES if suffix in sample]
     text = sample.get(LABEL_SUFFIX, b"").strip()
     if len(suffixes) != 1 or not re.fullmatch(rb"\d+", text):
         raise DamagedShardError(
-            f"{sample['__key__']} of shard {sample['__url__']} is no labelled image: it must be one file of "
-            f"{', '.join(IMAGE_SUFFIXES)} and one of {LABEL_SUFFIX}, with the number of the class"
+            f"{key} of shard {url} is no labelled image: it must be one file of {', '.join(IMAGE_SUFFIXES)} and one of "
+            f"{LABEL_SUFFIX}, with the number of the class, and nothing but the ending after the first dot of its name"
         )
     return int(text)
 

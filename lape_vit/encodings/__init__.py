@@ -120,6 +120,12 @@ class Resolved:
         """The canonical form: parts in the order of the families, each with the options that are no defaults."""
         return "+".join(_spelled(part, self.given) for part in self.parts)
 
+    def check_real_places(self, what: str) -> None:
+        """Raise ValueError, with ``what`` as its first words, where a part does not read real places."""
+        for part in self.parts:
+            if not part.reads_real_places:
+                raise ValueError(f"{what} cannot be used with pe={part.name!r}: it does not read places between cells")
+
     def options(self) -> dict[str, Any]:
         """All options that the parts take, with their values."""
         return {option: value for part in self.parts for option, value in self.options_of(part).items()}

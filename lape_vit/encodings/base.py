@@ -49,6 +49,9 @@ class Encoding(nn.Module):
     overridden: ClassVar[frozenset[str]] = frozenset()
     """Of a member: those that it defines."""
 
+    reads_real_places: ClassVar[bool] = True
+    """False where places or offsets are rounded to cells, so that a move by part of a cell has no effect or a jump."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "hooks" not in vars(cls):  # a family defines them, a member does not
@@ -135,6 +138,7 @@ class NoEncoding(Encoding):
     """No position information at all: without it a transformer sees a bag of patches."""
 
     name = "none"
+    reads_real_places = False
 
 
 class AbsoluteEncoding(Encoding):

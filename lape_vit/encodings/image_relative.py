@@ -62,6 +62,7 @@ class IRPE(AttentionEncoding):
     """
 
     name = "irpe"
+    reads_real_places = False
 
     def __init__(self, spec: LayerSpec, *, irpe_on: Literal["k", "qk", "qkv"] = "k") -> None:
         super().__init__(spec)

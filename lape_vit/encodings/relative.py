@@ -32,6 +32,7 @@ class Relative(AttentionEncoding):
 
     name = "relative"
     divisor = 2
+    reads_real_places = False
 
     def __init__(self, spec: LayerSpec, *, max_relative_distance: int = 2) -> None:
         if max_relative_distance < 1:

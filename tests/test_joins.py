@@ -102,13 +102,38 @@ def lape_share(model: Any, x: Tensor, w: Tensor) -> Tensor:
     return x
 
 
+def pvg(model: Any, x: Tensor, w: Tensor) -> Tensor:
+    rows = w[0]
+    x = x + on_tokens(rows, x)
+    for layer, block in enumerate(model.blocks):
+        read = layer_norm(x, block.norm1)
+        if layer > 0:
+            rows = layer_norm(rows, model.join.norms[str(layer)])
+            read = read + on_tokens(rows, x)
+        x = x + attention(block, read)
+        x = x + mlp(block, x)
+    return x
+
+
 EQUATIONS: dict[str, Run] = {
     "basic": basic,
     "share": share,
     "unshare": unshare,
     "LaPE": lape,
     "LaPE_share": lape_share,
+    "PVG": pvg,
+    "MPVG": pvg,
 }
+
+
+def no_output(model: Any, x: Tensor, w: Tensor) -> Tensor | float:
+    return 0.0
+
+
+OUTPUTS: dict[str, Callable[[Any, Tensor, Tensor], Tensor | float]] = {
+    "MPVG": lambda model, x, w: on_tokens(layer_norm(w[0], model.join.output_norm), x)
+}
+"""What a join adds after the last norm."""
 
 
 def tokens(model: Any, pixels: Tensor) -> Tensor:
@@ -140,6 +165,7 @@ def test_a_join_is_its_equation(pe: str, join_type: str, variant: str) -> None:
     with torch.no_grad():
         x = EQUATIONS[join_type](model, tokens(model, pixels), rows_of(model))
         expected = x if isinstance(model.norm, nn.Identity) else layer_norm(x, model.norm)
+        expected = expected + OUTPUTS.get(join_type, no_output)(model, x, rows_of(model))
         assert_near(model.forward_features(pixels), expected, 1e-11)
         assert_near(model(pixels), model.forward_head(expected), 1e-11)
 
@@ -182,12 +208,50 @@ def test_lapes_norms_act_on_a_class_tokens_row_of_zeros(name: str | None) -> Non
         assert_near(second[0, token], layer_norm(model.join.norms[0].bias, model.join.norms[1]))
 
 
+def without_class_token(join_type: str, **kwargs: Any) -> Any:
+    return tiny("learnable", join_type, depth=3, class_token=False, global_pool="avg", fc_norm=False, **kwargs)
+
+
+def parameters_added(join_type: str, depth: int) -> int:
+    of_join, of_basic = (create("2D_sin", name, depth=depth) for name in (join_type, "basic"))
+    return sum(p.numel() for p in of_join.parameters()) - sum(p.numel() for p in of_basic.parameters())
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_each_norm_of_a_join_has_a_scale_and_a_shift(depth: int) -> None:
+    counts = {"LaPE": depth, "LaPE_share": depth, "PVG": depth - 1, "MPVG": depth}
+    assert {join_type: parameters_added(join_type, depth) for join_type in counts} == {
+        join_type: 2 * norms * 24 for join_type, norms in counts.items()
+    }
+
+
+@torch.no_grad()
+def test_before_a_linear_head_mpvgs_last_term_stands_in_the_last_norms_shift() -> None:
+    mpvg_model, pvg_model = without_class_token("MPVG"), without_class_token("PVG")
+    state = mpvg_model.state_dict()
+    pvg_model.load_state_dict({name: value for name, value in state.items() if "output_norm" not in name})
+    assert (pvg_model(images()) - mpvg_model(images())).abs().max() > 1e-3
+    pvg_model.norm.bias += mpvg_model.position_terms().output[0].mean(dim=0)
+    assert_near(pvg_model(images()), mpvg_model(images()), 1e-11)
+
+
+@torch.no_grad()
+def test_a_pruned_model_keeps_the_norms_of_the_blocks_that_are_left() -> None:
+    for join_type in ("PVG", "MPVG"):
+        model = without_class_token(join_type)
+        expected = model.forward_intermediates(images(), [1], intermediates_only=True, norm=True)
+        model.prune_intermediate_layers([1], prune_head=False)
+        assert set(model.join.norms) == {"1"}
+        (features,) = model.forward_intermediates(images(), [1], intermediates_only=True, norm=True)
+        assert_equal([features], expected)
+
+
 @pytest.mark.parametrize("eps", [1e-6, 1e-5, 0.05])
 @over_absolute_pairs
 def test_a_joins_norms_have_the_models_eps_and_start_as_the_identity(pe: str, join_type: str, eps: float) -> None:
     model = create(pe, join_type, norm_layer=partial(nn.LayerNorm, eps=eps))
     norms = [module for module in model.join.modules() if isinstance(module, nn.LayerNorm)]
-    assert len(norms) in {0, 2}
+    assert len(norms) in {0, 1, 2}
     assert all(norm.eps == model.blocks[0].norm1.eps == eps for norm in norms)
     assert all((norm.weight == 1).all() and (norm.bias == 0).all() for norm in norms)
     parameters = [parameter for module in (*norms, *model.blocks) for parameter in module.parameters()]
@@ -198,9 +262,9 @@ def test_a_joins_norms_have_the_models_eps_and_start_as_the_identity(pe: str, jo
     ("pe", "joins"),
     [
         ("none", ["basic"]),
-        ("learnable", ["basic", "share", "unshare", "LaPE", "LaPE_share"]),
-        ("1D_sin", ["basic", "share", "LaPE", "LaPE_share"]),
-        ("2D_sin", ["basic", "share", "LaPE", "LaPE_share"]),
+        ("learnable", ["basic", "share", "unshare", "LaPE", "LaPE_share", "PVG", "MPVG"]),
+        ("1D_sin", ["basic", "share", "LaPE", "LaPE_share", "PVG", "MPVG"]),
+        ("2D_sin", ["basic", "share", "LaPE", "LaPE_share", "PVG", "MPVG"]),
     ],
 )
 def test_the_legal_joins_are_those_of_the_design(pe: str, joins: list[str]) -> None:
@@ -214,7 +278,7 @@ def test_a_sum_may_join_as_its_absolute_part_and_basic_carries_everything(pe: st
     if resolved.absolute is not None:
         assert legal_joins(pe) == legal_joins(resolved.absolute.name)
     else:
-        assert not {"share", "unshare", "LaPE_share"} & set(legal_joins(pe))
+        assert not {"share", "unshare", "LaPE_share", "PVG", "MPVG"} & set(legal_joins(pe))
 
 
 @pytest.mark.parametrize(("pe", "join_type"), ILLEGAL_PAIRS)

@@ -38,6 +38,8 @@ FILES = (
     "base",
     "learnable",
     "sinusoidal",
+    "factorized",
+    "fourier",
     "relative",
     "relative_bias",
     "rotary",
@@ -45,6 +47,7 @@ FILES = (
     "continuous_bias",
     "image_relative",
     "parabolic",
+    "peg",
 )
 """The modules whose encodings are offered, in this order: all classes of theirs that have a ``name``."""
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from lape_vit.analysis.views import added_logits
 from lape_vit.attention import Attention
@@ -360,14 +360,14 @@ def test_parameters_are_as_many_as_the_table_says(pe: str, per_layer: int) -> No
     assert own - sum(parameter.numel() for parameter in create("none").parameters()) == 2 * per_layer
 
 
-class Sizes(TorchDispatchMode):
+class Sizes(TorchFunctionMode):
     """Keeps the sizes of all tensors that are computed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         parts = result if isinstance(result, tuple | list) else [result]
         self.found |= {part.numel() for part in parts if isinstance(part, Tensor)}

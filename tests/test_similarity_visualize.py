@@ -75,7 +75,7 @@ def expected_names(pe: str, join_type: str, token: int) -> set[str]:
         of_layer += ["sim_overall", f"sim_{token}thToken"]
     by_encoding = {
         "relative": ["table", "head0", "head1", "head2", "bias_offsets"],
-        "lookhere": ["factor", f"factor_{token}thToken", "factor_offsets"],
+        "lookhere": ["factor", "factor_offsets"],
     }
     if parts.attention is not None:
         turns = "rotate" in parts.attention.overridden

@@ -180,7 +180,7 @@ def photograph(path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("pe", "join_type", "splits"),
-    [("learnable", "LaPE", True), ("learnable", "basic", False), ("none", "basic", False)],
+    [("learnable", "LaPE", True), ("learnable", "basic", False), ("none", "basic", False), ("lookhere", "basic", True)],
 )
 def test_attention_over_an_image_is_drawn_with_its_position_part_where_there_is_one(
     pe: str, join_type: str, splits: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -386,12 +386,16 @@ def test_pape_never_holds_a_tensor_over_pairs() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("grid", [(14, 14), (32, 32)])
+@pytest.mark.parametrize("shift", [0, 0.3, 100])
 @torch.no_grad()
-def test_pape_in_16_bits_is_as_exact_as_its_term_rounded_to_16_bits(dtype: torch.dtype, grid: Grid) -> None:
+def test_pape_in_16_bits_is_as_exact_as_its_term_rounded_to_16_bits(
+    dtype: torch.dtype, grid: Grid, shift: float
+) -> None:
     """Where the term is above -10: elsewhere nothing is attended to."""
     encoding, N, head_dim = build("pape", grid, 1, head_dim=64), 1 + grid[0] * grid[1], 64
     q, read = noise(1, HEADS, N, head_dim), noise(1, N, HEADS * head_dim)
-    wide_q, wide_k, _ = encoding.widen(q, q, q, read, Places(grid))
+    places = Places(grid).shifted(shift, shift) if shift else Places(grid)
+    wide_q, wide_k, _ = encoding.widen(q, q, q, read, places)
     wide_q, wide_k = (wide[..., head_dim:] for wide in (wide_q, wide_k))
     exact = wide_q @ wide_k.mT * head_dim**-0.5
     near = exact > -10

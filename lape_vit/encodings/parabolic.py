@@ -14,6 +14,7 @@ from lape_vit.places import Places
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
     """x as a sum of two parts: its first 8 bits, exact in bfloat16, and the rest, through which the gradient flows."""
+    # Not by a cast to bfloat16 and back, which torch.compile leaves out.
     constant = x.detach()
     unit = torch.exp2(constant.abs().clamp(min=1e-30).log2().floor() - 7)
     first = (constant / unit).round() * unit
@@ -33,9 +34,9 @@ class Parabolic(AttentionEncoding):
     query all parabolas of a head add up to a quadratic form of three numbers and a slope of two, so that ours is 8.
 
     The term is a sum over six products of a number of the query and one of the key, x^2, xy, y^2, x, y and 1, whatever
-    m: no tensor over pairs is built. The products are large where the term is small. So places count from the centre of
-    the grid, and each factor is split into a part of 8 bits and a rest: attention in 16 bits then is about as exact as
-    with a bias rounded to 16 bits, and with six plain products it is not.
+    m: no tensor over pairs is built. The products are large where the term is small. So places count from their
+    mean, and each factor is split into a part of 8 bits and a rest: attention in 16 bits is then more exact than with a
+    bias rounded to 16 bits. With six plain products it would be off by more than half a logit.
 
     Args:
         pape_parabolas: m, of each head.
@@ -61,13 +62,11 @@ class Parabolic(AttentionEncoding):
         return {"directions"}
 
     def monomials(self, places: Places, dtype: torch.dtype) -> Tensor:
-        """x^2, xy, y^2, x, y and 1 of each patch, counted from the centre; zeros of prefix tokens; float32 or better.
+        """x^2, xy, y^2, x, y and 1 of each patch, counted from their mean; zeros of prefix tokens; float32 or better.
 
         (1, N, 6), or (B, 1, N, 6) where images differ.
         """
-        height, width = places.grid
-        x, y = places.coordinates()
-        x, y = x - (width - 1) / 2, y - (height - 1) / 2
+        x, y = (axis - axis.mean(dim=-1, keepdim=True) for axis in places.coordinates())
         of_patches = torch.stack([x**2, x * y, y**2, x, y, torch.ones_like(x)], dim=-1)
         return in_float32_or_better(F.pad(of_patches, (0, 0, self.num_prefix_tokens, 0)).unsqueeze(-3), dtype)
 

@@ -54,6 +54,14 @@ def mlp(block: Any, x: Tensor) -> Tensor:
     return hidden @ block.mlp.fc2.weight.T + block.mlp.fc2.bias
 
 
+def after_attention(model: Any, block: Any, x: Tensor) -> Tensor:
+    x = x + mlp(block, x)
+    encoding, P = model.token_encoding, model.num_prefix_tokens
+    if encoding is None or model.blocks[encoding.after] is not block:
+        return x
+    return torch.cat([x[:, :P], encoding(x[:, P:], Places((2, 4)))], dim=1)
+
+
 def on_tokens(rows: Tensor, x: Tensor) -> Tensor:
     """Rows (R, D) at the last R of the tokens x (B, N, D), zeros before them."""
     term = torch.zeros_like(x[:1])
@@ -65,7 +73,7 @@ def basic(model: Any, x: Tensor, w: Tensor) -> Tensor:
     x = x + on_tokens(w[0], x)
     for block in model.blocks:
         x = x + attention(block, layer_norm(x, block.norm1))
-        x = x + mlp(block, x)
+        x = after_attention(model, block, x)
     return x
 
 
@@ -73,7 +81,7 @@ def share(model: Any, x: Tensor, w: Tensor) -> Tensor:
     for block in model.blocks:
         x = x + on_tokens(w[0], x)
         x = x + attention(block, layer_norm(x, block.norm1))
-        x = x + mlp(block, x)
+        x = after_attention(model, block, x)
     return x
 
 
@@ -81,7 +89,7 @@ def unshare(model: Any, x: Tensor, w: Tensor) -> Tensor:
     for layer, block in enumerate(model.blocks):
         x = x + on_tokens(w[layer], x)
         x = x + attention(block, layer_norm(x, block.norm1))
-        x = x + mlp(block, x)
+        x = after_attention(model, block, x)
     return x
 
 
@@ -90,7 +98,7 @@ def lape(model: Any, x: Tensor, w: Tensor) -> Tensor:
     for layer, block in enumerate(model.blocks):
         rows = layer_norm(rows, model.join.norms[layer])
         x = x + attention(block, layer_norm(x, block.norm1) + on_tokens(rows, x))
-        x = x + mlp(block, x)
+        x = after_attention(model, block, x)
     return x
 
 
@@ -98,7 +106,7 @@ def lape_share(model: Any, x: Tensor, w: Tensor) -> Tensor:
     for layer, block in enumerate(model.blocks):
         rows = layer_norm(w[0], model.join.norms[layer])
         x = x + attention(block, layer_norm(x, block.norm1) + on_tokens(rows, x))
-        x = x + mlp(block, x)
+        x = after_attention(model, block, x)
     return x
 
 
@@ -111,7 +119,7 @@ def pvg(model: Any, x: Tensor, w: Tensor) -> Tensor:
             rows = layer_norm(rows, model.join.norms[str(layer)])
             read = read + on_tokens(rows, x)
         x = x + attention(block, read)
-        x = x + mlp(block, x)
+        x = after_attention(model, block, x)
     return x
 
 
@@ -130,9 +138,11 @@ def no_output(model: Any, x: Tensor, w: Tensor) -> Tensor | float:
     return 0.0
 
 
-OUTPUTS: dict[str, Callable[[Any, Tensor, Tensor], Tensor | float]] = {
-    "MPVG": lambda model, x, w: on_tokens(layer_norm(w[0], model.join.output_norm), x)
-}
+def mpvg_output(model: Any, x: Tensor, w: Tensor) -> Tensor:
+    return layer_norm(on_tokens(w[0], x), model.join.output_norm)
+
+
+OUTPUTS: dict[str, Callable[[Any, Tensor, Tensor], Tensor | float]] = {"MPVG": mpvg_output}
 """What a join adds after the last norm."""
 
 
@@ -172,13 +182,15 @@ def test_a_join_is_its_equation(pe: str, join_type: str, variant: str) -> None:
 
 @over_variants
 @over_absolute_pairs
-def test_terms_reach_every_token_that_has_a_row_and_no_other(pe: str, join_type: str, variant: str) -> None:
+def test_terms_of_blocks_reach_every_token_that_has_a_row_and_no_other(pe: str, join_type: str, variant: str) -> None:
     model = build(pe, join_type, variant)
     prefix = model.num_prefix_tokens
     without_row = prefix if model.no_embed_class else 0
-    terms = tensors_of(model.position_terms())
-    assert terms
-    for term in terms:
+    terms = model.position_terms()
+    assert terms.output is None or terms.output.shape == (1, prefix + 8, 24)
+    in_blocks = tensors_of(terms._replace(output=None))
+    assert in_blocks
+    for term in in_blocks:
         assert term.shape == (1, prefix + 8, 24)
         assert not term[:, :without_row].any()
         assert (term[:, prefix:] != 0).any(dim=2).all()
@@ -223,6 +235,13 @@ def test_each_norm_of_a_join_has_a_scale_and_a_shift(depth: int) -> None:
     assert {join_type: parameters_added(join_type, depth) for join_type in counts} == {
         join_type: 2 * norms * 24 for join_type, norms in counts.items()
     }
+
+
+@over_variants
+def test_mpvgs_last_norm_reaches_the_logits_of_every_model(variant: str) -> None:
+    model = build("learnable", "MPVG", variant)
+    model(images(2, 16, 32)).square().sum().backward()
+    assert model.join.output_norm.bias.grad.all()
 
 
 @torch.no_grad()

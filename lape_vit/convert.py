@@ -26,9 +26,9 @@ StateDict = dict[str, Tensor]
 
 KERNEL, TABLE = "patch_embed.proj.weight", "pos_embed"
 OFFSETS = ".attn.encoding.table"
+"""End of the names of tables with a row for each offset between two patches."""
 AXES = ("join.encoding.pos_embed_y", "join.encoding.pos_embed_x")
 """Tables of the rows and the columns of a grid, which tell its shape."""
-"""End of the names of tables with a row for each offset between two patches."""
 HOLDERS = ("model.", "net.", "network.", "backbone.", "student.", "teacher.")
 """Usual names under which a training framework holds a model."""
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")

@@ -22,7 +22,7 @@ from torch import nn
 import engine
 import main
 import training.setup
-from lape_vit.encodings import all_options
+from lape_vit.encodings import ENCODINGS, all_options
 from runtime.distributed import World
 from training.state import Training
 
@@ -463,12 +463,15 @@ def test_every_option_of_an_encoding_reaches_it_and_comes_back_from_the_checkpoi
     name: str, tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flag, pe = f"--{name}", all_options()[name][1][0]
-    assert call("--recipe", recipe, "--epochs", "1", "--pe", pe, flag, "3", "--output_dir", tmp_path) == 0
+    legal = ENCODINGS[pe].choices().get(name, (3, 5))
+    value = next(value for value in legal if value != ENCODINGS[pe].options()[name])
+    other = next(other for other in legal if other != value)
+    assert call("--recipe", recipe, "--epochs", "1", "--pe", pe, flag, value, "--output_dir", tmp_path) == 0
     checkpoint = tmp_path / "checkpoint.pth"
-    assert set_up("--eval", "--resume", checkpoint).model.pe_options[name] == 3
-    assert call("--eval", "--resume", checkpoint, flag, "5") == 2
-    assert re.search(r" 5(\.0)? contradicts .* which has 3", refused(capsys))
-    assert call("--recipe", recipe, "--pe", "none", flag, "3") == 2
+    assert set_up("--eval", "--resume", checkpoint).model.pe_options[name] == value
+    assert call("--eval", "--resume", checkpoint, flag, other) == 2
+    assert re.search(rf" {other}(\.0)? contradicts .* which has {value}", refused(capsys))
+    assert call("--recipe", recipe, "--pe", "none", flag, value) == 2
     assert re.search(rf"--pe none: pe='none' takes no option '{name}'", refused(capsys))
 
 

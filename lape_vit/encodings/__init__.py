@@ -44,6 +44,10 @@ FILES = (
     "relative",
     "relative_bias",
     "rotary",
+    "distance",
+    "continuous_bias",
+    "image_relative",
+    "parabolic",
     "peg",
 )
 """The modules whose encodings are offered, in this order: all classes of theirs that have a ``name``."""

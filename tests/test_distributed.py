@@ -123,10 +123,11 @@ def test_images_that_the_processes_cannot_share_out_make_no_process_wait(
 # ---- a process fails alone
 
 QUICKLY = """
-import sys
+import os, sys
 import main
-main.SECONDS_FOR_OTHERS = 2
-sys.exit(main.main(sys.argv[1:]))
+seconds, *argv = sys.argv[1:]
+main.SECONDS_FOR_OTHERS = float(seconds.split(",")[int(os.environ["RANK"])])
+sys.exit(main.main(argv))
 """
 
 
@@ -152,7 +153,7 @@ def test_where_one_process_fails_each_tells_it_in_one_line(
     flags = ("--recipe", recipe, "--data-path", data, "--device", "cpu", "--dist-url", f"file://{tmp_path / 'meeting'}")
     processes = [
         subprocess.Popen(
-            [sys.executable, tmp_path / "quickly.py", *map(str, flags)],
+            [sys.executable, tmp_path / "quickly.py", "2,2", *map(str, flags)],
             env={**os.environ, "RANK": str(one), "WORLD_SIZE": "2", "LOCAL_RANK": str(one), "PYTHONPATH": str(ROOT)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -173,7 +174,7 @@ def test_torchrun_names_the_process_that_failed(
     data, unreadable = one_unreadable(1)
     (tmp_path / "quickly.py").write_text(QUICKLY)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "quickly.py")
-    done = python(*launcher, "--recipe", recipe, "--data-path", data, "--device", "cpu")
+    done = python(*launcher, "60,2", "--recipe", recipe, "--data-path", data, "--device", "cpu")
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("main.py: "))
     assert line.startswith(f"main.py: process 1: error: {unreadable} cannot be read")
     assert re.search(r"Root Cause .*?rank +: (\d).*?exitcode +: (\S+)", done.stderr, re.DOTALL).groups() == ("1", "2")  # type: ignore[union-attr]

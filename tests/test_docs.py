@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from importlib import import_module
 from pathlib import Path
 
@@ -24,6 +25,20 @@ def commands(page: Path) -> list[str]:
     blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line for line in lines if re.search(PROGRAM, line)]
+
+
+def test_the_map_shows_every_folder_and_every_file_of_the_root() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    names = {path.partition("/")[0] + "/" * ("/" in path) for path in listed} or {path.name for path in ROOT.iterdir()}
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    shown = {name for name in names if not name.startswith(".") or name == ".pre-commit-config.yaml"}
+    assert [name for name in sorted(shown) if f"`{name}`" not in text] == []
+
+
+def test_every_module_that_the_map_names_is_there() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    paths = re.findall(r"`((?:\w+/)*\w+\.py)`", text)
+    assert [path for path in paths if not any(ROOT.glob(f"**/{path}"))] == []
 
 
 ALL = [command for page in PAGES for command in commands(page)]

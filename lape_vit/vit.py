@@ -165,8 +165,10 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
         Args:
             places: default: the whole grid that the model is built for.
         """
-        weight = self.patch_embed.proj.weight
-        return self.join(places or Places(self.patch_embed.grid_size, device=weight.device), weight, self.pos_embed)
+        weight = next(self.patch_embed.proj.parameters())  # not by its name, which a tracer replaces
+        places = places or Places(self.patch_embed.grid_size, device=weight.device)
+        # Not the weight itself, which a wrapper may keep elsewhere until it is used.
+        return self.join(places, torch.empty(0, dtype=weight.dtype, device=places.device), self.pos_embed)
 
     def tokens_of(self, images: Tensor) -> tuple[Tensor, Places]:
         """Images (B, C, height, width) to tokens (B, N, D), before any position reaches them, and their places."""

@@ -5,7 +5,7 @@ Shapes: B batch, N tokens, D embedding width, h heads, d head width. Block l rea
 
 import math
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import timm.layers
 import timm.models.vision_transformer
@@ -20,10 +20,9 @@ from lape_vit.places import Places
 class Attention(timm.layers.Attention):
     """timm's self-attention, in which an :class:`AttentionEncoding` may turn q and k and add its terms."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.encoding: AttentionEncoding | None = None
-        self.trained_tokens: int | None = None
+    if TYPE_CHECKING:  # as attributes of the class they would hide a module of the name
+        encoding: AttentionEncoding | None
+        trained_tokens: int | None
         """Where it is set, logits are multiplied by log(N) / log(trained_tokens) (https://arxiv.org/abs/2202.12172)."""
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

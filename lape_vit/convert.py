@@ -7,6 +7,9 @@ from torch import nn
 from lape_vit.augmentation import PlaceAugmentation
 from lape_vit.vit import CLASSES, VisionTransformer, adopt, resolve
 
+TIMMS_CLASSES = tuple(CLASSES)
+"""timm's classes of which :func:`from_timm` takes instances."""
+
 
 def from_timm(
     model: nn.Module,
@@ -39,6 +42,8 @@ def from_timm(
         TypeError: an option that the encoding does not take.
     """
     if type(model) not in CLASSES:
+        if isinstance(model, VisionTransformer):
+            raise ValueError(f"the model is ours already, with pe={model.pe!r}: build another one with pe=...")
         known = ", ".join(known.__name__ for known in CLASSES)
         raise ValueError(f"a model of class {type(model).__name__} cannot take an encoding; timm's that can: {known}")
     own = "none" if model.pos_embed is None else "learnable"

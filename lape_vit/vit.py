@@ -376,8 +376,9 @@ def make_join(model: Any, encoding: Resolved, join_type: str, like: Tensor) -> t
     shape = (join.num_tables(depth), absolute.prefix_rows + grid[0] * grid[1], model.embed_dim)
     table = model.pos_embed
     if table is None or table.shape != shape:
-        table = nn.Parameter(like.new_empty(shape))
-        timm.layers.trunc_normal_(table, std=0.02)
+        # A short dtype cannot hold the steps by which the normal distribution is drawn.
+        drawn = like.new_empty(shape, dtype=torch.promote_types(like.dtype, torch.float32))
+        table = nn.Parameter(timm.layers.trunc_normal_(drawn, std=0.02).to(like.dtype))
     return join, table
 
 

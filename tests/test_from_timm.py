@@ -1,0 +1,238 @@
+"""Any vision transformer of timm made ours: published numbers, every variant, every name of the registry."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.models import VisionTransformer as TimmsVisionTransformer
+from torch import Tensor, nn
+
+import models_lape
+from lape_vit import VisionTransformer, from_timm
+from tests.models import DEIT, SIZES, TIMMS, assert_equal, create, disturb, gradients, images, over_pairs
+
+GOLDEN = Path(__file__).parent / "golden_timm"
+INDEX: dict[str, dict[str, Any]] = json.loads((GOLDEN / "index.json").read_text(encoding="utf-8"))
+PLAIN = [name for name, entry in INDEX.items() if entry["family"] == "from_timm"]
+NAMES = [name for name in timm.list_models(module="models_lape") if hasattr(getattr(models_lape, name), "__wrapped__")]
+"""Those of timm that take an encoding."""
+OTHER_BLOCKS = {
+    "vit_base_patch16_18x2_224": "ParallelThingsBlock",
+    "vit_base_patch16_rpn_224": "ResPostBlock",
+    "vit_base_patch16_xp_224": "ParallelScalingBlock",
+    "vit_dlittle_patch16_reg1_gap_256": "DiffAttention",
+    "vit_dpwee_patch16_reg1_gap_256": "DiffParallelScalingBlock",
+    "vit_dwee_patch16_reg1_gap_256": "DiffAttention",
+    "vit_huge_patch14_xp_224": "ParallelScalingBlock",
+    "vit_large_patch14_xp_224": "ParallelScalingBlock",
+    "vit_pwee_patch16_reg1_gap_256": "ParallelScalingBlock",
+    "vit_small_patch16_18x2_224": "ParallelThingsBlock",
+}
+HYBRID = "vit_tiny_r_s16_p8_224"
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in TIMMS),
+    *((DEIT, {"qk_norm": qk_norm, "qkv_bias": False, "proj_bias": False}) for qk_norm in (False, True)),
+    (DEIT, {"scale_attn_norm": True, "scale_mlp_norm": True}),
+    (DEIT, {"class_token": False, "global_pool": "avg", "fc_norm": False}),
+    (DEIT, {"class_token": False, "global_pool": "avgmax"}),
+    (DEIT, {"global_pool": "prr"}),
+    (DEIT, {"reg_tokens": 2, "no_embed_class": True, "pool_include_prefix": True, "global_pool": "avg"}),
+    (DEIT, {"pos_embed": "none"}),
+    (DEIT, {"dynamic_img_size": True, "img_size": (16, 40)}),
+    (DEIT, {"act_layer": "quick_gelu", "mlp_layer": timm.layers.SwiGLU}),
+    (HYBRID, {"patch_size": 1}),
+]
+over_variants = pytest.mark.parametrize(("name", "arguments"), VARIANTS, ids=str)
+
+
+def arrays(name: str) -> dict[str, Tensor]:
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return {key: torch.from_numpy(file[key]).double() for key in file.files}
+
+
+def state_of(golden: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix("state/"): value for key, value in golden.items() if key.startswith("state/")}
+
+
+def assert_golden(model: Any, golden: dict[str, Tensor], tolerance: float) -> None:
+    pixels = golden["input"].clone().requires_grad_()
+    logits = model.eval()(pixels)
+    (grad_input,) = torch.autograd.grad(logits.square().sum(), pixels)
+    torch.testing.assert_close(logits, golden["logits"], rtol=0, atol=tolerance)
+    torch.testing.assert_close(grad_input, golden["grad_input"], rtol=0, atol=10 * tolerance)
+
+
+def timms(name: str = DEIT, **arguments: Any) -> Any:
+    """A small model of timm's own class, with parameters at random."""
+    torch.manual_seed(0)
+    return disturb(timm.create_model(name, **{**SIZES, **arguments}))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_published_variants_keep_their_logits_and_gradients(name: str) -> None:
+    golden, entry = arrays(name), INDEX[name]
+    model = timm.create_model(entry["create"]["name"], **entry["create"]["args"]).double()
+    model.load_state_dict(state_of(golden))
+    ours = from_timm(model)
+    assert sum(parameter.numel() for parameter in ours.parameters()) == entry["params"]
+    assert_golden(ours, golden, entry["tolerance"])
+
+
+@over_variants
+def test_every_variant_stays_the_same_bit_for_bit(name: str, arguments: dict[str, Any]) -> None:
+    theirs = timms(name, **{"drop_path_rate": 0.2, "proj_drop_rate": 0.1, "attn_drop_rate": 0.1, **arguments})
+    ours = from_timm(copy.deepcopy(theirs))
+    assert (ours.pe, ours.join_type) == ("none" if theirs.pos_embed is None else "learnable", "basic")
+    assert_equal(dict(ours.state_dict()), dict(theirs.state_dict()))
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
+    pixels = images(2, *theirs.patch_embed.img_size).float()
+    assert_equal(ours.eval()(pixels), theirs.eval()(pixels))
+    found = []
+    for model in (ours.train(), theirs.train()):
+        torch.manual_seed(1)
+        logits = model(pixels)
+        found.append((logits, gradients(model, logits)))
+    assert_equal(found[0], found[1])
+
+
+def test_the_model_is_adopted_in_place_with_its_settings() -> None:
+    model = timms(patch_drop_rate=0.25).eval()
+    model.head.weight.requires_grad_(False)
+    seen = []
+    model.blocks[1].register_forward_hook(lambda *_: seen.append(1))
+    parameters, mode = list(model.parameters()), {name: part.training for name, part in model.named_modules()}
+    ours = from_timm(model)
+    assert ours is model
+    assert all(one is other for one, other in zip(ours.parameters(), parameters, strict=True))
+    assert mode.items() <= {name: part.training for name, part in ours.named_modules()}.items()
+    assert not any(part.training for part in ours.modules())
+    ours(images().float())
+    assert seen == [1]
+
+
+@over_pairs
+def test_with_an_encoding_and_a_join_it_is_the_model_that_the_constructor_makes(pe: str, join_type: str) -> None:
+    expected = disturb(create(pe, join_type))
+    theirs = timms()
+    own = {name: value for name, value in expected.state_dict().items() if name in theirs.state_dict()}
+    theirs.load_state_dict(
+        {**theirs.state_dict(), **{k: v for k, v in own.items() if v.shape == theirs.state_dict()[k].shape}}
+    )
+    kept = dict(theirs.state_dict())
+    ours = from_timm(theirs, pe, join_type)
+    assert list(ours.state_dict()) == list(expected.state_dict())
+    for name, value in ours.state_dict().items():
+        if name in kept and kept[name].shape == value.shape:
+            assert_equal(value, kept[name])
+    ours.load_state_dict(expected.state_dict())
+    assert (ours.pe, ours.join_type, ours.pe_options) == (expected.pe, expected.join_type, expected.pe_options)
+    assert_equal(ours.eval()(images().float()), expected.eval()(images().float()))
+
+
+def test_what_is_new_starts_as_in_a_model_without_training() -> None:
+    model = timms(class_token=False, global_pool="avg", pos_embed="none").bfloat16()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    ours = from_timm(model, "learnable", "LaPE")
+    for norm in ours.join.norms:
+        assert_equal((norm.weight.data, norm.bias.data), (torch.ones_like(norm.weight), torch.zeros_like(norm.bias)))
+        assert norm.weight.requires_grad
+        assert norm.weight.dtype == torch.bfloat16
+    assert ours.pos_embed is not None
+    assert 0.01 < ours.pos_embed.float().std() < 0.03
+    assert ours.pos_embed.requires_grad
+
+
+def test_options_and_augmentation_of_places_are_taken() -> None:
+    ours = from_timm(timms(), "rope_axial(rope_theta=10)", pos_shift=0.1)
+    assert ours.pe == "rope_axial(rope_theta=10)"
+    assert from_timm(timms(), "rope_axial", rope_theta=10.0).pe == ours.pe
+    assert ours.augment_places.is_on
+
+
+class TestRefusals:
+    """One line, and the model is as it was."""
+
+    def refused(self, model: Any, match: str, error: type[Exception] = ValueError, **arguments: Any) -> None:
+        before = {name: (type(part), part.training) for name, part in model.named_modules()}
+        state = copy.deepcopy(model.state_dict())
+        with pytest.raises(error, match=match) as raised:
+            from_timm(model, **arguments)
+        assert "\n" not in str(raised.value)
+        assert {name: (type(part), part.training) for name, part in model.named_modules()} == before
+        assert_equal(dict(model.state_dict()), dict(state))
+
+    @pytest.mark.parametrize(
+        ("block", "name"),
+        [
+            (timm.models.vision_transformer.ParallelScalingBlock, "ParallelScalingBlock"),
+            (timm.models.vision_transformer.ParallelThingsBlock, "ParallelThingsBlock"),
+            (timm.models.vision_transformer.ResPostBlock, "ResPostBlock"),
+        ],
+    )
+    def test_other_blocks(self, block: type[nn.Module], name: str) -> None:
+        self.refused(timms(block_fn=block), f"blocks.*{name}")
+
+    def test_another_attention(self) -> None:
+        self.refused(timms(attn_layer="diff", num_heads=2), "attention.*DiffAttention")
+
+    def test_a_block_of_ours_in_the_constructor(self) -> None:
+        with pytest.raises(ValueError, match="ResPostBlock"):
+            timm.create_model(DEIT, pe="none", block_fn=timm.models.vision_transformer.ResPostBlock, **SIZES)
+
+    def test_another_class(self) -> None:
+        class Derived(TimmsVisionTransformer):
+            pass
+
+        self.refused(timm.create_model("resnet10t"), "ResNet")
+        self.refused(Derived(**SIZES), "Derived")
+        self.refused(create("none"), "ours already, with pe='none'")
+
+    def test_what_is_no_encoding_or_does_not_fit(self) -> None:
+        self.refused(timms(), "sinus", pe="sinus")
+        self.refused(timms(), "unshare", pe="2D_sin", join_type="unshare")
+        self.refused(timms(), "'rope_theta'", TypeError, rope_theta=3.0)
+        self.refused(timms(embed_dim=30), "divisible by 4", pe="rope")
+        self.refused(timms(), "pos_shift", pe="relative", pos_shift=0.1)
+        self.refused(timms(), "pos_jitter=0.5", pos_jitter=0.5)
+
+
+class TestNames:
+    """All names of timm's registry."""
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_each_takes_an_encoding_and_a_join_or_says_in_one_line_why_not(self, name: str) -> None:
+        with torch.device("meta"):
+            theirs = timm.create_model(name, depth=2)
+            assert type(theirs).__module__.startswith("timm.")
+            if name in OTHER_BLOCKS:
+                with pytest.raises(ValueError, match=OTHER_BLOCKS[name]) as error:
+                    timm.create_model(name, depth=2, pe="rope_mixed")
+                assert "\n" not in str(error.value)
+                return
+            ours = timm.create_model(name, depth=2, pe="learnable+rope_mixed", join_type="LaPE")
+            assert isinstance(ours, VisionTransformer)
+            if theirs.pretrained_cfg["architecture"] == name:  # one name of timm's has the weights of another
+                assert ours.pretrained_cfg == theirs.pretrained_cfg
+            pixels = torch.empty(1, 3, *ours.patch_embed.img_size)
+            assert ours(pixels).shape == theirs(pixels).shape
+        traits = [timm.models.get_model_traits(model) for model in (ours, theirs)]
+        assert traits[0] == traits[1]
+
+    def test_which_say_that_they_make_a_plain_vision_transformer_are_all_there(self) -> None:
+        plain = {
+            name
+            for name in timm.list_models()
+            if timm.model_entrypoint(name).__annotations__.get("return") is TimmsVisionTransformer
+        }
+        assert len(plain) > 200
+        assert plain <= set(NAMES)
+
+    def test_of_other_classes_are_timms_own(self) -> None:
+        with pytest.raises(TypeError, match="'pe'"):
+            timm.create_model("resnet10t", pe="none")

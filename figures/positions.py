@@ -126,7 +126,7 @@ def single_bands(positions: Positions) -> Iterator[tuple[str, Band]]:
         by_patch = varies_by_patch(view, grid)
         name, whole = ORIGINAL_NAMES.get(view.name, (view.name, view.name))
         for layer in range(len(view.layers)):
-            stem, band = f"{positions.join_type}_layer{layer}", layer_band(view, layer, grid)
+            stem, band = f"{positions.join_type}_layer{view.first + layer}", layer_band(view, layer, grid)
             if "{head}" in whole:
                 for head, panel in enumerate(band.panels):
                     yield f"{stem}_{whole.format(head=head)}", replace(band, panels=[panel])

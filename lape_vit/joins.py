@@ -191,7 +191,63 @@ class LaPEShare(LaPE):
         return Terms(attention=[self.to_tokens(norm(w[0])) for norm in self.norms])
 
 
-JOINS: dict[str, type[Join]] = {join.name: join for join in (Basic, Share, Unshare, LaPE, LaPEShare)}
+class PVG(Join):
+    """x_0 = tokens + w, and block l >= 1 reads LN(x_l) + w_l with w_l = LNpe_l(w_{l-1}), w_0 = w; L - 1 norms.
+
+    Source: https://arxiv.org/abs/2502.02919, of which we found no code; it is made for models without class token whose
+    output is the mean of their patches after the last norm (``class_token=False, global_pool="avg", fc_norm=False``).
+    Other models take it, too: a prefix token with a row of its own has the terms of its row, one without has none.
+    """
+
+    name = "PVG"
+
+    def __init__(
+        self, encoding: AbsoluteEncoding | None, num_prefix_tokens: int, depth: int, norm: Callable[[], nn.Module]
+    ) -> None:
+        super().__init__(encoding, num_prefix_tokens, depth, norm)
+        # by the number of the block whose term they make
+        self.norms = nn.ModuleDict({str(layer): norm() for layer in range(1, depth)})
+
+    def keep_layers(self, depth: int) -> None:
+        super().keep_layers(depth)
+        self.norms = nn.ModuleDict({str(layer): self.norms[str(layer)] for layer in range(1, depth)})
+
+    def terms(self, *w: Tensor) -> Terms:
+        rows = w[0]
+        attention: list[Tensor | None] = [None]
+        for norm in self.norms.values():
+            rows = norm(rows)
+            attention.append(self.to_tokens(rows))
+        return Terms(input=self.to_tokens(w[0]), attention=attention)
+
+
+class MPVG(PVG):
+    """PVG, and LNpe_L(w) is added after the last norm, before the mean over patches; L norms (the same source).
+
+    Our rule for prefix tokens, which the source has not: each gets the mean of that term over the patches, so that what
+    a class token hands to the head gets what the mean over patches would have got.
+
+    Where the mean over patches goes straight to a linear head, that term is the same vector for every image of one
+    size. The last norm's shift can hold it: there MPVG and PVG are the same functions, and differ in training alone.
+    """
+
+    name = "MPVG"
+
+    def __init__(
+        self, encoding: AbsoluteEncoding | None, num_prefix_tokens: int, depth: int, norm: Callable[[], nn.Module]
+    ) -> None:
+        super().__init__(encoding, num_prefix_tokens, depth, norm)
+        self.output_norm = norm()
+
+    def terms(self, *w: Tensor) -> Terms:
+        assert self.encoding is not None
+        prefix_rows = self.encoding.prefix_rows
+        patches = self.output_norm(w[0][:, prefix_rows:])
+        prefix = patches.mean(dim=1, keepdim=True).expand(-1, self.rows_without + prefix_rows, -1)
+        return super().terms(*w)._replace(output=torch.cat([prefix, patches], dim=1))
+
+
+JOINS: dict[str, type[Join]] = {join.name: join for join in (Basic, Share, Unshare, LaPE, LaPEShare, PVG, MPVG)}
 
 
 @torch.fx.wrap

@@ -247,9 +247,20 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
                 module.set_grid(grid)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's groups for layer-wise decay; a layer's norm in the join belongs to that layer's block."""
+        """timm's groups for layer-wise decay: what acts in a block is of that block.
+
+        A layer's norm in the join belongs to that layer's block, one after the last norm to the last norm, a token
+        encoding to the block before it, and what an absolute encoding has of its own to the patches.
+        """
         groups = super().group_matcher(coarse)
-        groups["blocks"] = [*groups["blocks"], (r"^join\.norms\.(\d+)", None)]
+        after = 0 if self.token_encoding is None else self.token_encoding.after
+        groups["stem"] = rf"{groups['stem']}|^join\.encoding"
+        groups["blocks"] = [
+            *groups["blocks"],
+            (r"^join\.norms\.(\d+)", None),
+            (r"^join\.output_norm", (99999,)),  # timm's number of the last norm
+            (r"^token_encoding", (after,)),
+        ]
         return groups
 
     def no_weight_decay(self) -> set[str]:

@@ -19,6 +19,7 @@ GRIDS: list[Grid] = [(3, 5), (4, 4)]
 over_grids = pytest.mark.parametrize("grid", GRIDS)
 over_prefixes = pytest.mark.parametrize("prefix", [0, 1, 2])
 DIRECTED = ["learnable", "1D_sin", "2D_sin", "relative", "2D_RPE", "rope", "rope_axial", "rope_mixed"]
+DIRECTED += ["rope_dinov3", "rope_golden", "factorized", "fourier", "peg"]
 """Encodings that tell columns from rows, which no function of a distance can do."""
 ROTARY = [name for name, encoding in ENCODINGS.items() if issubclass(encoding, Rotary)]
 
@@ -199,6 +200,10 @@ def test_an_image_and_its_transpose_are_told_apart_by_position_alone(name: str) 
         ("relative", {"max_relative_distance": 0}, "max_relative_distance=0"),
         ("rope_axial", {"rope_theta": 1.0}, "rope_theta=1.0"),
         ("rope_mixed", {"rope_theta": -3.0}, "rope_theta=-3.0"),
+        ("rope_dinov3", {"rope_theta": 0.5}, "rope_theta=0.5"),
+        ("rope_dinov3", {"rope_normalize": "mean"}, "rope_normalize='mean'"),
+        ("rope_golden", {"rope_min_frequency": 0.0}, "rope_min_frequency=0.0"),
+        ("rope_golden", {"rope_max_frequency": 0.1}, "rope_max_frequency=0.1"),
     ],
 )
 def test_an_option_out_of_range_is_refused_by_name(name: str, options: dict[str, Any], named: str) -> None:

@@ -152,7 +152,7 @@ def test_a_token_encoding_adds_to_one_of_each_family() -> None:
     assert model.pe == "slope+along+means"
     assert model(images()).isfinite().all()
     assert "slope+along+means" in encodings.sums()
-    assert [view.name for view in position_views(model)] == ["similarity", "bias", "bias_offsets"]
+    assert [view.name for view in position_views(model)] == ["similarity", "bias", "bias_offsets", "response"]
     assert tiny("means").prune_intermediate_layers([0]) == [0]
 
 

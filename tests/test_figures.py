@@ -23,7 +23,7 @@ from lape_vit.analysis.positions import PositionView, layer_correlations, mean_b
 from tests.models import images, tiny
 
 SHEETS = [("learnable", "LaPE_share"), ("2D_RPE", "LaPE"), ("relative", "basic"), ("rope", "basic")]
-SHEETS += [("learnable+rope_mixed", "LaPE"), ("1D_sin+relative", "LaPE_share")]
+SHEETS += [("learnable+rope_mixed", "LaPE"), ("1D_sin+relative", "LaPE_share"), ("peg", "basic")]
 
 
 def of(pe: str, join_type: str, grid: tuple[int, int] = (4, 4), depth: int = 2, **kwargs: object) -> Positions:

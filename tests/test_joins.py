@@ -54,6 +54,14 @@ def mlp(block: Any, x: Tensor) -> Tensor:
     return hidden @ block.mlp.fc2.weight.T + block.mlp.fc2.bias
 
 
+def after_attention(model: Any, block: Any, x: Tensor) -> Tensor:
+    x = x + mlp(block, x)
+    encoding, P = model.token_encoding, model.num_prefix_tokens
+    if encoding is None or model.blocks[encoding.after] is not block:
+        return x
+    return torch.cat([x[:, :P], encoding(x[:, P:], Places((2, 4)))], dim=1)
+
+
 def on_tokens(rows: Tensor, x: Tensor) -> Tensor:
     """Rows (R, D) at the last R of the tokens x (B, N, D), zeros before them."""
     term = torch.zeros_like(x[:1])
@@ -65,7 +73,7 @@ def basic(model: Any, x: Tensor, w: Tensor) -> Tensor:
     x = x + on_tokens(w[0], x)
     for block in model.blocks:
         x = x + attention(block, layer_norm(x, block.norm1))
-        x = x + mlp(block, x)
+        x = after_attention(model, block, x)
     return x
 
 
@@ -73,7 +81,7 @@ def share(model: Any, x: Tensor, w: Tensor) -> Tensor:
     for block in model.blocks:
         x = x + on_tokens(w[0], x)
         x = x + attention(block, layer_norm(x, block.norm1))
-        x = x + mlp(block, x)
+        x = after_attention(model, block, x)
     return x
 
 
@@ -81,7 +89,7 @@ def unshare(model: Any, x: Tensor, w: Tensor) -> Tensor:
     for layer, block in enumerate(model.blocks):
         x = x + on_tokens(w[layer], x)
         x = x + attention(block, layer_norm(x, block.norm1))
-        x = x + mlp(block, x)
+        x = after_attention(model, block, x)
     return x
 
 
@@ -90,7 +98,7 @@ def lape(model: Any, x: Tensor, w: Tensor) -> Tensor:
     for layer, block in enumerate(model.blocks):
         rows = layer_norm(rows, model.join.norms[layer])
         x = x + attention(block, layer_norm(x, block.norm1) + on_tokens(rows, x))
-        x = x + mlp(block, x)
+        x = after_attention(model, block, x)
     return x
 
 
@@ -98,7 +106,20 @@ def lape_share(model: Any, x: Tensor, w: Tensor) -> Tensor:
     for layer, block in enumerate(model.blocks):
         rows = layer_norm(w[0], model.join.norms[layer])
         x = x + attention(block, layer_norm(x, block.norm1) + on_tokens(rows, x))
-        x = x + mlp(block, x)
+        x = after_attention(model, block, x)
+    return x
+
+
+def pvg(model: Any, x: Tensor, w: Tensor) -> Tensor:
+    rows = w[0]
+    x = x + on_tokens(rows, x)
+    for layer, block in enumerate(model.blocks):
+        read = layer_norm(x, block.norm1)
+        if layer > 0:
+            rows = layer_norm(rows, model.join.norms[str(layer)])
+            read = read + on_tokens(rows, x)
+        x = x + attention(block, read)
+        x = after_attention(model, block, x)
     return x
 
 
@@ -108,7 +129,22 @@ EQUATIONS: dict[str, Run] = {
     "unshare": unshare,
     "LaPE": lape,
     "LaPE_share": lape_share,
+    "PVG": pvg,
+    "MPVG": pvg,
 }
+
+
+def no_output(model: Any, x: Tensor, w: Tensor) -> Tensor | float:
+    return 0.0
+
+
+def mpvg_output(model: Any, x: Tensor, w: Tensor) -> Tensor:
+    term = layer_norm(w[0, -8:], model.join.output_norm)
+    return torch.stack([term.mean(dim=0)] * model.num_prefix_tokens + [*term])
+
+
+OUTPUTS: dict[str, Callable[[Any, Tensor, Tensor], Tensor | float]] = {"MPVG": mpvg_output}
+"""What a join adds after the last norm."""
 
 
 def tokens(model: Any, pixels: Tensor) -> Tensor:
@@ -140,19 +176,22 @@ def test_a_join_is_its_equation(pe: str, join_type: str, variant: str) -> None:
     with torch.no_grad():
         x = EQUATIONS[join_type](model, tokens(model, pixels), rows_of(model))
         expected = x if isinstance(model.norm, nn.Identity) else layer_norm(x, model.norm)
+        expected = expected + OUTPUTS.get(join_type, no_output)(model, x, rows_of(model))
         assert_near(model.forward_features(pixels), expected, 1e-11)
         assert_near(model(pixels), model.forward_head(expected), 1e-11)
 
 
 @over_variants
 @over_absolute_pairs
-def test_terms_reach_every_token_that_has_a_row_and_no_other(pe: str, join_type: str, variant: str) -> None:
+def test_terms_of_blocks_reach_every_token_that_has_a_row_and_no_other(pe: str, join_type: str, variant: str) -> None:
     model = build(pe, join_type, variant)
     prefix = model.num_prefix_tokens
     without_row = prefix if model.no_embed_class else 0
-    terms = tensors_of(model.position_terms())
-    assert terms
-    for term in terms:
+    terms = model.position_terms()
+    assert terms.output is None or terms.output.shape == (1, prefix + 8, 24)
+    in_blocks = tensors_of(terms._replace(output=None))
+    assert in_blocks
+    for term in in_blocks:
         assert term.shape == (1, prefix + 8, 24)
         assert not term[:, :without_row].any()
         assert (term[:, prefix:] != 0).any(dim=2).all()
@@ -182,12 +221,57 @@ def test_lapes_norms_act_on_a_class_tokens_row_of_zeros(name: str | None) -> Non
         assert_near(second[0, token], layer_norm(model.join.norms[0].bias, model.join.norms[1]))
 
 
+def without_class_token(join_type: str, **kwargs: Any) -> Any:
+    return tiny("learnable", join_type, depth=3, class_token=False, global_pool="avg", fc_norm=False, **kwargs)
+
+
+def parameters_added(join_type: str, depth: int) -> int:
+    of_join, of_basic = (create("2D_sin", name, depth=depth) for name in (join_type, "basic"))
+    return sum(p.numel() for p in of_join.parameters()) - sum(p.numel() for p in of_basic.parameters())
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_each_norm_of_a_join_has_a_scale_and_a_shift(depth: int) -> None:
+    counts = {"LaPE": depth, "LaPE_share": depth, "PVG": depth - 1, "MPVG": depth}
+    assert {join_type: parameters_added(join_type, depth) for join_type in counts} == {
+        join_type: 2 * norms * 24 for join_type, norms in counts.items()
+    }
+
+
+@over_variants
+def test_mpvgs_last_norm_reaches_the_logits_of_every_model(variant: str) -> None:
+    model = build("learnable", "MPVG", variant)
+    model(images(2, 16, 32)).square().sum().backward()
+    assert model.join.output_norm.weight.grad.all()
+
+
+@torch.no_grad()
+def test_before_a_linear_head_mpvgs_last_term_stands_in_the_last_norms_shift() -> None:
+    mpvg_model, pvg_model = without_class_token("MPVG"), without_class_token("PVG")
+    state = mpvg_model.state_dict()
+    pvg_model.load_state_dict({name: value for name, value in state.items() if "output_norm" not in name})
+    assert (pvg_model(images()) - mpvg_model(images())).abs().max() > 1e-3
+    pvg_model.norm.bias += mpvg_model.position_terms().output[0].mean(dim=0)
+    assert_near(pvg_model(images()), mpvg_model(images()), 1e-11)
+
+
+@torch.no_grad()
+def test_a_pruned_model_keeps_the_norms_of_the_blocks_that_are_left() -> None:
+    for join_type in ("PVG", "MPVG"):
+        model = without_class_token(join_type)
+        expected = model.forward_intermediates(images(), [1], intermediates_only=True, norm=True)
+        model.prune_intermediate_layers([1], prune_head=False)
+        assert set(model.join.norms) == {"1"}
+        (features,) = model.forward_intermediates(images(), [1], intermediates_only=True, norm=True)
+        assert_equal([features], expected)
+
+
 @pytest.mark.parametrize("eps", [1e-6, 1e-5, 0.05])
 @over_absolute_pairs
 def test_a_joins_norms_have_the_models_eps_and_start_as_the_identity(pe: str, join_type: str, eps: float) -> None:
     model = create(pe, join_type, norm_layer=partial(nn.LayerNorm, eps=eps))
     norms = [module for module in model.join.modules() if isinstance(module, nn.LayerNorm)]
-    assert len(norms) in {0, 2}
+    assert len(norms) in {0, 1, 2}
     assert all(norm.eps == model.blocks[0].norm1.eps == eps for norm in norms)
     assert all((norm.weight == 1).all() and (norm.bias == 0).all() for norm in norms)
     parameters = [parameter for module in (*norms, *model.blocks) for parameter in module.parameters()]
@@ -198,9 +282,9 @@ def test_a_joins_norms_have_the_models_eps_and_start_as_the_identity(pe: str, jo
     ("pe", "joins"),
     [
         ("none", ["basic"]),
-        ("learnable", ["basic", "share", "unshare", "LaPE", "LaPE_share"]),
-        ("1D_sin", ["basic", "share", "LaPE", "LaPE_share"]),
-        ("2D_sin", ["basic", "share", "LaPE", "LaPE_share"]),
+        ("learnable", ["basic", "share", "unshare", "LaPE", "LaPE_share", "PVG", "MPVG"]),
+        ("1D_sin", ["basic", "share", "LaPE", "LaPE_share", "PVG", "MPVG"]),
+        ("2D_sin", ["basic", "share", "LaPE", "LaPE_share", "PVG", "MPVG"]),
     ],
 )
 def test_the_legal_joins_are_those_of_the_design(pe: str, joins: list[str]) -> None:
@@ -214,7 +298,7 @@ def test_a_sum_may_join_as_its_absolute_part_and_basic_carries_everything(pe: st
     if resolved.absolute is not None:
         assert legal_joins(pe) == legal_joins(resolved.absolute.name)
     else:
-        assert not {"share", "unshare", "LaPE_share"} & set(legal_joins(pe))
+        assert not {"share", "unshare", "LaPE_share", "PVG", "MPVG"} & set(legal_joins(pe))
 
 
 @pytest.mark.parametrize(("pe", "join_type"), ILLEGAL_PAIRS)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lape_vit.encodings import ENCODINGS
 from lape_vit.places import Places
-from tests.models import PAIRS, assert_equal, assert_near, images, over_pairs, tiny
+from tests.models import assert_equal, assert_near, images, over_pairs, tiny
 
 WHOLE = Places((2, 3))
 X, Y = torch.tensor([0.0, 1, 2, 0, 1, 2]).double(), torch.tensor([0.0, 0, 0, 1, 1, 1]).double()
@@ -108,23 +108,23 @@ def test_a_distillation_token_is_never_dropped() -> None:
     assert_equal(after[0][:, :2], seen[0][:, :2])
 
 
-OF_OFFSETS = [pair for pair in PAIRS if pair[0] in ("relative", "2D_RPE", "rope", "rope_axial", "rope_mixed")]
+READ_OFFSETS = ["relative", "2D_RPE", "rope", "rope_axial", "rope_mixed", "rope_dinov3", "rope_golden", "peg"]
 
 
-@pytest.mark.parametrize(("pe", "join_type"), [pair for pair in OF_OFFSETS if pair[1] == "basic"])
+@pytest.mark.parametrize("pe", READ_OFFSETS)
 @torch.no_grad()
-def test_a_shift_of_all_patches_changes_nothing_that_reads_offsets(pe: str, join_type: str) -> None:
+def test_a_shift_of_all_patches_changes_nothing_that_reads_offsets(pe: str) -> None:
     """Without a class token: it is not turned, so that rotations place the patches relative to it."""
-    model = tiny(pe, join_type, class_token=False, global_pool="avg")
+    model = tiny(pe, "basic", class_token=False, global_pool="avg")
     tokens, whole = model.tokens_of(images())
     for dx, dy in ((3, -2), (0.25, 0.75)):
         assert_near(run(model, tokens, whole.shifted(dx, dy)), model.forward_features(images()), 1e-9)
 
 
-@pytest.mark.parametrize("name", [name for name in ENCODINGS if name not in ("none", "relative")])
+@pytest.mark.parametrize("name", [name for name in ENCODINGS if ENCODINGS[name].reads_real_places])
 @torch.no_grad()
 def test_places_between_cells_give_what_lies_between(name: str) -> None:
-    """A small move makes a small difference: no encoding jumps from cell to cell."""
+    """A small move makes a small difference: none that reads real places jumps from cell to cell."""
     model = tiny(name)
     tokens, whole = model.tokens_of(images())
     at, near, far = (run(model, tokens, whole.scaled(by, by)) for by in (0.9, 0.9 + 1e-7, 0.6))

@@ -259,12 +259,15 @@ def test_every_encoding_shows_each_of_its_parts_in_every_layer_on_one_scale(pe: 
     model = build(pe, join_type)
     views = position_views(model)
     assert [view.name for view in views if view.name == "similarity"] == ["similarity"] * has_absolute_part(pe)
-    assert any(view.name != "similarity" for view in views) == has_attention_part(pe)
+    of_tokens = encodings.resolve(pe).token is not None
+    assert [view.name for view in views if view.name == "response"] == ["response"] * of_tokens
+    assert any(view.name not in ("similarity", "response") for view in views) == has_attention_part(pe)
     assert len({view.name for view in views}) == len(views)
     height, width = GRID
     for shown in views:
-        assert shown.layers == [f"block {layer}, {join_type}" for layer in range(DEPTH)]
-        assert len(shown.values) == DEPTH
+        blocks = range(1) if shown.name == "response" else range(DEPTH)  # the tokens change in one place
+        assert shown.layers == [f"block {layer}, {join_type}" for layer in blocks]
+        assert len(shown.values) == len(blocks)
         assert shown.limits[0] == -shown.limits[1] < 0
         for values in shown.values:
             side = len(shown.rows) or height * width
@@ -323,6 +326,16 @@ def test_on_real_images_a_table_of_biases_is_added_as_it_is_shown(pe: str) -> No
             torch.testing.assert_close(ours, between_patches(model, received))
 
 
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_convolution_shows_its_weights_around_a_patch(after: int) -> None:
+    model = build(f"peg(after={after})", "basic")
+    shown = view(model, "response")
+    assert (shown.layers, shown.first) == ([f"block {after}, basic"], after)
+    expected = torch.zeros(5, 9, dtype=torch.float64)
+    expected[1:4, 3:6] = model.token_encoding.weight.detach()[:, 0].square().mean(dim=0).sqrt()
+    assert_near(shown.values[0][0], expected)
+
+
 def test_a_norm_shows_the_bias_before_it_too() -> None:
     model = build("2D_RPE", "LaPE")
     for ours, block in zip(view(model, "bias").values, model.blocks, strict=True):
@@ -361,7 +374,9 @@ def test_frequencies_say_what_rotation_makes_of_q_and_k_in_a_real_forward_pass(p
     query, key = 1 + row * 5 + column, 1 + key_row * 5 + key_column
     for frequencies, block, read, (q, k) in zip(plane_frequencies(model), model.blocks, inputs, turned, strict=True):
         plain_q, plain_k, _ = block.attn.project(read)
-        as_complex = (plain[0, :, place].unflatten(-1, (-1, 2)) for plain, place in ((plain_q, query), (plain_k, key)))
+        shape, pair = ((2, -1), -2) if block.attn.encoding.halves else ((-1, 2), -1)
+        vectors = (plain_q[0, :, query], plain_k[0, :, key])
+        as_complex = (vector.unflatten(-1, shape).movedim(pair, -1) for vector in vectors)
         complex_q, complex_k = (torch.view_as_complex(pairs.contiguous()) for pairs in as_complex)
         angles = frequencies @ torch.tensor([key_column - column, key_row - row], dtype=torch.float64)
         expected = (complex_q.conj() * complex_k * torch.polar(torch.ones_like(angles), angles)).real.sum(dim=-1)

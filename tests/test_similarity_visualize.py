@@ -26,7 +26,7 @@ from training.checkpoint import save_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 PAIRS = [(pe, join_type) for pe, join_type in legal_pairs() if pe in encodings.ENCODINGS]
-PAIRS += [("learnable+rope_mixed", "LaPE"), ("2D_sin+2D_RPE", "share")]
+PAIRS += [("learnable+rope_mixed", "LaPE"), ("2D_sin+2D_RPE", "share"), ("2D_sin+peg", "LaPE")]
 
 
 @pytest.fixture(autouse=True)
@@ -76,14 +76,14 @@ def expected_names(pe: str, join_type: str, token: int) -> set[str]:
     by_encoding = {
         "relative": ["table", "head0", "head1", "head2", "bias_offsets"],
         "2D_RPE": ["head0", "head1", "head2", "bias_offsets"],
-        "rope": ["kernel", "frequencies"],
-        "rope_axial": ["kernel", "frequencies"],
-        "rope_mixed": ["kernel", "frequencies"],
     }
-    of_layer += by_encoding[parts.attention.name] if parts.attention else []
+    if parts.attention is not None:
+        turns = "rotate" in parts.attention.overridden
+        of_layer += ["kernel", "frequencies"] if turns else by_encoding[parts.attention.name]
     if (pe, join_type) == ("2D_RPE", "LaPE"):
         of_layer += ["bias_normed", f"bias_normed_{token}thToken", "bias_normed_offsets"]
     found = {f"{join_type}_layer{layer}_{name}" for layer in range(2) for name in of_layer}
+    found |= {f"{join_type}_layer0_response"} if parts.token is not None else set()
     return found | {"overview"} | ({"PE_token_sim"} if parts.absolute is not None else set())
 
 

@@ -181,7 +181,7 @@ class TestTrainedTables:
             assert model.pos_embed.shape == (JOINS[join_type].num_tables(3), 8, 24)
         else:
             assert model.pos_embed is None
-            assert not any("pos_embed" in name for name in model.state_dict())
+            assert "pos_embed" not in model.state_dict()
 
     @pytest.mark.parametrize("join_type", [join for pe, join in legal_pairs() if pe == "learnable"])
     @pytest.mark.parametrize("again", [False, True])
@@ -384,8 +384,19 @@ class TestOptimisation:
             norms = [norm for name, norm in model.join.named_modules() if name.endswith(f".{layer}")]
             of_layer = {scales[id(one)] for module in (block, *norms) for one in module.parameters()}
             assert of_layer == {scales[id(block.norm1.weight)]}
-        if model.pos_embed is not None:
-            assert scales[id(model.pos_embed)] == scales[id(model.patch_embed.proj.weight)]
+        of_input = [] if model.join.encoding is None else [*model.join.encoding.parameters()]
+        of_input += [] if model.pos_embed is None else [model.pos_embed]
+        assert {scales[id(one)] for one in of_input} <= {scales[id(model.patch_embed.proj.weight)]}
+        of_output = [one for name, one in model.join.named_parameters() if name.startswith("output_norm")]
+        assert {scales[id(one)] for one in of_output} <= {scales[id(model.norm.weight)]}
+
+    def test_by_timm_scales_a_token_encoding_as_the_block_before_it(self) -> None:
+        for pe, layer in (("peg", 0), ("peg(after=-1)", 2)):
+            model = create(pe, depth=3)
+            optimiser = create_optimizer_v2(model, "adamw", lr=1e-3, layer_decay=0.5)
+            scales = {id(one): group["lr_scale"] for group in optimiser.param_groups for one in group["params"]}
+            found = {scales[id(one)] for one in model.token_encoding.parameters()}
+            assert found == {scales[id(model.blocks[layer].norm1.weight)]}
 
 
 class TestStorage:

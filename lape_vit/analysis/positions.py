@@ -5,7 +5,7 @@ h heads, V values side by side (h heads, 1 where the heads agree, or tables).
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -35,6 +35,7 @@ class PositionView:
         layers: a title of each entry: the block's number and the join.
         panels: a title of each of the V values; empty where they are the heads, or one for all heads.
         rows: a title of each of M table rows between which the values are; empty where they are between patches.
+        first: number of the block of the first entry.
     """
 
     name: str
@@ -45,6 +46,7 @@ class PositionView:
     layers: list[str]
     panels: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
+    first: int = 0
 
 
 @torch.no_grad()
@@ -52,7 +54,8 @@ def position_views(model: Model, grid: Grid | None = None) -> list[PositionView]
     """Everything there is to see of a model's positions, in the order in which a layer uses it.
 
     Absolute encodings: ``similarity``, the cosine similarity of what :func:`layer_positions` gives. Encodings in
-    attention: their :func:`~lape_vit.analysis.views.layer_views`. A sum has both, ``none`` has nothing.
+    attention: their :func:`~lape_vit.analysis.views.layer_views`. Encodings of the tokens: ``response``, in the one
+    block after which they act (:func:`~lape_vit.analysis.views.token_view`). A sum has all, ``none`` has nothing.
 
     Args:
         grid: (H, W) patches; default: what the model is built for.
@@ -70,7 +73,11 @@ def position_views(model: Model, grid: Grid | None = None) -> list[PositionView]
         if attn.encoding is not None:
             found.extend(views.layer_views(attn.encoding, read, attn.project(read)[0], places))
     layers = layer_titles(len(by_layer), model.join_type)
-    return [over_layers(found, layers) for found in zip(*by_layer, strict=True)]
+    found_views = [over_layers(found, layers) for found in zip(*by_layer, strict=True)]
+    if (of_tokens := model.token_encoding) is not None:
+        response = views.token_view(of_tokens, places, model.patch_embed.proj.weight)
+        found_views.append(replace(over_layers([response], [layers[of_tokens.after]]), first=of_tokens.after))
+    return found_views
 
 
 def whole_grid(model: Model, grid: Grid | None = None) -> Places:

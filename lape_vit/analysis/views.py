@@ -1,6 +1,6 @@
-"""What an encoding in attention shows of itself: quantities between places, as tensors.
+"""What an encoding in attention or of the tokens shows of itself: quantities between places, as tensors.
 
-:func:`layer_views` shows any of them; an encoding with more to show registers a function of its own with it.
+:func:`layer_views` shows any one in attention; an encoding with more to show registers a function of its own with it.
 
 Shapes: H x W patches in row-major order, M = H*W, P prefix tokens, N = P + M tokens, D embedding width, h heads, d head
 width, V values side by side (h heads, 1 where the heads agree, or tables).
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lape_vit.encodings import AttentionEncoding
+from lape_vit.encodings import AttentionEncoding, TokenEncoding
 from lape_vit.encodings.relative import Relative
 from lape_vit.encodings.relative_bias import RelativeBias, offset_index
 from lape_vit.encodings.rotary import Rotary
@@ -166,6 +166,24 @@ def product_kernel(encoding: AttentionEncoding, places: Places, like: Tensor) ->
     q, k = encoding.rotate(basis, basis, places)
     products = torch.einsum("bhqd,bhkd->hqk", q[:, :, P:], k[:, :, P:]) / d
     return merge_equal_heads(mean_by_offset(products, places.grid))
+
+
+def token_view(encoding: TokenEncoding, places: Places, like: Tensor) -> LayerView:
+    """What an encoding of the tokens adds to a patch for each unit in all channels of one patch, by offset.
+
+    Args:
+        places: a whole grid.
+        like: has the dtype and the device of the model.
+    """
+    height, width = places.grid
+    silent = like.new_zeros(1, height * width, encoding.dim)
+    of_nothing = encoding(silent, places)
+    added = []
+    for keys in torch.eye(height * width, dtype=like.dtype, device=like.device).split(64):  # as memory allows
+        x = keys[..., None] + silent
+        added.append((encoding(x, places) - of_nothing - x).square().mean(dim=-1).sqrt())
+    title = "what is added to a patch per unit of another by offset (root mean square of channels)"
+    return LayerView("response", title, mean_by_offset(torch.cat(added).T[None], places.grid), by_offset=True)
 
 
 def plane_frequencies(encoding: AttentionEncoding, device: torch.device) -> Tensor | None:

@@ -38,9 +38,12 @@ FILES = (
     "base",
     "learnable",
     "sinusoidal",
+    "factorized",
+    "fourier",
     "relative",
     "relative_bias",
     "rotary",
+    "peg",
 )
 """The modules whose encodings are offered, in this order: all classes of theirs that have a ``name``."""
 

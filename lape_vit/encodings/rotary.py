@@ -1,34 +1,41 @@
 """Rotations of q and k by angles that grow with a patch's place, so that q.k depends on the offset alone.
 
 Shapes: B batch, h heads, d head width, P prefix tokens, M patches, N = P + M tokens. Channels 2i and 2i + 1 form pair
-i, which turns by one angle; there are d/2 pairs. Fixed angles are computed in float64 for the places at hand.
+i, or channels i and i + d/2, where the source has that order; a pair turns by one angle; there are d/2 pairs. Fixed
+angles are computed in float64 for the places at hand.
 """
 
 import math
+from statistics import NormalDist
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape_vit.encodings.base import AttentionEncoding, LayerSpec
-from lape_vit.places import Places
+from lape_vit.places import Grid, Places
 
 
 @torch.fx.wrap
-def turn(x: Tensor, turns: Tensor) -> Tensor:
+def turn(x: Tensor, turns: Tensor, halves: bool = False) -> Tensor:
     """Turn each pair of channels of x (..., d), in float32 or better.
 
     Args:
         turns: cosine and sine of each pair's angle, (..., d/2, 2) in float32 or float64.
+        halves: whether channels i and i + d/2 form pair i, and not channels 2i and 2i + 1.
     """
-    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
-    turns = turns.to(pairs.dtype)
+    channels = x.to(torch.promote_types(x.dtype, torch.float32))
+    turns = turns.to(channels.dtype)
+    first, second = channels.chunk(2, dim=-1) if halves else channels.unflatten(-1, (-1, 2)).unbind(-1)
     # Compilers and readers of a traced graph know no complex numbers, and need none to be fast.
-    if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-        turned = torch.view_as_complex(pairs) * torch.view_as_complex(turns)
-        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
-    (even, odd), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        cos, sin = turns.unbind(-1)
+        parts = [first * cos - second * sin, first * sin + second * cos]
+        return (torch.cat(parts, dim=-1) if halves else torch.stack(parts, dim=-1).flatten(-2)).to(x.dtype)
+    pairs = torch.complex(first, second) if halves else torch.view_as_complex(channels.unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * torch.view_as_complex(turns))
+    return (turned.transpose(-2, -1) if halves else turned).flatten(-2).to(x.dtype)
 
 
 @torch.fx.wrap
@@ -42,6 +49,9 @@ class Rotary(AttentionEncoding):
 
     divisor = 4
 
+    halves: ClassVar[bool] = False
+    """Whether channels i and i + d/2 form pair i, and not channels 2i and 2i + 1."""
+
     def angles(self, places: Places) -> Tensor:
         """In radians, per patch and pair: broadcasts to (h, M, d/2), or to (B, h, M, d/2) where images differ."""
         raise NotImplementedError
@@ -53,7 +63,7 @@ class Rotary(AttentionEncoding):
 
     def rotate(self, q: Tensor, k: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         turns = self.compute(self.turns, places, q)
-        return turn(q, turns), turn(k, turns)
+        return turn(q, turns, self.halves), turn(k, turns, self.halves)
 
 
 def per_axis(places: Places, frequencies: Tensor, first: float = 0.0) -> Tensor:
@@ -101,6 +111,78 @@ class RopeAxial(Rotary):
         return per_axis(places, axial_frequencies(self.head_dim, self.rope_theta))
 
 
+class RopeDINOv3(Rotary):
+    """DINOv3's form: rotations over coordinates from -1 to 1, so that a grid of any size turns as far in all.
+
+    With u = 2 (x + 1/2) / W - 1 and v = 2 (y + 1/2) / H - 1, pair i = 0 .. d/4 - 1 of an axis turns by
+    2 pi u / theta^(4i / d); rows turn the first d/4 pairs, columns the others, and channel c pairs with c + d/2
+    (Simeoni et al. 2025, https://arxiv.org/abs/2508.10104, and the order of its code). H and W are those of the grid
+    at hand. The code computes in bfloat16 by default, we in float64.
+
+    Args:
+        rope_theta: the base of the periods.
+        rope_normalize: what both axes are divided by: each by its own side, or both by the longer or shorter one.
+    """
+
+    name = "rope_dinov3"
+    halves = True
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        *,
+        rope_theta: float = 100.0,
+        rope_normalize: Literal["separate", "max", "min"] = "separate",
+    ) -> None:
+        super().__init__(spec)
+        self.rope_theta = check_theta(rope_theta)
+        self.rope_normalize = rope_normalize
+
+    def angles(self, places: Places) -> Tensor:
+        longest, shortest = max(places.grid), min(places.grid)
+        sides = {"separate": places.grid, "max": (longest, longest), "min": (shortest, shortest)}[self.rope_normalize]
+        u, v = centred(places, sides)
+        frequencies = 2 * math.pi * axial_frequencies(self.head_dim, self.rope_theta).to(u.device)
+        return torch.cat([axis[..., None] * frequencies for axis in (v, u)], dim=-1).unsqueeze(-3)
+
+
+class RopeGolden(Rotary):
+    """Golden-ratio form: fixed frequencies in the plane, in directions that fill it evenly over all heads and pairs.
+
+    Pair i of every head turns by magnitude min (max / min)^(i / (d/2 - 1)) along a direction of its own. With phi the
+    root of phi^3 = phi + 1, pair n = 1 .. h d/2, counted through all heads, has the fractions of n / phi (rows) and
+    n / phi^2 (columns); the inverse of the normal distribution makes of them a vector, and its direction is taken.
+    Channel c pairs with c + d/2. Source: vit-pytorch's rotary encoding in n dimensions
+    (https://github.com/lucidrains/vit-pytorch, vit_nd_rotary.py). Its code stops 4e-8 above the root, and leaves the
+    coordinates to its caller. Ours go from -1 to 1, as DINOv3's, over the grid at hand.
+
+    Args:
+        rope_min_frequency: of pair 0, in radians per half a side of the grid.
+        rope_max_frequency: of the last pair.
+    """
+
+    name = "rope_golden"
+    divisor = 2
+    halves = True
+
+    def __init__(self, spec: LayerSpec, *, rope_min_frequency: float = 0.2, rope_max_frequency: float = 20.0) -> None:
+        if not 0 < rope_min_frequency <= rope_max_frequency:
+            raise ValueError(
+                f"rope_min_frequency={rope_min_frequency}, rope_max_frequency={rope_max_frequency}: "
+                "they must be greater than 0, the first no greater than the second"
+            )
+        super().__init__(spec)
+        self.rope_min_frequency, self.rope_max_frequency = rope_min_frequency, rope_max_frequency
+        # Neither parameter nor buffer, so that no cast rounds them.
+        ends = rope_min_frequency, rope_max_frequency
+        self.frequencies = golden_frequencies(self.num_heads, self.head_dim // 2, *ends)
+
+    def angles(self, places: Places) -> Tensor:
+        u, v = (axis[..., None, :, None] for axis in centred(places, places.grid))
+        of_row, of_column = self.frequencies.to(u.device)[:, None].unbind(-1)
+        return v * of_row + u * of_column
+
+
 class RopeMixed(Rotary):
     """RoPE-ViT's mixed form: each pair of each head has a trained frequency in the plane, of its own in every layer.
 
@@ -135,6 +217,28 @@ class RopeMixed(Rotary):
         frequencies = self.frequencies.to(torch.promote_types(self.frequencies.dtype, torch.float32))
         x, y = (axis[..., None, :, None] for axis in places.coordinates(frequencies.dtype))
         return x * frequencies[0, :, None] + y * frequencies[1, :, None]
+
+
+PLASTIC = 1.324717957244746
+"""The root of phi^3 = phi + 1: the golden ratio of the plane."""
+
+
+def golden_frequencies(num_heads: int, pairs: int, least: float, most: float) -> Tensor:
+    """Frequencies in the plane, (h, pairs, 2), of rows and of columns, in float64, on the CPU."""
+    normal = NormalDist()
+    sequence = [
+        [normal.inv_cdf(number / PLASTIC**axis % 1) for axis in (1, 2)] for number in range(1, num_heads * pairs + 1)
+    ]
+    directions = F.normalize(torch.tensor(sequence, dtype=torch.float64, device="cpu"), dim=-1)
+    steps = torch.arange(pairs, dtype=torch.float64, device="cpu") / max(pairs - 1, 1)
+    return least * (most / least) ** steps[:, None] * directions.unflatten(0, (num_heads, pairs))
+
+
+def centred(places: Places, sides: Grid) -> tuple[Tensor, Tensor]:
+    """Columns and rows, from -1 at the outer edge of the first cell to 1 at that of the last, for sides (H, W)."""
+    height, width = sides
+    x, y = places.coordinates()
+    return 2 * (x + 0.5) / width - 1, 2 * (y + 0.5) / height - 1
 
 
 def axial_frequencies(head_dim: int, theta: float) -> Tensor:

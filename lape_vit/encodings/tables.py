@@ -3,6 +3,7 @@
 Shapes: T tables, H x W cells in row-major order, C channels, M places, B batch.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,3 +47,28 @@ def read_between_cells(rows: Tensor, grid: Grid, x: Tensor, y: Tensor) -> Tensor
     upper = rows[top * width + left] * (1 - of_right) + rows[top * width + right] * of_right
     lower = rows[bottom * width + left] * (1 - of_right) + rows[bottom * width + right] * of_right
     return upper * (1 - of_bottom) + lower * of_bottom
+
+
+def resize_axis(rows: Tensor, side: int) -> Tensor:
+    """Rows (n, C) that stand for the cells of one axis, resampled linearly to ``side`` cells: (side, C)."""
+    if len(rows) == side:
+        return rows
+    return read_along(rows, torch.arange(side, dtype=torch.float64, device=rows.device), side)
+
+
+def read_along(rows: Tensor, place: Tensor, side: int) -> Tensor:
+    """Rows at real places of one axis, linear between the centres of its cells, without antialiasing.
+
+    Args:
+        rows: (n, C), of n cells.
+        place: of any shape (...), in cells of a grid with ``side`` of them.
+
+    Returns:
+        (..., C), in the dtype of ``rows``.
+    """
+    last = len(rows) - 1
+    place = ((place + 0.5) * (len(rows) / side) - 0.5).clamp(0, last)
+    low = place.floor()
+    of_high = (place - low)[..., None].to(rows.dtype)
+    low = low.long()
+    return rows[low] * (1 - of_high) + rows[(low + 1).clamp(max=last)] * of_high

@@ -17,6 +17,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
 from lape_vit.encodings.sinusoidal import Sinusoidal1D, Sinusoidal2D
+from lape_vit.eva import convert_eva
 from lape_vit.places import Grid, Places
 
 StateDict = dict[str, Tensor]
@@ -41,12 +42,13 @@ VIT2D_NAMES = (
 VIT2D_CONSTANTS = re.compile(r"\.pos_embedding\.pos_embedding$|\.[xy]_(cos|sin|distances)$")
 
 
-def convert_checkpoint(state_dict: StateDict) -> StateDict:
+def convert_checkpoint(state_dict: StateDict, model: Any = None) -> StateDict:
     """Rename an original's state dict to ours; one that is ours, or timm's, comes back as it is.
 
     Args:
-        state_dict: of LaPE's DeiT, of the compact 2D-PE ViT, or of one of our models. The prefix ``module.`` that
-            DistributedDataParallel leaves is taken off.
+        state_dict: of LaPE's DeiT, of the compact 2D-PE ViT, of RoPE-ViT, of DINOv3, or of one of our models. The
+            prefix ``module.`` that DistributedDataParallel leaves is taken off.
+        model: one of our models. It says how many heads there are where a checkpoint of RoPE-ViT's authors does not.
 
     Returns:
         A new dictionary that ``load_state_dict(strict=True)`` of the same model, built here, accepts.
@@ -54,7 +56,7 @@ def convert_checkpoint(state_dict: StateDict) -> StateDict:
     state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
     if "embedding.conv1.weight" in state_dict:
         return _convert_vit2d(state_dict)
-    return _convert_lape(state_dict)
+    return _convert_lape(convert_eva(state_dict, model))
 
 
 def _convert_lape(state_dict: StateDict) -> StateDict:
@@ -131,7 +133,7 @@ def warm_start(state_dict: StateDict, model: Any, grid: Grid | None = None) -> W
     Raises:
         ValueError: the tables fit no square grid and ``grid`` is not given, or nothing fits the model.
     """
-    converted = convert_checkpoint(state_dict)
+    converted = convert_checkpoint(state_dict, model)
     source = grid or square_grid(converted, model) or model.patch_embed.grid_size
     resized = source != model.patch_embed.grid_size
     if resized:

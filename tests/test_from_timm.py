@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,17 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.models import Eva
 from timm.models import VisionTransformer as TimmsVisionTransformer
 from torch import Tensor, nn
 
 import models_lape
-from lape_vit import VisionTransformer, from_timm
+from lape_vit import VisionTransformer, convert_checkpoint, from_timm, warm_start
 from tests.models import DEIT, SIZES, TIMMS, assert_equal, create, disturb, gradients, images, over_pairs
 
 GOLDEN = Path(__file__).parent / "golden_timm"
 INDEX: dict[str, dict[str, Any]] = json.loads((GOLDEN / "index.json").read_text(encoding="utf-8"))
-PLAIN = [name for name, entry in INDEX.items() if entry["family"] == "from_timm"]
+CHECKPOINTS = [name for name, entry in INDEX.items() if entry["family"] == "checkpoint"]
 NAMES = [name for name in timm.list_models(module="models_lape") if hasattr(getattr(models_lape, name), "__wrapped__")]
 """Those of timm that take an encoding."""
 OTHER_BLOCKS = {
@@ -32,6 +34,8 @@ OTHER_BLOCKS = {
     "vit_large_patch14_xp_224": "ParallelScalingBlock",
     "vit_pwee_patch16_reg1_gap_256": "ParallelScalingBlock",
     "vit_small_patch16_18x2_224": "ParallelThingsBlock",
+    "eva02_enormous_patch14_clip_224": "EvaBlockPostNorm",
+    **{f"vit_{size}_patch16_sapiens2": "num_kv_heads" for size in ("base", "large", "huge", "giant", "5b")},
 }
 HYBRID = "vit_tiny_r_s16_p8_224"
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -46,6 +50,14 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     (DEIT, {"dynamic_img_size": True, "img_size": (16, 40)}),
     (DEIT, {"act_layer": "quick_gelu", "mlp_layer": timm.layers.SwiGLU}),
     (HYBRID, {"patch_size": 1}),
+]
+OF_EVA: list[tuple[str, str, dict[str, Any]]] = [
+    ("vit_small_plus_patch16_dinov3_qkvb", "rope_dinov3", {}),
+    ("vit_small_patch16_dinov3", "rope_dinov3", {"global_pool": "token", "img_size": (32, 48)}),
+    ("vit_small_patch16_rope_mixed_ape_224", "learnable+rope_mixed", {"qkv_fused": False}),
+    ("vit_small_patch16_rope_224", "rope_axial(rope_theta=50)", {"rope_temperature": 50.0, "global_pool": "map"}),
+    ("vit_small_patch16_rope_ape_224", "learnable+rope_axial", {"qk_norm": True, "num_reg_tokens": 2}),
+    ("eva_giant_patch14_224", "learnable", {"scale_attn_inner": True, "scale_mlp": True, "swiglu_mlp": True}),
 ]
 over_variants = pytest.mark.parametrize(("name", "arguments"), VARIANTS, ids=str)
 
@@ -73,14 +85,65 @@ def timms(name: str = DEIT, **arguments: Any) -> Any:
     return disturb(timm.create_model(name, **{**SIZES, **arguments}))
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_published_variants_keep_their_logits_and_gradients(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name, entry in INDEX.items() if "name" in entry["create"]])
+def test_published_models_keep_their_logits_and_gradients(name: str) -> None:
     golden, entry = arrays(name), INDEX[name]
     model = timm.create_model(entry["create"]["name"], **entry["create"]["args"]).double()
     model.load_state_dict(state_of(golden))
     ours = from_timm(model)
-    assert sum(parameter.numel() for parameter in ours.parameters()) == entry["params"]
+    if "ours" in entry:
+        assert ours.pe == entry["ours"]["pe"]
+    without_bias = sum(len(value) for key, value in golden.items() if key.endswith(".attn.q_bias"))  # of k
+    assert sum(parameter.numel() for parameter in ours.parameters()) == entry["params"] + without_bias
     assert_golden(ours, golden, entry["tolerance"])
+
+
+def ours_of(entry: dict[str, Any]) -> Any:
+    """Our model of a published checkpoint of RoPE-ViT or DINOv3, as a caller builds it."""
+    arguments = {**entry["create"]["args"], **entry["ours"]}
+    name, eps = arguments.pop("model"), arguments.pop("norm_eps", 1e-6)
+    return timm.create_model(name, norm_layer=partial(nn.LayerNorm, eps=eps), **arguments).double()
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_published_checkpoints_are_converted(name: str) -> None:
+    golden, entry = arrays(name), INDEX[name]
+    model, state = ours_of(entry), state_of(golden)
+    kept = {key: value.clone() for key, value in state.items()}
+    model.load_state_dict(convert_checkpoint(state, model), strict=True)
+    assert_golden(model, golden, entry["tolerance"])
+    assert_equal(state, kept)
+    own = dict(model.state_dict())
+    assert_equal(convert_checkpoint(own), own)
+    start = warm_start({f"module.{key}": value for key, value in state.items()}, ours_of(entry))
+    assert (start.new, start.left_out) == ([], [])
+    assert_equal(start.state_dict, own)
+
+
+def test_a_checkpoint_that_does_not_say_its_heads_asks_for_the_model() -> None:
+    with pytest.raises(ValueError, match=r"heads.*give the model") as error:
+        convert_checkpoint(state_of(arrays("checkpoint-original-naver-rope_mixed_ape")))
+    assert "\n" not in str(error.value)
+
+
+def test_dinov3s_own_names_are_converted() -> None:
+    """As https://github.com/facebookresearch/dinov3 names and masks them."""
+    state = state_of(arrays("checkpoint-dinov3_qkvb"))
+    theirs = {"rope_embed.periods": torch.ones(4), "mask_token": torch.ones(1, 48)}
+    for name, value in state.items():
+        if name.endswith("v_bias"):
+            continue
+        if name.endswith("q_bias"):
+            block = name.removesuffix("q_bias")
+            unused = torch.full_like(value, 3.0)
+            theirs[f"{block}qkv.bias"] = torch.cat([value, unused, state[f"{block}v_bias"]])
+            theirs[f"{block}qkv.bias_mask"] = torch.cat([torch.ones(48), torch.zeros(48), torch.ones(48)])
+        else:
+            name = name.replace("reg_token", "storage_tokens").replace("gamma_1", "ls1.gamma")
+            theirs[name.replace("gamma_2", "ls2.gamma")] = value
+    converted, expected = convert_checkpoint(theirs), convert_checkpoint(state)
+    assert converted.keys() == expected.keys()
+    assert_equal({name: converted[name] for name in expected}, expected)
 
 
 @over_variants
@@ -98,6 +161,43 @@ def test_every_variant_stays_the_same_bit_for_bit(name: str, arguments: dict[str
         logits = model(pixels)
         found.append((logits, gradients(model, logits)))
     assert_equal(found[0], found[1])
+
+
+@pytest.mark.parametrize(("name", "pe", "arguments"), OF_EVA, ids=str)
+def test_every_variant_of_eva_stays_the_same(name: str, pe: str, arguments: dict[str, Any]) -> None:
+    sizes = {**SIZES, "mlp_ratio": 4.0, **arguments}
+    theirs = disturb(timm.create_model(name, **sizes).double()).eval()
+    state = {key: value.clone() for key, value in theirs.state_dict().items()}
+    pixels = images(2, *theirs.patch_embed.img_size).requires_grad_()
+    expected = gradients(theirs, theirs(pixels))
+    logits = theirs(pixels)
+    ours = from_timm(theirs)
+    assert (ours.pe, ours.training, ours.pretrained_cfg) == (pe, False, theirs.pretrained_cfg)
+    # timm's angles are float32
+    torch.testing.assert_close(ours(pixels), logits, rtol=0, atol=2e-5)
+    found = gradients(ours, ours(pixels))
+    for key in expected.keys() & found.keys():
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-4)
+    assert_equal(dict(theirs.state_dict()), state)
+
+    start = warm_start(state, from_timm(timm.create_model(name, **sizes).double()))
+    assert (start.new, start.left_out) == ([], [])
+    assert_equal(start.state_dict, dict(ours.state_dict()))
+
+
+def test_a_rotation_that_is_none_of_ours_asks_for_another_encoding() -> None:
+    with pytest.raises(ValueError, match=r"RotaryEmbeddingCat with grid_indexing='ij'.*give pe=") as error:
+        from_timm(timm.create_model("eva02_tiny_patch14_224", depth=1))
+    assert "\n" not in str(error.value)
+    ours = from_timm(timm.create_model("eva02_tiny_patch14_224", depth=1), "learnable", "LaPE")
+    assert (ours.pe, ours.join_type) == ("learnable", "LaPE")
+
+
+def test_an_augmentation_of_places_is_kept_and_can_be_replaced() -> None:
+    arguments = {**SIZES, "rope_shift_coords": 0.1, "rope_rescale_coords": 2.0}
+    for given, shift in (({}, 0.1), ({"pos_shift": 0.0}, 0.0)):
+        ours = from_timm(timm.create_model("vit_small_patch16_dinov3", **arguments), **given)
+        assert (ours.augment_places.shift, ours.augment_places.jitter, ours.augment_places.rescale) == (shift, 1, 2)
 
 
 def test_the_model_is_adopted_in_place_with_its_settings() -> None:
@@ -207,15 +307,16 @@ class TestNames:
 
     @pytest.mark.parametrize("name", NAMES)
     def test_each_takes_an_encoding_and_a_join_or_says_in_one_line_why_not(self, name: str) -> None:
+        sizes = {"depth": 2, **({"num_kv_heads": 2} if "sapiens" in name else {})}
         with torch.device("meta"):
-            theirs = timm.create_model(name, depth=2)
+            theirs = timm.create_model(name, **sizes)
             assert type(theirs).__module__.startswith("timm.")
             if name in OTHER_BLOCKS:
                 with pytest.raises(ValueError, match=OTHER_BLOCKS[name]) as error:
-                    timm.create_model(name, depth=2, pe="rope_mixed")
+                    timm.create_model(name, **sizes, pe="rope_mixed")
                 assert "\n" not in str(error.value)
                 return
-            ours = timm.create_model(name, depth=2, pe="learnable+rope_mixed", join_type="LaPE")
+            ours = timm.create_model(name, **sizes, pe="learnable+rope_mixed", join_type="LaPE")
             assert isinstance(ours, VisionTransformer)
             if theirs.pretrained_cfg["architecture"] == name:  # one name of timm's has the weights of another
                 assert ours.pretrained_cfg == theirs.pretrained_cfg
@@ -228,9 +329,9 @@ class TestNames:
         plain = {
             name
             for name in timm.list_models()
-            if timm.model_entrypoint(name).__annotations__.get("return") is TimmsVisionTransformer
+            if timm.model_entrypoint(name).__annotations__.get("return") in (TimmsVisionTransformer, Eva)
         }
-        assert len(plain) > 200
+        assert len(plain) > 260
         assert plain <= set(NAMES)
 
     def test_of_other_classes_are_timms_own(self) -> None:

@@ -30,8 +30,8 @@ from lape_vit.convert import TIMMS_CLASSES
 __all__: list[str] = []  # register_model adds each entrypoint
 _logger = logging.getLogger(__name__)
 
-OURS = {"pe", "join_type", "pos_shift", "pos_jitter", "pos_rescale", *encodings.all_options()}
-"""The arguments that an entrypoint takes beside timm's."""
+OURS = {"pe", "join_type", "pos_shift", "pos_jitter", "pos_rescale"}
+"""The arguments that an entrypoint takes beside timm's, and the encodings' options."""
 TIMMS_POS_EMBED = {"", "none", "learn"}
 """What timm's own argument ``pos_embed`` says; anything else is taken for ``pe``."""
 OF_FEATURES = {"features_only", "out_indices", "feature_cls"}
@@ -116,7 +116,7 @@ def _with_encodings(timms: Callable[..., nn.Module]) -> Callable[..., nn.Module]
 
     @functools.wraps(timms, assigned=("__name__", "__qualname__", "__doc__", "__annotations__"))
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        ours = {name: kwargs.pop(name) for name in OURS & kwargs.keys()}
+        ours = {name: kwargs.pop(name) for name in (OURS | encodings.all_options().keys()) & kwargs.keys()}
         pos_embed = kwargs.get("pos_embed")
         if pos_embed is not None and "pe" in ours:
             raise ValueError(f"pe={ours['pe']!r} and pos_embed={pos_embed!r} say the same thing: give one of them")

@@ -11,6 +11,16 @@ from torch import Tensor
 Grid = tuple[int, int]
 
 
+def is_same_side(one: int, other: int) -> bool:
+    """Whether two sides are known to be the same; not where a graph is recorded for sides of any length."""
+    return not isinstance(one, torch.SymInt) and not isinstance(other, torch.SymInt) and one == other
+
+
+def is_same_grid(one: Grid, other: Grid) -> bool:
+    """Whether two grids are known to be the same, likewise."""
+    return is_same_side(one[0], other[0]) and is_same_side(one[1], other[1])
+
+
 class Places(NamedTuple):
     """A grid of cells, and the place of each patch on it.
 

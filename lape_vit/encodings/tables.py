@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lape_vit.places import Grid
+from lape_vit.places import Grid, is_same_grid
 
 
 def resize_grid(rows: Tensor, old: Grid, new: Grid) -> Tensor:
@@ -19,7 +19,7 @@ def resize_grid(rows: Tensor, old: Grid, new: Grid) -> Tensor:
     Returns:
         (T, H'*W', C), row-major over ``new``, in the dtype of ``rows``; ``rows`` itself where the grids agree.
     """
-    if old == new:
+    if is_same_grid(old, new):
         return rows
     maps = rows.float().transpose(1, 2).reshape(rows.shape[0], rows.shape[2], old[0], old[1])
     maps = F.interpolate(maps, size=[new[0], new[1]], mode="bicubic", antialias=True, align_corners=False)

@@ -9,9 +9,10 @@ import timm
 from timm.layers import to_2tuple
 
 import models_lape  # noqa: F401  (registers the models)
-from lape_vit import VisionTransformer, convert_checkpoint
+from lape_vit import VisionTransformer, convert_checkpoint, from_timm
 from lape_vit.analysis.timm_positions import timm_grid
 from lape_vit.encodings import all_options, canonical_name
+from lape_vit.vit import CLASSES
 from training.checkpoint import description_of, load_checkpoint, load_weights
 from training.options import flag_of
 
@@ -53,21 +54,25 @@ def load_model(path: str, flags: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
     name = description["model"]
     build = {option: description[option] for option in ("pe", "join_type", *all_options()) if option in description}
     state_dict = checkpoint["model"]
-    if name in timm.list_models(module="models_lape"):
-        state_dict = convert_checkpoint(state_dict)
-    else:
+    if name not in timm.list_models(module="models_lape"):
         if not timm.is_model(name):
             raise ValueError(f"unknown {FLAGS['model']} {name!r}: it is neither a model of models_lape nor one of timm")
         if build:
             given = ", ".join(flag_for(option) for option in build)
             raise ValueError(f"{given}: for models of models_lape; {name} is timm's own")
-    head = next((state_dict[key] for key in ("head.weight", "head.fc.weight") if key in state_dict), ())
+    head = next(
+        (state_dict[key] for key in ("head.weight", "head.fc.weight", "classifier.fc.weight") if key in state_dict), ()
+    )
     size = description.get("input_size")
     try:
         model = timm.create_model(name, num_classes=len(head), **({"img_size": size} if size else {}), **build)
     except TypeError as error:
         raise ValueError(f"{name} cannot be built: {error}") from error
-    if not isinstance(model, VisionTransformer):
+    if type(model) in CLASSES:
+        model = from_timm(model)
+    if isinstance(model, VisionTransformer):
+        state_dict = convert_checkpoint(state_dict, model)
+    else:
         timm_grid(model)
     own = {key: str(getattr(model, key)) for key in ("pe", "join_type") if hasattr(model, key)}
     load_weights(model, state_dict, path, f"{name} ({', '.join(own.values())})" if own else name)

@@ -162,7 +162,9 @@ def warm_start(state_dict: StateDict, model: Any, grid: Grid | None = None) -> W
 
 
 def square_grid(state_dict: StateDict, model: Any) -> Grid | None:
-    """The square grid behind the tables that a checkpoint and the model have in common; None where there are none.
+    """The grid behind the tables that a checkpoint and the model have in common; None where there are none.
+
+    Where a table does not tell rows from columns, it is a square.
 
     Raises:
         ValueError: the tables stand for no square.
@@ -174,6 +176,8 @@ def square_grid(state_dict: StateDict, model: Any) -> Grid | None:
             rows = state_dict[name].shape[1] - prefix
         elif name.endswith(".attn.encoding.table"):
             rows = len(state_dict[name])
+        elif name.endswith(".pos_embed_y"):
+            return (state_dict[name].shape[1], state_dict[f"{name.removesuffix('y')}x"].shape[1])
         else:
             continue
         side = square_root(rows)

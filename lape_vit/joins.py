@@ -224,8 +224,8 @@ class PVG(Join):
 class MPVG(PVG):
     """PVG, and LNpe_L(w) is added after the last norm, before the mean over patches; L norms (the same source).
 
-    Our rule for prefix tokens, which the source has not: each gets the mean of that term over the patches, so that what
-    a class token hands to the head gets what the mean over patches would have got.
+    Our rule for prefix tokens, which the source has not: one with a row of its own gets LNpe_L of that row; one without
+    counts as a row of zeros here and gets the norm's shift, so that no model leaves this norm without any effect.
 
     Where the mean over patches goes straight to a linear head, that term is the same vector for every image of one
     size. The last norm's shift can hold it: there MPVG and PVG are the same functions, and differ in training alone.
@@ -240,11 +240,7 @@ class MPVG(PVG):
         self.output_norm = norm()
 
     def terms(self, *w: Tensor) -> Terms:
-        assert self.encoding is not None
-        prefix_rows = self.encoding.prefix_rows
-        patches = self.output_norm(w[0][:, prefix_rows:])
-        prefix = patches.mean(dim=1, keepdim=True).expand(-1, self.rows_without + prefix_rows, -1)
-        return super().terms(*w)._replace(output=torch.cat([prefix, patches], dim=1))
+        return super().terms(*w)._replace(output=self.output_norm(self.to_tokens(w[0])))
 
 
 JOINS: dict[str, type[Join]] = {join.name: join for join in (Basic, Share, Unshare, LaPE, LaPEShare, PVG, MPVG)}

@@ -11,7 +11,7 @@ from torch import Tensor
 Grid = tuple[int, int]
 
 
-def is_same_side(one: int, other: int) -> bool:
+def is_same_side(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
     """Whether two sides are known to be the same; not where a graph is recorded for sides of any length."""
     return not isinstance(one, torch.SymInt) and not isinstance(other, torch.SymInt) and one == other
 

@@ -171,8 +171,8 @@ class AbsoluteEncoding(Encoding):
 
     def _rows(self, places: Places, dtype: torch.dtype) -> Tensor:
         patches = self.patch_vectors(places)
-        patches = patches if patches.dim() == 3 else patches[None]
-        prefix = self.prefix_vectors(patches).expand(len(patches), -1, -1)
+        patches = patches if places.differs_by_image else patches[None]
+        prefix = self.prefix_vectors(patches).expand(patches.shape[0], -1, -1)
         return torch.cat([prefix, patches], dim=1).to(dtype)
 
 

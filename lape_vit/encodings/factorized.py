@@ -34,15 +34,18 @@ class Factorized(AbsoluteEncoding):
 
     @torch.no_grad()
     def set_grid(self, grid: Grid) -> None:
+        for name, old, new in zip(("pos_embed_y", "pos_embed_x"), self.grid, grid, strict=True):
+            if old != new:
+                table = getattr(self, name)
+                resized = resize_axis(table[0], old, new)[None]
+                setattr(self, name, nn.Parameter(resized, requires_grad=table.requires_grad))
         super().set_grid(grid)
-        for name, side in zip(("pos_embed_y", "pos_embed_x"), grid, strict=True):
-            old = getattr(self, name)
-            if old.shape[1] != side:
-                setattr(self, name, nn.Parameter(resize_axis(old[0], side)[None], requires_grad=old.requires_grad))
 
     def patch_vectors(self, places: Places) -> Tensor:
-        (height, width), of_rows, of_columns = places.grid, self.pos_embed_y[0], self.pos_embed_x[0]
+        (rows, columns), (height, width) = self.grid, places.grid
         if places.is_whole:
-            return (resize_axis(of_rows, height)[:, None] + resize_axis(of_columns, width)).flatten(0, 1)
+            of_rows = resize_axis(self.pos_embed_y[0], rows, height)
+            of_columns = resize_axis(self.pos_embed_x[0], columns, width)
+            return (of_rows[:, None] + of_columns).flatten(0, 1)
         x, y = places.coordinates()
-        return read_along(of_rows, y, height) + read_along(of_columns, x, width)
+        return read_along(self.pos_embed_y[0], y, rows, height) + read_along(self.pos_embed_x[0], x, columns, width)

@@ -46,10 +46,9 @@ class Fourier(AbsoluteEncoding):
         return {name for name, _ in self.named_parameters()}
 
     def patch_vectors(self, places: Places) -> Tensor:
-        frequencies = self.frequencies.to(torch.promote_types(self.frequencies.dtype, torch.float32))
-        x, y = (axis[..., None] for axis in places.coordinates(frequencies.dtype))
+        x, y = (axis[..., None] for axis in places.coordinates())
         height, width = places.grid
-        # No product of matrices, which autocast would compute in half precision.
-        phases = (x + 0.5) / width * frequencies[:, 0] + (y + 0.5) / height * frequencies[:, 1]
+        # In float64, as the places are, and no product of matrices, which autocast would compute in half precision.
+        phases = (x + 0.5) / width * self.frequencies[:, 0] + (y + 0.5) / height * self.frequencies[:, 1]
         features = torch.cat([phases.cos(), phases.sin()], dim=-1) / math.sqrt(self.dim)
         return self.fc2(F.gelu(self.fc1(features.to(self.frequencies.dtype))))

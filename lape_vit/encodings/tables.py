@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lape_vit.places import Grid, is_same_grid
+from lape_vit.places import Grid, is_same_grid, is_same_side
 
 
 def resize_grid(rows: Tensor, old: Grid, new: Grid) -> Tensor:
@@ -49,26 +49,25 @@ def read_between_cells(rows: Tensor, grid: Grid, x: Tensor, y: Tensor) -> Tensor
     return upper * (1 - of_bottom) + lower * of_bottom
 
 
-def resize_axis(rows: Tensor, side: int) -> Tensor:
-    """Rows (n, C) that stand for the cells of one axis, resampled linearly to ``side`` cells: (side, C)."""
-    if len(rows) == side:
+def resize_axis(rows: Tensor, old: int, new: int) -> Tensor:
+    """Rows (old, C) that stand for the cells of one axis, resampled linearly: (new, C)."""
+    if is_same_side(old, new):
         return rows
-    return read_along(rows, torch.arange(side, dtype=torch.float64, device=rows.device), side)
+    return read_along(rows, torch.arange(new, dtype=torch.float64, device=rows.device), old, new)
 
 
-def read_along(rows: Tensor, place: Tensor, side: int) -> Tensor:
+def read_along(rows: Tensor, place: Tensor, old: int, new: int) -> Tensor:
     """Rows at real places of one axis, linear between the centres of its cells, without antialiasing.
 
     Args:
-        rows: (n, C), of n cells.
-        place: of any shape (...), in cells of a grid with ``side`` of them.
+        rows: (old, C).
+        place: of any shape (...), in cells of a grid that has ``new`` of them along this axis.
 
     Returns:
         (..., C), in the dtype of ``rows``.
     """
-    last = len(rows) - 1
-    place = ((place + 0.5) * (len(rows) / side) - 0.5).clamp(0, last)
+    place = ((place + 0.5) * (old / new) - 0.5).clamp(0, old - 1)
     low = place.floor()
     of_high = (place - low)[..., None].to(rows.dtype)
     low = low.long()
-    return rows[low] * (1 - of_high) + rows[(low + 1).clamp(max=last)] * of_high
+    return rows[low] * (1 - of_high) + rows[(low + 1).clamp(max=old - 1)] * of_high

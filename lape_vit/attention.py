@@ -51,13 +51,15 @@ class Attention(timm.layers.Attention):
         return self.proj_drop(self.proj(gathered))
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, attn_mask: Tensor | None, is_causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, attn_mask: Tensor | None, is_causal: bool | Tensor
     ) -> Tensor:
         """What each token gathers of v (B, h, N, E): (B, h, N, E).
 
         Args:
             bias: is added to the logits, broadcasts to (B, h, N, N).
         """
+        if isinstance(is_causal, Tensor):  # so the older exporter to ONNX hands in a constant
+            is_causal = bool(is_causal)
         scale = self.scale
         if self.trained_tokens is not None:
             temperature = math.log(q.shape[2]) / math.log(self.trained_tokens)

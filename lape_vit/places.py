@@ -3,7 +3,7 @@
 Shapes: B batch, H x W cells of a grid, M patches.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +11,10 @@ from torch import Tensor
 Grid = tuple[int, int]
 
 
-def is_same_side(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
+def is_same_side(one: Any, other: Any) -> bool:
     """Whether two sides are known to be the same; not where a graph is recorded for sides of any length."""
-    return not isinstance(one, torch.SymInt) and not isinstance(other, torch.SymInt) and one == other
+    is_recorded = any(isinstance(side, torch.SymInt | Tensor) for side in (one, other))
+    return not is_recorded and one == other
 
 
 def is_same_grid(one: Grid, other: Grid) -> bool:

@@ -71,7 +71,7 @@ class Relative(AttentionEncoding):
             dx, dy = (offset.round().long().clamp(-k, k) + k + 1 for offset in places.offsets())
             dx, dy = F.pad(dx, (P, 0, P, 0)), F.pad(dy, (P, 0, P, 0)) + num_buckets
             buckets = F.one_hot(dx, 2 * num_buckets) + F.one_hot(dy, 2 * num_buckets)
-        return self._filled_up(buckets.mT).to(dtype)
+        return self._filled_up(buckets.transpose(-2, -1)).to(dtype)
 
     def marks(self, places: Places, dtype: torch.dtype) -> Tensor:
         """Each key's marks, (N, E)."""

@@ -21,6 +21,11 @@ def resize_grid(rows: Tensor, old: Grid, new: Grid) -> Tensor:
     """
     if is_same_grid(old, new):
         return rows
+    if torch.onnx.is_in_onnx_export() and torch.jit.is_tracing():
+        raise NotImplementedError(
+            "the older exporter to ONNX cannot resample a table of positions (bicubic, with antialiasing): use "
+            "torch.onnx.export with dynamo=True, or a model without dynamic_img_size"
+        )
     maps = rows.float().transpose(1, 2).reshape(rows.shape[0], rows.shape[2], old[0], old[1])
     maps = F.interpolate(maps, size=[new[0], new[1]], mode="bicubic", antialias=True, align_corners=False)
     return maps.flatten(2).transpose(1, 2).to(rows.dtype)

@@ -2,7 +2,7 @@
 # host's driver to whatever asks by the two NVIDIA_* variables. Without a GPU the same image runs on the CPU.
 #
 #   docker build -t lape-vit .
-#   docker run --rm lape-vit demo.py
+#   docker run --rm lape-vit -m benchmarks.demo
 #   docker run --rm --gpus all --ipc=host -v /data/imagenet:/data:ro -v "$PWD/runs:/app/runs" lape-vit \
 #       main.py --model deit_tiny_patch16_224 --join-type LaPE --data-path /data --output_dir runs/lape
 #   docker run --rm --gpus all --ipc=host lape-vit -m torch.distributed.run --nproc_per_node=2 main.py ...

@@ -11,7 +11,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/.installed ## train with and without LaPE on real digits, compare, and draw (3 minutes on 2 cores)
-	.venv/bin/python demo.py
+	.venv/bin/python -m benchmarks.demo
 
 test: lint ## lint, format, types, import rules and every test, on all cores
 	$(ONE_THREAD) .venv/bin/python -m pytest -q tests/test_imports.py

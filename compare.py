@@ -1,8 +1,13 @@
 """Train every legal pair of encodings and joins under one recipe, and compare: `python compare.py --help`."""
 
+from runtime.interrupt import end_on_ctrl_c, raise_on_ctrl_c
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    end_on_ctrl_c("compare.py")
+
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from logging import getLogger
@@ -10,21 +15,22 @@ from logging import getLogger
 from rich.console import Console
 
 from comparison.forecast import forecast
-from comparison.jobs import FAILED, Job, alone_in, places, run_jobs
+from comparison.jobs import FAILED, Job, alone_in, environments, run_jobs
 from comparison.pictures import draw_comparison
 from comparison.plan import Plan, make_plan
 from comparison.screen import Screen
-from comparison.sizes import evaluations, write_sizes
+from comparison.sizes import PLAIN, WAYS, check_ways, evaluations, write_sizes
 from comparison.tables import NAMES, heading, outcomes, table_rows, write_tables
 from datasets import build_dataset
 from lape_vit.encodings import all_options
 from lape_vit.joins import Basic
-from training.checkpoint import atomic_write
-from training.distributed import world_from_environment
-from training.interrupt import Interrupted, defer_interrupts
-from training.logs import end_in_one_line, start_logging
-from training.options import WIDTH, Parser, flag_of, whole, with_dashes
-from training.tables import print_table
+from runtime.distributed import world_from_environment
+from runtime.files import atomic_write
+from runtime.interrupt import Interrupted, defer_interrupts
+from runtime.logs import end_in_one_line, start_logging
+from runtime.tables import print_table
+from training.options import WIDTH, Parser, encoding_option, flag_of, whole
+from training.setup import image_settings
 
 _logger = getLogger(__name__)
 
@@ -42,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 args, rest = read_options(sys.argv[1:] if argv is None else argv)
                 plan = make_plan(args, rest)
+                check_ways(plan, args.size_ways)
                 show_plan(plan, args.jobs)
                 if args.dry_run:
                     return forecast(plan, args.jobs, console)
@@ -55,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end(f"error: {error}", 1)
     except Interrupted as interrupt:
         done = sum(run.is_finished() for run in plan.runs)
-        where = f"{done} of {len(plan.runs)} runs are finished; the same command goes on"
+        where = f"{done} of {len(plan.runs)} runs are finished; the same command continues"
         return _end(f"{interrupt}; {where}", interrupt.exit_code)
     except KeyboardInterrupt:
-        return _end("interrupted; the same command goes on", 130)
+        return _end("interrupted; the same command continues", 130)
 
 
 _end = partial(end_in_one_line, "compare.py")
@@ -75,14 +82,14 @@ def build_parser() -> Parser:
         usage="%(prog)s --pe NAME ... --output_dir DIR [options] [options of main.py]",
         description="Train every legal pair of encodings and joins with several seeds, and write tables and pictures.",
         epilog="All other options go to main.py as they are: --data-set, --data-path, --recipe, --epochs and what else "
-               "python main.py --help lists. In flags, - and _ mean the same. The same command goes on after a stop.",
+               "python main.py --help lists. In flags, - and _ mean the same. The same command continues after a stop.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=WIDTH),
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--pe", "--pos-embed", nargs="+", required=True, metavar="NAME", help="positional encodings")
     add("--join-type", nargs="+", default=[Basic.name], metavar="NAME",
-        help=f"how an absolute encoding reaches the layers; illegal pairs are told and skipped; default: {Basic.name}")
+        help=f"how an absolute encoding reaches the layers; illegal pairs are named and skipped; default: {Basic.name}")
     add("--seeds", nargs="+", type=whole(), default=[0], metavar="N", help="a run each; default: 0")
     add("--output-dir", required=True, metavar="DIR",
         help="receives a folder per run, table.md, table.csv and compare.png; runs of other calls in it, made with the "
@@ -92,12 +99,15 @@ def build_parser() -> Parser:
              "data; with several GPUs each run has one; default: 1")
     add("--sizes", nargs="+", type=whole(1), default=[], metavar="S",
         help="evaluate every trained model at these sides of its input, too: sizes.md, sizes.csv and sizes.png")
+    add("--size-ways", nargs="+", choices=tuple(WAYS), default=[PLAIN], metavar="WAY",
+        help=f"how to evaluate at the sizes: {', '.join(WAYS)}; on a reference grid, attention reads places in the "
+             f"cells of the trained grid, and log-n sharpens attention over more tokens; default: {PLAIN}")
     add("--dry-run", action="store_true",
         help="show the plan and the time that it takes, from some steps of each pair, and write nothing; CIFAR, which "
              "that needs, is downloaded if it is not there")
     group = parser.add_argument_group("options of encodings, which go to those that take them")
-    for name, (_, encodings) in all_options().items():
-        group.add_argument(flag_of(name), metavar="X", help=f"of {', '.join(encodings)} and their sums")
+    for name, (kind, encodings) in all_options().items():
+        group.add_argument(flag_of(name), **encoding_option(kind, encodings))
     return parser
 # fmt: on
 
@@ -108,10 +118,12 @@ def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         ValueError: an illegal value.
     """
-    args, rest = build_parser().parse_known_args([with_dashes(word) for word in argv])
-    for flag, values in (("--seeds", args.seeds), ("--sizes", args.sizes)):
+    args, rest = build_parser().parse_known_args(argv)
+    for flag, values in (("--seeds", args.seeds), ("--sizes", args.sizes), ("--size-ways", args.size_ways)):
         if len(set(values)) < len(values):
-            raise ValueError(f"{flag} names a number twice")
+            raise ValueError(f"{flag} names one thing twice")
+    if args.size_ways != [PLAIN] and not args.sizes:
+        raise ValueError("--size-ways says how --sizes evaluates: give both")
     if world_from_environment().size > 1:
         raise ValueError("compare.py starts its runs itself, by --jobs: start it by python, not by torchrun")
     return args, rest
@@ -138,7 +150,7 @@ def open_data(plan: Plan) -> None:
         ValueError, OSError: it is not.
     """
     if not all(run.is_finished() for run in plan.runs):
-        build_dataset(False, plan.args)
+        build_dataset(False, image_settings(plan.options, {}))
 
 
 def compare(plan: Plan, args: argparse.Namespace, console: Console) -> int:
@@ -148,16 +160,15 @@ def compare(plan: Plan, args: argparse.Namespace, console: Console) -> int:
         Job(run.name, run, [*run.argv, "--output-dir", str(run.folder), "--auto-resume"], run.folder, run.is_finished)
         for run in todo
     ]
-    where = places(args.jobs, plan.common["device"])
+    where = environments(args.jobs, plan.common["device"])
     failures: dict[str, str] = {}
     write_results(plan, failures)
-    with (
-        Screen(console, "training", jobs, args.jobs, trains=True) as screen,
-        closing(run_jobs(jobs, where, screen.watch)) as ended,
-    ):
-        for job in ended:
-            note(job, failures)
+    try:
+        for job in run_shown(Screen(console, "training", jobs, args.jobs, trains=True), jobs, where):
+            keep_failure(job, failures)
             write_results(plan, failures)
+    finally:  # runs may finish while they are stopped
+        write_results(plan, failures)
     show_results(plan, console)
     if args.sizes:
         evaluate(plan, args, where, console, failures)
@@ -171,19 +182,23 @@ def evaluate(
 ) -> None:
     """Evaluate every finished run at the sizes, and write that down."""
     failed: dict[str, str] = {}
-    jobs = evaluations(plan, args.sizes)
-    with (
-        Screen(console, "evaluation", jobs, args.jobs, trains=False) as screen,
-        closing(run_jobs(jobs, where, screen.watch)) as ended,
-    ):
-        for job in ended:
-            note(job, failed)
-    write_sizes(plan, args.sizes, failed)
+    jobs = evaluations(plan, args.sizes, args.size_ways)
+    try:
+        for job in run_shown(Screen(console, "evaluation", jobs, args.jobs, trains=False), jobs, where):
+            keep_failure(job, failed)
+    finally:
+        write_sizes(plan, args.sizes, args.size_ways, failed)
     failures |= failed
     _logger.info("%s: sizes.md, sizes.csv and sizes.png", plan.folder)
 
 
-def note(job: Job, failures: dict[str, str]) -> None:
+def run_shown(screen: Screen, jobs: Sequence[Job], where: Sequence[dict[str, str]]) -> Iterator[Job]:
+    """Run the jobs and show how far they are; yield each that has ended."""
+    with screen, closing(run_jobs(jobs, where, screen.watch)) as ended:
+        yield from ended
+
+
+def keep_failure(job: Job, failures: dict[str, str]) -> None:
     """Keep the reason if a job has failed."""
     if job.state == FAILED:
         failures[job.name] = f"{job.reason} ({job.output})"
@@ -199,7 +214,7 @@ def write_results(plan: Plan, failures: dict[str, str]) -> None:
 
 
 def show_results(plan: Plan, console: Console) -> None:
-    """Print the table, but for what a terminal has no room for."""
+    """Print the table without what a terminal has no room for."""
     rows = table_rows(plan, outcomes(plan))
     without_epochs = [{name: row[name] for name in row if "epoch" not in name} for row in rows]
     print_table(console, heading(plan), without_epochs, NAMES)
@@ -207,4 +222,5 @@ def show_results(plan: Plan, console: Console) -> None:
 
 
 if __name__ == "__main__":
+    raise_on_ctrl_c()
     sys.exit(main())

@@ -7,63 +7,29 @@ from logging import getLogger
 
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.amp import GradScaler
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from training.distributed import World, largest_over_ranks, sum_over_ranks
-from training.interrupt import Interrupted, noted_signal
-from training.logs import LoopDisplay
-from training.seeding import STEP, seed_everything
-from training.state import Progress
+from runtime.distributed import largest_over_ranks, sum_over_ranks
+from runtime.interrupt import Interrupted, noted_signal
+from runtime.process import Runtime
+from runtime.seeding import STEP, seed_everything
+from training.state import Training
 
 _logger = getLogger(__name__)
 
 
 def train_one_epoch(
-    model: nn.Module,
-    loader: DataLoader,
-    criterion: nn.Module,
-    optimizer: Optimizer,
-    scheduler: Scheduler,
-    scaler: GradScaler,
-    *,
-    progress: Progress,
-    epoch: int,
-    title: str,
-    world: World,
-    device: torch.device,
-    amp_dtype: torch.dtype,
-    seed: int,
-    accum_steps: int,
-    clip_grad: float | None,
-    max_bad_steps: int,
-    train_mode: bool = True,
-    mixup: Mixup | None,
-    ema: ModelEmaV3 | None,
-    display: LoopDisplay,
-    after_update: Callable[[], None],
+    training: Training, runtime: Runtime, title: str, after_update: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
-    """Train the updates of an epoch that are left, on the batches of `loader`, which starts where they do.
+    """Train the updates of an epoch that are left, on the batches of its loader, which starts where they do.
 
-    An update whose loss is not finite in any process is skipped in all of them.
+    What is random depends on `--seed`, the epoch, the step and the process alone. An update whose loss is not finite in
+    any process is skipped in all of them.
 
     Args:
-        model: maps images (B, 3, S, S) to logits (B, C); it may be wrapped for several processes.
-        criterion: maps the model, images and targets to the mean loss, as those of `training.losses`.
-        progress: is kept up to date.
-        epoch: epochs finished before this one; the schedule depends on it.
+        training: whose progress is kept up to date.
         title: what to show before the progress.
-        seed: what is random here depends on this, the epoch, the step and the process alone.
-        accum_steps: batches per update.
-        clip_grad: largest norm of the gradient; None for any.
-        max_bad_steps: skipped updates in a row that end the training.
-        train_mode: whether the model is in training mode, with its dropout.
-        ema: of the unwrapped model.
         after_update: is called after each update, in all processes.
 
     Returns:
@@ -72,57 +38,54 @@ def train_one_epoch(
         waited for data, on average.
 
     Raises:
-        FloatingPointError: `max_bad_steps` updates in a row were skipped.
+        FloatingPointError: `--max-bad-steps` updates in a row were skipped.
         Interrupted: a signal asked one of the processes to stop; all of them do, after the same update.
     """
-    model.train(train_mode)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    updates = len(loader) // accum_steps
+    model, progress, optimizer, scheduler = training.model, training.progress, training.optimizer, training.scheduler
+    run, accum_steps = training.options.run, training.options.optimisation.accum_steps
+    device, first_update = runtime.device, training.epoch * training.updates
     progress.loss_sum = progress.loss_sum.to(device)
 
     def status() -> str:
-        return f"loss {progress.loss_sum.item() / max(1, progress.done):.4f}  lr {optimizer.param_groups[0]['lr']:.2e}"
+        return f"loss {progress.loss_sum.item() / max(1, progress.done):.4f}  lr {training.lr:.2e}"
 
-    scheduler.step(epoch)
-    scheduler.step_update(epoch * updates + max(0, progress.step - 1))  # of the last update, should none be left
-    with display.show(title, updates, progress.step) as loop:
-        batches = loop.batches(loader)
-        while progress.step < updates:
-            scheduler.step_update(epoch * updates + progress.step)
+    model.train(training.options.model.train_mode)
+    scheduler.step(training.epoch)
+    scheduler.step_update(first_update + max(0, progress.step - 1))  # of the last update, should none be left
+    with runtime.display.show(title, training.updates, progress.step) as loop:
+        batches = loop.batches(training.loader)
+        while progress.step < training.updates:
+            scheduler.step_update(first_update + progress.step)
             optimizer.zero_grad()
             loss, num_images = torch.zeros((), device=device), 0
             for part in range(accum_steps):
                 images, targets = next(batches)
                 images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
                 num_images += len(images)
-                seed_everything(seed, STEP, epoch, progress.step * accum_steps + part, world.rank)
-                if mixup is not None:
-                    images, targets = mixup(images, targets)
+                batch = progress.step * accum_steps + part
+                seed_everything(run.seed, STEP, training.epoch, batch, runtime.world.rank)
+                if training.mixup is not None:
+                    images, targets = training.mixup(images, targets)
 
                 is_last = part == accum_steps - 1
                 with nullcontext() if is_last else _without_reduction(model):
-                    with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-                        part_loss = criterion(model, images, targets) / accum_steps
+                    with runtime.autocast():
+                        part_loss = training.criterion(model, images, targets) / accum_steps
                     loss += part_loss.detach()
                     if is_last:  # asked here and answered below, so that a GPU never waits: it has the backward to do
                         answer = largest_over_ranks(_report(loss))
-                    scaler.scale(part_loss).backward()
+                    training.scaler.scale(part_loss).backward()
 
             is_bad, signal_number = answer()
-            if not is_bad:
-                is_bad = not _update(optimizer, scaler, parameters, clip_grad)
-            progress.step += 1
-            if is_bad:
+            if is_bad or not _update(training):
                 progress.skip()
                 _logger.warning("%s: update %d is skipped: its loss or gradient is not finite", title, progress.step)
-                if progress.bad_in_a_row >= max_bad_steps:
-                    raise FloatingPointError(_describe_divergence(loss, optimizer, scaler, parameters, progress, world))
+                if progress.bad_in_a_row >= run.max_bad_steps:
+                    raise FloatingPointError(_describe_divergence(training, loss, runtime.world.size))
             else:
-                progress.bad_in_a_row = 0
-                progress.loss_sum += loss
-                progress.done += 1
-                if ema is not None:
-                    ema.update(model)
+                progress.add(loss)
+                if training.ema is not None:
+                    training.ema.update(model)
 
             loop.advance(num_images, status)  # which reads the loss now and then, so that the device need not wait
             after_update()
@@ -134,9 +97,9 @@ def train_one_epoch(
     total, done, shares = sum_over_ranks(of_this_process).tolist()
     return {
         "loss": total / done if done else math.nan,
-        "lr": optimizer.param_groups[0]["lr"],
+        "lr": training.lr,
         "images_per_second": rate,
-        "waiting_share": shares / world.size,
+        "waiting_share": shares / runtime.world.size,
     }
 
 
@@ -151,46 +114,35 @@ def _report(loss: Tensor) -> Tensor:
     return torch.stack([(~loss.isfinite()).long(), signal_number])
 
 
-def _update(optimizer: Optimizer, scaler: GradScaler, parameters: list[nn.Parameter], clip_grad: float | None) -> bool:
+def _update(training: Training) -> bool:
     """Change the weights; False where the scaler found an overflow, and left them as they were."""
+    optimizer, scaler, clip_grad = training.optimizer, training.scaler, training.options.optimisation.clip_grad
     scale = scaler.get_scale()
     if clip_grad is not None:
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(parameters, clip_grad)
+        nn.utils.clip_grad_norm_(_trained_parameters(training.model), clip_grad)
     scaler.step(optimizer)
     scaler.update()
     return scaler.get_scale() >= scale
 
 
-def _describe_divergence(
-    loss: Tensor,
-    optimizer: Optimizer,
-    scaler: GradScaler,
-    parameters: list[nn.Parameter],
-    progress: Progress,
-    world: World,
-) -> str:
-    mean_loss = sum_over_ranks(loss.clone()).item() / world.size
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients).item() / scaler.get_scale()
+def _trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _describe_divergence(training: Training, loss: Tensor, world_size: int) -> str:
+    progress, scale = training.progress, training.scaler.get_scale()
+    mean_loss = sum_over_ranks(loss.clone()).item() / world_size
+    gradients = [parameter.grad for parameter in training.model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients).item() / scale
     return (
         f"{progress.bad_in_a_row} updates in a row were skipped (--max-bad-steps), up to update {progress.step} of the "
-        f"epoch: loss {mean_loss:g}, learning rate {optimizer.param_groups[0]['lr']:g}, scale {scaler.get_scale():g}, "
-        f"gradient norm {norm:g}"
+        f"epoch: loss {mean_loss:g}, learning rate {training.lr:g}, scale {scale:g}, gradient norm {norm:g}"
     )
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    loader: DataLoader,
-    *,
-    num_images: int,
-    title: str,
-    device: torch.device,
-    amp_dtype: torch.dtype,
-    display: LoopDisplay,
-) -> dict[str, float]:
+def evaluate(model: nn.Module, loader: DataLoader, num_images: int, runtime: Runtime, title: str) -> dict[str, float]:
     """Evaluate on every image once, over all processes.
 
     Args:
@@ -207,16 +159,17 @@ def evaluate(
         Interrupted: a signal asked one of the processes to stop; all of them do.
     """
     model.eval()
+    device = runtime.device
     right = torch.zeros(2, dtype=torch.int64, device=device)  # by the best guess, by the best five
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
     def status() -> str:
         return f"acc@1 {100 * right[0].item() / loop.images:.2f} %"
 
-    with display.show(title, len(loader)) as loop:
+    with runtime.display.show(title, len(loader)) as loop:
         for images, targets in loop.batches(loader):
             images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+            with runtime.autocast():
                 logits = model(images)
             loss_sum += F.cross_entropy(logits.double(), targets, reduction="sum")
             is_right = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]

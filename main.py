@@ -3,35 +3,47 @@
 `python main.py --help` lists the options; `torchrun main.py` does the same work in several processes.
 """
 
+from runtime.interrupt import end_on_ctrl_c, raise_on_ctrl_c
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    end_on_ctrl_c("main.py")
+
 import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from logging import getLogger
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from engine import evaluate, train_one_epoch
-from model_setup import count_parameters
-from run_setup import Run, Training, set_up
-from training import distributed
-from training.checkpoint import atomic_write, save_checkpoint
+from lape_vit.encodings import all_options
+from loading.images import UnreadableImageError
+from loading.shards import DamagedShardError
+from runtime import distributed
+from runtime.distributed import World
+from runtime.files import atomic_write, write_text
+from runtime.interrupt import Interrupted, defer_interrupts
+from runtime.logs import LoopDisplay, clock, end_in_one_line, start_logging
+from runtime.tables import print_table
+from training.checkpoint import save_checkpoint
 from training.curves import draw_curves
-from training.distributed import World
-from training.files import CHECKPOINTS, last_checkpoint, write_text
-from training.images import UnreadableImageError
-from training.interrupt import Interrupted, defer_interrupts
-from training.logs import LoopDisplay, clock, end_in_one_line, start_logging
-from training.shards import DamagedShardError
-from training.state import Progress
+from training.folder import CHECKPOINTS, last_checkpoint
+from training.models import count_parameters, encoding_table
+from training.options import build_parser, saved_options, with_dashes
+from training.setup import Setup, set_up
+from training.state import Training
 
 _logger = getLogger(__name__)
 
 SECONDS_BETWEEN_DRAWINGS = 30
-SECONDS_FOR_MAIN_PROCESS = 15
+SECONDS_FOR_OTHERS = 15
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,17 +59,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     display = LoopDisplay(console if world.is_main else None, world.size)
     try:
         try:
-            run = set_up(argv, world, display)
+            if "--list-encodings" in map(with_dashes, argv):
+                return list_encodings(argv, console)
+            setup = set_up(argv, world, display)
         except (ValueError, OSError) as error:
             return _end(f"error: {error}", 2, world)
         with defer_interrupts():
-            return evaluate_checkpoint(run) if run.training is None else train(run, run.training)
+            return evaluate_checkpoint(setup) if setup.training is None else train(setup, setup.training)
     except UnreadableImageError as error:
         return _end(f"error: {error}; --skip-bad-images trains without such files", 2, world)
     except DamagedShardError as error:
         return _end(f"error: {error}", 2, world)
     except (FloatingPointError, OSError) as error:
         return _end(f"error: {error}", 1, world)
+    except RuntimeError as error:
+        if not distributed.is_lost_connection(error):
+            raise
+        time.sleep(SECONDS_FOR_OTHERS)  # where torchrun ends this process meanwhile, it names the one that failed
+        return end_in_one_line("main.py", f"process {world.rank}: error: another process has ended before its time", 1)
     except Interrupted as interrupt:
         return _end(str(interrupt), interrupt.exit_code, world) if world.is_main else interrupt.exit_code
     except KeyboardInterrupt as interrupt:
@@ -69,135 +88,113 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _end(message: str, exit_code: int, world: World) -> int:
     if not world.is_main:
         # If the main process fails too, torchrun ends this one while it waits, and one process has told what is wrong.
-        time.sleep(SECONDS_FOR_MAIN_PROCESS)
+        time.sleep(SECONDS_FOR_OTHERS)
         message = f"process {world.rank}: {message}"
     return end_in_one_line("main.py", message, exit_code)
 
 
-def evaluate_checkpoint(run: Run) -> int:
+def list_encodings(argv: Sequence[str], console: Console) -> int:
+    """Print what each encoding is, takes and adds to the model of the command line."""
+    parser = build_parser(all_options())
+    model = {**parser.defaults, **parser.read(argv)}["model"]
+    print_table(console, f"encodings, and the parameters that they add to {model}", *encoding_table(model))
+    return 0
+
+
+def evaluate_checkpoint(setup: Setup) -> int:
     """Evaluate the model, show the result, and write `eval.json`."""
-    result = evaluate_model(run, run.model, "test")
+    result = evaluate_model(setup, setup.model, "test")
     _logger.info("* Acc@1 %.3f Acc@5 %.3f loss %.3f", result["acc1"], result["acc5"], result["loss"])
-    if run.output_dir is not None:
-        write_text(run.output_dir / "eval.json", json.dumps(result) + "\n")
+    if setup.output_dir is not None:
+        write_text(setup.output_dir / "eval.json", json.dumps(result) + "\n")
     return 0
 
 
-def train(run: Run, training: Training) -> int:
+def evaluate_model(setup: Setup, model: nn.Module, title: str) -> dict[str, float]:
+    """Evaluate `model` on the test images."""
+    times = 1 if setup.options.data.dist_eval else setup.runtime.world.size
+    result = evaluate(model, setup.test_loader, times * setup.num_test_images, setup.runtime, title)
+    return {**result, "count": setup.num_test_images}
+
+
+def train(setup: Setup, training: Training) -> int:
     """Train the epochs that are left; after each, evaluate, log and save."""
-    args, state = run.args, training.state
-    if state.epoch >= args.epochs:
-        _logger.info("all %d epochs of %s are done: give more --epochs to go on", args.epochs, args.resume)
-        return 0
-    start, epochs_before, drawn = time.monotonic(), state.epoch, -math.inf
-    try:
-        while state.epoch < args.epochs:
-            row = run_epoch(run, training)
-            is_best = row["test_acc1"] > state.best_acc1
-            state.best_acc1 = max(state.best_acc1, row["test_acc1"])
-            ema_is_best = row.get("test_ema_acc1", -1.0) > state.best_ema_acc1
-            state.best_ema_acc1 = max(state.best_ema_acc1, row.get("test_ema_acc1", -1.0))
-            state.epoch = row["epoch"]
-            state.progress = Progress(bad_in_a_row=state.progress.bad_in_a_row)
-            training.loader.num_skipped = 0
-            state.accuracies.append(row["test_acc1"])
-            state.scheduler.step(state.epoch, row["test_acc1"])
-            state.rows.append(row)
-            left = (time.monotonic() - start) / (state.epoch - epochs_before) * (args.epochs - state.epoch)
-            _logger.info("%s  best %.2f %%  %s left", summarise(row, args.epochs), state.best_acc1, clock(left))
-            if training.events is not None:
-                training.events.add(row, state.epoch)
-            draws = state.epoch == args.epochs or time.monotonic() - drawn > SECONDS_BETWEEN_DRAWINGS
-            save(run, training, CHECKPOINTS[1:2] * is_best + CHECKPOINTS[2:] * ema_is_best, draws)
-            if draws:
-                drawn = time.monotonic()
-    except FloatingPointError as error:
-        raise FloatingPointError(f"epoch {state.epoch + 1}: {error}; {last_checkpoint(run.output_dir)}") from error
-    except Interrupted as interrupt:
-        save(run, training)
-        distributed.wait_for_all()  # torchrun ends all processes soon after the first of them has ended
-        place = f" in epoch {state.epoch + 1}, after update {state.progress.step} of {training.updates}"
-        raise Interrupted(interrupt.signal_number, f"{place}; {last_checkpoint(run.output_dir)}") from None
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f" in epoch {state.epoch + 1}; {last_checkpoint(run.output_dir)}") from None
-    finally:
-        if training.events is not None:
-            training.events.close()
-    if training.unsaved:
-        raise OSError(f"{training.unsaved}; {last_checkpoint(run.output_dir)}")
+    epochs = setup.options.optimisation.epochs
+    start, first, drawn, problem = time.monotonic(), training.epoch, -math.inf, ""
+    if first >= epochs:
+        _logger.info("all %d epochs of %s are done: give more --epochs to continue", epochs, setup.options.run.resume)
+    with explained_end(setup, training):
+        while training.epoch < epochs:
+            epoch_start, title = time.monotonic(), f"epoch {training.epoch + 1}/{epochs}"
+            accuracy = f"  acc@1 {training.rows[-1]['test_acc1']:.2f} %" if training.rows else ""
+            training.begin_epoch()
+            if setup.events is not None:
+                setup.events.begin_epoch(training.progress)
+            trained = train_one_epoch(training, setup.runtime, title + accuracy, partial(after_update, setup, training))
+            row = row_of_log(setup, training, trained, evaluate_training(setup, training, title), epoch_start)
+            best = training.end_epoch(row)
+
+            left = (time.monotonic() - start) / (training.epoch - first) * (epochs - training.epoch)
+            _logger.info("%s  best %.2f %%  %s left", summarise(row, epochs), training.best_acc1, clock(left))
+            if setup.events is not None:
+                setup.events.add(row, training.epoch)
+            draws = training.epoch == epochs or time.monotonic() - drawn > SECONDS_BETWEEN_DRAWINGS
+            problem = save(setup, training, best, draws)
+            drawn = time.monotonic() if draws else drawn
+    if problem:
+        raise OSError(f"{problem}; {last_checkpoint(setup.output_dir)}")
     return 0
 
 
-def run_epoch(run: Run, training: Training) -> dict[str, Any]:
-    """Train for one epoch, and evaluate: a row of `log.txt`."""
-    args, state, loader = run.args, training.state, training.loader
-    start = time.monotonic()
-    epoch = state.epoch + 1
-    accuracy = f"  acc@1 {state.rows[-1]['test_acc1']:.2f} %" if state.rows else ""
-    done = state.progress.step * args.accum_steps * args.batch_size
-    loader.set_epoch(state.epoch, done)
-    if state.mixup is not None and args.mixup_off_epoch is not None:
-        state.mixup.mixup_enabled = state.epoch < args.mixup_off_epoch
-    if training.events is not None:
-        training.events.begin_epoch(state.progress)
+@contextmanager
+def explained_end(setup: Setup, training: Training) -> Iterator[None]:
+    """Let what ends the training in this context say where it ended and how to continue; save first after a signal."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"epoch {training.epoch + 1}: {error}; {last_checkpoint(setup.output_dir)}") from error
+    except Interrupted as interrupt:
+        save(setup, training)
+        distributed.wait_for_all()  # torchrun ends all processes soon after the first of them has ended
+        place = f" in epoch {training.epoch + 1}, after update {training.progress.step} of {training.updates}"
+        raise Interrupted(interrupt.signal_number, f"{place}; {last_checkpoint(setup.output_dir)}") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f" in epoch {training.epoch + 1}; {last_checkpoint(setup.output_dir)}") from None
+    finally:
+        if setup.events is not None:
+            setup.events.close()
 
-    def after_update() -> None:
-        if training.events is not None:
-            training.events.after_update(state.epoch, state.progress, state.optimizer.param_groups[0]["lr"])
-        every = args.checkpoint_steps
-        if every and state.progress.step % every == 0 and state.progress.step < training.updates:
-            save(run, training)
 
-    trained = train_one_epoch(
-        training.model,
-        loader,
-        state.criterion,
-        state.optimizer,
-        state.scheduler,
-        state.scaler,
-        progress=state.progress,
-        epoch=state.epoch,
-        title=f"epoch {epoch}/{args.epochs}{accuracy}",
-        world=run.world,
-        device=run.device,
-        amp_dtype=getattr(torch, args.amp_dtype),
-        seed=args.seed,
-        accum_steps=args.accum_steps,
-        clip_grad=args.clip_grad,
-        max_bad_steps=args.max_bad_steps,
-        train_mode=args.train_mode,
-        mixup=state.mixup,
-        ema=state.ema,
-        display=run.display,
-        after_update=after_update,
-    )
-    num_bad_images = distributed.sum_over_ranks(torch.tensor(loader.num_skipped, device=run.device)).item()
-    row = {"epoch": epoch, "train_loss": trained["loss"], "train_lr": trained["lr"]}
-    row |= {"skipped_steps": state.progress.skipped, "skipped_images": num_bad_images}
-    tested = {"test": evaluate_model(run, run.model, f"epoch {epoch}/{args.epochs}  test")}
-    if state.ema is not None:
-        average = state.ema.module.to(run.device)
-        tested["test_ema"] = evaluate_model(run, average, f"epoch {epoch}/{args.epochs}  test of the average")
-        average.to(state.ema.device or run.device)
+def after_update(setup: Setup, training: Training) -> None:
+    """Write a point for TensorBoard, and a checkpoint, if it is time for one."""
+    step, every = training.progress.step, setup.options.run.checkpoint_steps
+    if setup.events is not None:
+        setup.events.after_update(training.epoch, training.progress, training.lr)
+    if every and step % every == 0 and step < training.updates:
+        save(setup, training)
+
+
+def evaluate_training(setup: Setup, training: Training, title: str) -> dict[str, dict[str, float]]:
+    """The results of the model as `test`, and of its average, if there is one, as `test_ema`."""
+    results = {"test": evaluate_model(setup, setup.model, f"{title}  test")}
+    if training.ema is not None:
+        average = training.ema.module.to(setup.runtime.device)
+        results["test_ema"] = evaluate_model(setup, average, f"{title}  test of the average")
+        average.to(training.ema.device or setup.runtime.device)
+    return results
+
+
+def row_of_log(
+    setup: Setup, training: Training, trained: dict[str, float], tested: dict[str, dict[str, float]], start: float
+) -> dict[str, Any]:
+    """A row of `log.txt`, of the epoch that began at `start`."""
+    skipped = torch.tensor(training.loader.num_skipped, device=setup.runtime.device)
+    row = {"epoch": training.epoch + 1, "train_loss": trained["loss"], "train_lr": trained["lr"]}
+    row |= {"skipped_steps": training.progress.skipped, "skipped_images": distributed.sum_over_ranks(skipped).item()}
     for name, result in tested.items():
         row |= {f"{name}_{key}": result[key] for key in ("loss", "acc1", "acc5")}
-    row |= {"n_parameters": count_parameters(run.model), "seconds": time.monotonic() - start}
+    row |= {"n_parameters": count_parameters(setup.model), "seconds": time.monotonic() - start}
     return row | {key: trained[key] for key in ("images_per_second", "waiting_share")}
-
-
-def evaluate_model(run: Run, model: nn.Module, title: str) -> dict[str, float]:
-    """Evaluate `model` on the test images."""
-    times = 1 if run.args.dist_eval else run.world.size
-    result = evaluate(
-        model,
-        run.test_loader,
-        num_images=times * run.num_test_images,
-        title=title,
-        device=run.device,
-        amp_dtype=getattr(torch, run.args.amp_dtype),
-        display=run.display,
-    )
-    return {**result, "count": run.num_test_images}
 
 
 def summarise(row: dict[str, Any], epochs: int) -> str:
@@ -213,50 +210,56 @@ def summarise(row: dict[str, Any], epochs: int) -> str:
 # ---- files
 
 
-def save(run: Run, training: Training, best: Sequence[str] = (), draws: bool = False) -> None:
+def save(setup: Setup, training: Training, best: Sequence[str] = (), draws: bool = False) -> str:
     """Write the log, then the checkpoint: a row beyond the checkpoint is dropped when the run is resumed.
 
-    All processes have to call this; the main one writes. Where it cannot, the files stay as they were, and the run goes
-    on: there may be space again when it saves next.
+    All processes have to call this; the main one writes. Where it cannot, the files stay as they were, and the run
+    continues: there may be space again when it saves next.
 
     Args:
         best: names of the checkpoints that this one replaces as the best so far.
         draws: whether to draw the curves, too.
+
+    Returns:
+        What is wrong, if it cannot be saved.
     """
-    state, folder = training.state, run.output_dir
-    sums = [state.progress.loss_sum.item(), training.loader.num_skipped]
+    folder, runtime = setup.output_dir, setup.runtime
+    sums = [training.progress.loss_sum.item(), training.loader.num_skipped]
     progress = {
-        "counts": state.progress.counts(),
+        "counts": training.progress.counts(),
         "updates": training.updates,
-        "sums_by_rank": distributed.gather_over_ranks(sums, run.world, run.device),
+        "sums_by_rank": distributed.gather_over_ranks(sums, runtime.world, runtime.device),
     }
     if folder is None:
-        return
-    model = run.model.state_dict()
+        return ""
+    model = setup.model.state_dict()
     if not all(weight.isfinite().all() for weight in model.values()):
-        training.unsaved = "the checkpoint is not saved, as the weights are not finite"
-        _logger.error("%s", training.unsaved)
-        return
+        return _log_problem("the checkpoint is not saved, as the weights are not finite")
     checkpoint = {
         "model": model,
-        **state.state_dict(),
+        **training.state_dict(),
         "progress": progress,
-        "config": training.config,
-        "description": run.description,
+        "config": saved_options(setup.options),
+        "description": setup.description,
     }
     try:
-        write_text(folder / "log.txt", "".join(f"{json.dumps(row)}\n" for row in state.rows))
+        write_text(folder / "log.txt", "".join(f"{json.dumps(row)}\n" for row in training.rows))
         for name in (CHECKPOINTS[0], *best):
             save_checkpoint(folder / name, checkpoint)
         if draws:
             with atomic_write(folder / "curves.png") as file:
-                draw_curves(state.rows, file, "{model}, {pe}, {join_type} on {data_set}".format(**run.description))
+                title = "{model}, {pe}, {join_type} on {data_set}".format(**setup.description)
+                draw_curves(training.rows, file, title)
     except OSError as error:
-        training.unsaved = f"the checkpoint of {folder} could not be saved, and the one before stays: {error}"
-        _logger.error("%s", training.unsaved)
-    else:
-        training.unsaved = ""
+        return _log_problem(f"the checkpoint of {folder} could not be saved, and the one before stays: {error}")
+    return ""
+
+
+def _log_problem(problem: str) -> str:
+    _logger.error("%s", problem)
+    return problem
 
 
 if __name__ == "__main__":
+    raise_on_ctrl_c()
     sys.exit(main())

@@ -20,12 +20,13 @@ from typing import Any
 
 import timm
 from timm.layers import Mlp, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from torch import Tensor, nn
 
 from lape_vit import VisionTransformer, encodings, from_timm, warm_start
-from lape_vit.cct import CompactConvolutionalTransformer, ViTLite
-from lape_vit.convert import TIMMS_CLASSES
+from lape_vit.compact import CompactConvolutionalTransformer, ViTLite
+from lape_vit.convert import KERNEL, grid_of, unwrap_names
+from lape_vit.timm_models import TIMMS_CLASSES
 
 __all__: list[str] = []  # register_model adds each entrypoint
 _logger = logging.getLogger(__name__)
@@ -87,12 +88,32 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _warm_start(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def _warm_start(state_dict: dict[str, Any], model: Any) -> dict[str, Tensor]:
     """timm hands the pretrained file's content here; it may be of another size, encoding or join."""
-    start = warm_start(state_dict.get("model", state_dict), model)
+    for nested in ("model", "state_dict"):
+        state_dict = state_dict.get(nested, state_dict)
+    size = _size_of_pretraining(model)
+    start = warm_start(state_dict, model, None if size is None else grid_of(size, state_dict, model))
     for line in start.report():
         _logger.warning("pretrained weights: %s", line)
+    kernel, own = unwrap_names(state_dict).get(KERNEL), start.state_dict.get(KERNEL)
+    channels = model.pretrained_cfg["input_size"][0]
+    if kernel is not None and own is not None and (kernel.shape[1], kernel.shape[2:]) == (channels, own.shape[2:]):
+        return {**start.state_dict, KERNEL: kernel}  # timm adapts its channels, and says so
     return start.state_dict
+
+
+def _size_of_pretraining(model: Any) -> Any:
+    """Size of the images that the pretrained weights were trained on, in pixels; None where nothing says it.
+
+    A file in place of the registered weights need not have their size.
+    """
+    cfg = model.pretrained_cfg
+    registered = get_pretrained_cfg(cfg["architecture"])
+    is_replaced = cfg.get("source") != "local-dir" and any(cfg.get(name) for name in ("file", "state_dict"))
+    if is_replaced and registered is not None and tuple(cfg["input_size"]) == tuple(registered.input_size):
+        return None
+    return model.pretrained_model_args.get("img_size") or cfg["input_size"][1:]
 
 
 def _create(build: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:

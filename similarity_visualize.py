@@ -3,6 +3,11 @@
 What is drawn of each encoding: see :func:`lape_vit.analysis.positions.position_views`.
 """
 
+from runtime.interrupt import end_on_ctrl_c, raise_on_ctrl_c
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    end_on_ctrl_c("similarity_visualize.py")
+
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
@@ -18,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from datasets import build_transform
+from datasets import DATA_SETS
 from figures import attention, comparison, positions
 from figures.checkpoints import FLAGS, full_name, load_model
 from figures.explore import explore_page
@@ -26,9 +31,10 @@ from figures.positions import Positions
 from lape_vit import VisionTransformer
 from lape_vit.analysis.attention_maps import attention_maps, why_no_split
 from lape_vit.encodings import all_options
-from training.images import read_image
-from training.logs import end_in_one_line, start_logging
-from training.options import Parser, flag_of, number, whole
+from loading.images import ImageSettings, read_image
+from loading.transforms import build_transform
+from runtime.logs import end_in_one_line, start_logging
+from training.options import AugmentationOptions, DataOptions, Parser, encoding_option, flag_of
 
 _logger = getLogger(__name__)
 
@@ -86,9 +92,7 @@ def build_parser() -> Parser:
     add("--input-size", "--input_size", type=size, metavar="S", help="side of its images, or HEIGHT,WIDTH, in pixels; "
         "default: the model's own")  # fmt: skip
     for name, (kind, encodings) in all_options().items():
-        whose = f"of --pe {', '.join(encodings)} and their sums; default: the encoding's own"
-        read = whole() if kind is int else number()
-        add(flag_of(name), f"--{name}", type=read, metavar="N" if kind is int else "X", help=whose)
+        add(flag_of(name), f"--{name}", **encoding_option(kind, encodings))
     return parser
 
 
@@ -193,7 +197,8 @@ def prepare(model: Any, description: dict[str, Any], file: str) -> tuple[Tensor,
     """An image as the model reads it (3, height, width), and as the eye does (height, width, 3) in [0, 1]: upright."""
     picture = read_image(str(Path(file).expanduser()), upright=True)
     if "eval_crop_ratio" in description:  # ours
-        transform = build_transform(is_train=False, args=argparse.Namespace(**description))
+        is_small = DATA_SETS[description["data_set"]].small
+        transform = build_transform(False, evaluation_settings(description), is_small)
         mean, std = description["mean"], description["std"]
     else:
         config = timm.data.resolve_data_config({"input_size": (3, *model.patch_embed.img_size)}, model=model)
@@ -201,6 +206,13 @@ def prepare(model: Any, description: dict[str, Any], file: str) -> tuple[Tensor,
         mean, std = config["mean"], config["std"]
     image: Tensor = transform(picture)
     return image, (image.permute(1, 2, 0) * torch.tensor(std) + torch.tensor(mean)).clamp(0, 1)
+
+
+def evaluation_settings(description: dict[str, Any]) -> ImageSettings:
+    """How evaluation prepares the images of one of our checkpoints."""
+    data = DataOptions(**{name: description[name] for name in ("data_set", "interpolation", "eval_crop_ratio")})
+    size = description["input_size"]
+    return ImageSettings(data, AugmentationOptions(), size, description["mean"], description["std"])
 
 
 def write(folder: Path, file_format: str, pictures: Iterable[tuple[str, Figure]]) -> None:
@@ -227,4 +239,5 @@ def save_values(path: Path, values: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    raise_on_ctrl_c()
     sys.exit(main())

@@ -10,7 +10,7 @@ import io
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
@@ -25,13 +25,14 @@ from timm.data.transforms_factory import create_transform
 from torchvision.transforms import Compose
 
 from benchmarks.timing import describe_machine
-from datasets import DATA_SETS, Normalise, build_transform
+from datasets import DATA_SETS
 from lape_vit.encodings import all_options
-from training.images import read_image, read_pixels
-from training.logs import start_logging
-from training.options import build_parser, find_recipe, read_recipe, whole
-from training.seeding import AUGMENTATION, CROP, seed_everything
-from training.tables import Row, print_table
+from loading.images import ImageSettings, read_image, read_pixels
+from loading.transforms import Normalise, build_transform
+from runtime.logs import start_logging
+from runtime.seeding import AUGMENTATION, CROP, seed_everything
+from runtime.tables import Row, print_table
+from training.options import Options, build_parser, find_recipe, read_recipe, whole
 
 SIZE = 224
 BATCH = 64
@@ -55,37 +56,41 @@ class Pass:
 Pipeline = list[Pass]
 
 
-def recipe() -> argparse.Namespace:
+def recipe() -> ImageSettings:
     """DeiT's options on ImageNet."""
     parser = build_parser(all_options())
-    deit, imagenet = read_recipe(parser, find_recipe("deit")), DATA_SETS["IMNET"]
-    return argparse.Namespace(
-        **{**parser.defaults, **deit, "input_size": SIZE, "mean": imagenet.mean, "std": imagenet.std}
-    )
+    options = Options.of({**parser.defaults, **read_recipe(parser, find_recipe("deit"))})
+    imagenet = DATA_SETS["IMNET"]
+    return ImageSettings(options.data, options.augmentation, SIZE, imagenet.mean, imagenet.std)
+
+
+def with_fast_crop(settings: ImageSettings, fast_crop: bool | None) -> ImageSettings:
+    return replace(settings, augmentation=replace(settings.augmentation, fast_crop=fast_crop))
 
 
 def pipelines(is_train: bool) -> dict[str, Pipeline]:
     """Those to compare, by name: the plain one first, ours as it is by default last."""
-    args = recipe()
+    deit = recipe()
+    data, augmentation = deit.data, deit.augmentation
     if not is_train:
         resize, crop, *finish = create_transform(
-            SIZE, interpolation=args.interpolation, crop_pct=args.eval_crop_ratio
+            SIZE, interpolation=data.interpolation, crop_pct=data.eval_crop_ratio
         ).transforms
         plain = _plain(Compose([resize, crop]), Compose([]), Compose(finish))
-        return {PLAIN: plain, "ours": _ours(False, read_image, build_transform(False, args))}
+        return {PLAIN: plain, "ours": _ours(False, read_image, build_transform(False, deit, is_small=False))}
     transforms = create_transform(
         SIZE,
         is_training=True,
-        hflip=args.hflip,
-        auto_augment=args.aa,
-        interpolation=args.train_interpolation,
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
+        hflip=augmentation.hflip,
+        auto_augment=augmentation.aa,
+        interpolation=augmentation.train_interpolation,
+        re_prob=augmentation.reprob,
+        re_mode=augmentation.remode,
+        re_count=augmentation.recount,
         separate=True,
     )
     return {PLAIN: _plain(*transforms)} | {
-        name: _ours(True, decode, build_transform(True, argparse.Namespace(**{**vars(args), "fast_crop": fast_crop})))
+        name: _ours(True, decode, build_transform(True, with_fast_crop(deit, fast_crop), is_small=False))
         for name, fast_crop, decode in (("ours, --no-fast-crop", False, read_image), ("ours", None, read_pixels))
     }
 
@@ -96,7 +101,7 @@ def _plain(*transforms: Compose) -> Pipeline:
 
 
 def _ours(is_train: bool, decode: Callable[[bytes], Any], transform: Compose) -> Pipeline:
-    """As `datasets.ImageLoader` loads a batch."""
+    """As `loading.loader.ImageLoader` loads a batch."""
     crop, finish = transform.transforms
     steps = finish.transforms
     to_tensor = next(number for number, step in enumerate(steps) if isinstance(step, Normalise))

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import models_lape
-from benchmarks.timing import MemoryMeter, Sample, alternate, describe_machine, matmul_flops
+from benchmarks.timing import MemoryMeter, Timings, alternate, describe_machine, matmul_flops
 from comparison.plan import sort_pairs
 from comparison.tables import NAMES, Pair
 from lape_vit.encodings import ENCODINGS
 from lape_vit.joins import JOINS, legal_joins
-from training.logs import start_logging
-from training.tables import Row, print_table
+from runtime.logs import start_logging
+from runtime.tables import Row, print_table
 
 
 def timms_compact(**kwargs: Any) -> nn.Module:
@@ -130,7 +130,7 @@ def peak_memory(make: Callable[..., nn.Module], setting: Setting) -> int:
     return meter.peak()
 
 
-def take_turns(workloads: Sequence[Workload], step: str, setting: Setting) -> list[Sample]:
+def take_turns(workloads: Sequence[Workload], step: str, setting: Setting) -> list[Timings]:
     """Forward steps, which are shorter, are repeated `FORWARD` times as often."""
     for workload in workloads:
         workload.model.train(step == "train")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import Sample, alternate, describe_machine
-from training.logs import start_logging
-from training.tables import print_table
+from benchmarks.timing import Timings, alternate, describe_machine
+from runtime.logs import start_logging
+from runtime.tables import print_table
 
 ROOT = Path(__file__).resolve().parent.parent
 # The whole data set but a few images is one step.
@@ -51,7 +51,7 @@ def main() -> None:
     cpu = torch.device("cpu")
     names = ["import timm", "import models_lape"]
     timms, ours = alternate([lambda name=name: run("-c", name) for name in names], args.repeats, cpu)  # type: ignore[misc]
-    whole = Sample([run_to_first_step() for _ in range(args.repeats)])
+    whole = Timings([run_to_first_step() for _ in range(args.repeats)])
     first_step = f"python main.py {' '.join(RUN)}, to the first step"
     of_timms = ("1", str(ours.ratio_to(timms)), f"{whole.median / timms.median:.1f}")
     rows = [

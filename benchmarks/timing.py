@@ -14,7 +14,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Sample:
+class Timings:
     """Repeated measurements of one thing, in seconds."""
 
     seconds: list[float]
@@ -23,7 +23,7 @@ class Sample:
     def median(self) -> float:
         return median(self.seconds)
 
-    def ratio_to(self, other: "Sample") -> "Spread":
+    def ratio_to(self, other: "Timings") -> "Spread":
         """Of measurements that were made one after the other."""
         return Spread.of([ours / theirs for ours, theirs in zip(self.seconds, other.seconds, strict=True)])
 
@@ -47,7 +47,7 @@ class Spread:
         return f"{self.median:.3f} ({self.low:.3f} - {self.high:.3f})"
 
 
-def alternate(calls: Sequence[Callable[[], object]], repeats: int, device: torch.device) -> list[Sample]:
+def alternate(calls: Sequence[Callable[[], object]], repeats: int, device: torch.device) -> list[Timings]:
     """Measure calls in turns, each after one that does not count; every round has an order of its own."""
     for call in calls:
         call()
@@ -59,7 +59,7 @@ def alternate(calls: Sequence[Callable[[], object]], repeats: int, device: torch
             calls[number]()
             synchronize(device)
             seconds[number].append(time.perf_counter() - start)
-    return [Sample(values) for values in seconds]
+    return [Timings(values) for values in seconds]
 
 
 def synchronize(device: torch.device) -> None:

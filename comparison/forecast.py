@@ -10,14 +10,15 @@ from logging import getLogger
 import torch
 from rich.console import Console
 
-import main
-import run_setup
 from comparison.plan import Plan, Run, count_cores
 from comparison.tables import NAMES, heading
-from model_setup import count_parameters
-from training.distributed import World
-from training.logs import Loop, LoopDisplay, clock
-from training.tables import Row, print_table
+from engine import evaluate, train_one_epoch
+from runtime.distributed import World
+from runtime.logs import Loop, LoopDisplay, clock
+from runtime.tables import Row, print_table
+from training.models import count_parameters
+from training.optimisation import images_per_update
+from training.setup import set_up
 
 _logger = getLogger(__name__)
 
@@ -84,21 +85,23 @@ class Cost:
 
 
 def measure(run: Run) -> Cost:
-    """Train and evaluate a little, by `main.py`'s own code.
+    """Train and evaluate a little, by the loops of `main.py`.
 
     Raises:
         ValueError, OSError, RuntimeError: the run cannot start.
     """
     watch = Stopwatch()
-    ready = run_setup.set_up([*run.argv, "--no-tensorboard"], World(), watch)
-    assert ready.training is not None  # without --eval it trains
+    setup = set_up([*run.argv, "--no-tensorboard"], World(), watch)
+    training = setup.training
+    assert training is not None  # without --eval it trains
+    training.begin_epoch()
     with suppress(EnoughError):
-        main.run_epoch(ready, ready.training)
+        train_one_epoch(training, setup.runtime, "")
     speed, waiting = watch.speed, watch.waiting
     with suppress(EnoughError):
-        main.evaluate_model(ready, ready.model, "test")
-    images = ready.training.updates * ready.args.batch_size * ready.args.accum_steps
-    return Cost(count_parameters(ready.model), speed, waiting, images / speed + ready.num_test_images / watch.speed)
+        evaluate(setup.model, setup.test_loader, setup.num_test_images, setup.runtime, "")
+    images = training.updates * images_per_update(setup.options.data, setup.options.optimisation, world_size=1)
+    return Cost(count_parameters(setup.model), speed, waiting, images / speed + setup.num_test_images / watch.speed)
 
 
 def forecast(plan: Plan, jobs: int, console: Console) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from comparison.plan import Run, count_cores
-from training.interrupt import Interrupted, noted_signal
+from runtime.interrupt import Interrupted, noted_signal
 
 _logger = getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Job:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **environment},
-                close_fds=False,  # of Python's files it inherits none, but for the lock of `alone_in`
+                close_fds=False,  # of Python's files it inherits only the lock of `alone_in`
             )
 
     def end(self, exit_code: int) -> None:
@@ -130,7 +130,7 @@ def stop(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
             process.wait()
 
 
-def places(jobs: int, device: str) -> list[dict[str, str]]:
+def environments(jobs: int, device: str) -> list[dict[str, str]]:
     """Additions to the environment of so many jobs at a time: each has its share of the cores, and one of the GPUs."""
     environment = {}
     if jobs > 1 and "OMP_NUM_THREADS" not in os.environ:

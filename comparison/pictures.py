@@ -26,7 +26,7 @@ MANY = 30
 
 def draw_comparison(found: Mapping[Pair, Sequence[Outcome]], title: str, file: IO[bytes]) -> None:
     """Draw the best accuracies, seed by seed and on average, left, and the learning curves, right."""
-    done = {pair: of_pair for pair, of_pair in found.items() if of_pair}
+    done = {pair: finished for pair, finished in found.items() if finished}
     colours = colours_of(list(done))
     figure = Figure(figsize=(13, max(4.6, 1.7 + 0.27 * len(done))), dpi=DPI, layout="constrained")
     figure.suptitle(title, fontsize=12)
@@ -60,7 +60,7 @@ def _draw_accuracies(axes: Axes, done: Mapping[Pair, Sequence[Outcome]], colours
     axes.set_ylim(-0.6, len(ranked) - 0.4)
     axes.margins(x=0.16)
     axes.set_xlabel("test accuracy of the best epoch (%)")
-    several = any(len(of_pair) > 1 for of_pair in done.values())
+    several = any(len(finished) > 1 for finished in done.values())
     axes.set_title("mean (framed) and each seed" if several else "one seed each", fontsize=10)
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -68,21 +68,23 @@ def _draw_accuracies(axes: Axes, done: Mapping[Pair, Sequence[Outcome]], colours
 
 def _draw_curves(axes: Axes, done: Mapping[Pair, Sequence[Outcome]], colours: Mapping[str, Any]) -> None:
     """The mean over the seeds, and a band from the lowest to the highest of them."""
-    for (pe, join_type), of_pair in done.items():
-        epochs = [row["epoch"] for row in of_pair[0].rows]
-        numbers = np.array([one.accuracies for one in of_pair])
+    for (pe, join_type), finished in done.items():
+        epochs = [row["epoch"] for row in finished[0].rows]
+        numbers = np.array([one.accuracies for one in finished])
         line, marker = LOOKS[join_type]
         shown = marker if len(epochs) < MANY else None
         axes.plot(epochs, numbers.mean(0), color=colours[pe], linestyle=line, linewidth=1.5, marker=shown, markersize=4)
         if len(numbers) > 1:
             axes.fill_between(epochs, numbers.min(0), numbers.max(0), color=colours[pe], alpha=0.12, linewidth=0)
-    late = [number for of_pair in done.values() for one in of_pair for number in one.accuracies[len(one.rows) // 10 :]]
+    late = [
+        number for finished in done.values() for one in finished for number in one.accuracies[len(one.rows) // 10 :]
+    ]
     if max(late) > min(late):  # the first tenth is steep, and would squeeze the rest
         margin = 0.05 * (max(late) - min(late))
         axes.set_ylim(min(late) - margin, max(late) + margin)
     axes.set_xlabel("epoch")
     axes.set_ylabel("test accuracy (%)")
-    several = any(len(of_pair) > 1 for of_pair in done.values())
+    several = any(len(finished) > 1 for finished in done.values())
     axes.set_title("mean over seeds, from the lowest to the highest" if several else "one seed each", fontsize=10)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)

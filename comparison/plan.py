@@ -10,26 +10,34 @@ from typing import Any
 
 import yaml
 
-from lape_vit.encodings import all_options, canonical_name, resolve
-from lape_vit.joins import JOINS, legal_joins, legal_pairs
-from run_setup import pick_recipe, read_given, resolve_device_options, resolve_given
-from training.distributed import World, pick_device
-from training.files import CHECKPOINTS, read_log
-from training.options import MOST_WORKERS, OptionParser, build_parser, config_text, flag_of, saved_options
+from lape_vit.encodings import all_options, canonical_name, names, resolve
+from lape_vit.joins import JOINS, legal_joins
+from runtime.distributed import World, pick_device
+from training.folder import CHECKPOINTS, read_log
+from training.options import (
+    MOST_WORKERS,
+    OptionParser,
+    Options,
+    build_parser,
+    config_text,
+    flag_of,
+    saved_options,
+)
+from training.setup import pick_recipe, read_given, resolve_device_options, resolve_given
 
 _logger = getLogger(__name__)
 
 NOT_HERE = {
     "seed": "compare.py sets it for each run: give --seeds",
-    "resume": "compare.py goes on with the runs in --output_dir by itself",
-    "auto_resume": "compare.py goes on with the runs in --output_dir by itself",
-    "start_epoch": "compare.py goes on with the runs in --output_dir by itself",
+    "resume": "compare.py continues the runs in --output_dir by itself",
+    "auto_resume": "compare.py continues the runs in --output_dir by itself",
+    "start_epoch": "compare.py continues the runs in --output_dir by itself",
     "eval": "compare.py evaluates by itself, at other sizes by --sizes",
     "eval_ema": "compare.py evaluates by itself, at other sizes by --sizes",
     **dict.fromkeys(("world_size", "dist_url", "init_timeout"), "each run of compare.py is one process"),
 }
 """Options of `main.py` that belong to one run."""
-OF_PAIR = {"pe", "join_type", "seed", *all_options()}
+VARIED = {"pe", "join_type", "seed", *all_options()}
 """Options in which the runs of a comparison differ."""
 HARMLESS = {
     "checkpoint_steps",
@@ -53,7 +61,7 @@ class Run:
 
     Attributes:
         options: of `main.py`, as it saves them in `config.yaml`.
-        argv: its command line, but for the folder.
+        argv: its command line without the folder.
     """
 
     pe: str
@@ -103,7 +111,7 @@ class Plan:
         others: those that earlier calls have finished in the same folder.
         illegal: pairs that are skipped.
         common: the options that all runs share.
-        args: all options of one of the runs, as `main.py` knows them.
+        options: all options of one of the runs, as `main.py` knows them.
     """
 
     folder: Path
@@ -111,16 +119,21 @@ class Plan:
     others: list[Run]
     illegal: list[tuple[str, str]]
     common: dict[str, Any]
-    args: argparse.Namespace
+    options: Options
 
     @property
     def all_runs(self) -> list[Run]:
         """In the order of the registries."""
-        order = {pair: number for number, pair in enumerate(legal_pairs())}
-        return sorted([*self.runs, *self.others], key=lambda run: (order[run.pair], run.seed))
+        return sorted([*self.runs, *self.others], key=lambda run: (*place_in_registries(*run.pair), run.seed))
 
     def finished(self) -> list[Run]:
         return [run for run in self.all_runs if run.is_finished()]
+
+
+def place_in_registries(pe: str, join_type: str) -> tuple[int, list[int], str, int]:
+    """What sorts pairs: single encodings first, then in the order of the registries, then by options."""
+    parts = [names().index(part.name) for part in resolve(pe).parts]
+    return len(parts), parts, pe, list(JOINS).index(join_type)
 
 
 def make_plan(args: argparse.Namespace, rest: Sequence[str]) -> Plan:
@@ -133,8 +146,7 @@ def make_plan(args: argparse.Namespace, rest: Sequence[str]) -> Plan:
     given = read_given(parser, rest)
     for name in NOT_HERE.keys() & given.keys():
         raise ValueError(f"{flag_of(name)} is for a single run: {NOT_HERE[name]}")
-    legal, illegal = sort_pairs(args.pe, args.join_type)
-    flags = encoding_flags(args, [pe for pe, _ in legal])
+    legal, illegal = sort_pairs(with_options(args), args.join_type)
     if "num_workers" not in {**pick_recipe(parser, given, {}), **given}:
         workers = min(MOST_WORKERS, max(1, count_cores() // args.jobs))
         rest = [*rest, "--num-workers", str(workers)]
@@ -142,63 +154,71 @@ def make_plan(args: argparse.Namespace, rest: Sequence[str]) -> Plan:
     folder, runs = Path(args.output_dir).expanduser(), []
     for pe, join_type in legal:
         for seed in args.seeds:
-            argv = (*rest, *flags[pe], "--pe", pe, "--join-type", join_type, "--seed", str(seed))
-            args_of_run, options = resolve_run(parser, argv)
-            runs.append(Run(pe, join_type, seed, folder / f"{pe}_{join_type}_seed{seed}", options, argv))
-    common = {name: value for name, value in runs[0].options.items() if name not in OF_PAIR}
+            argv = (*rest, "--pe", pe, "--join-type", join_type, "--seed", str(seed))
+            options, saved = resolve_run(parser, argv)
+            runs.append(Run(pe, join_type, seed, folder / f"{pe}_{join_type}_seed{seed}", saved, argv))
+    common = {name: value for name, value in runs[0].options.items() if name not in VARIED}
     others = list(earlier_runs(folder, runs))
     check_options([*runs, *others], common, parser)
-    return Plan(folder, runs, [run for run in others if run.is_finished()], illegal, common, args_of_run)
+    return Plan(folder, runs, [run for run in others if run.is_finished()], illegal, common, options)
 
 
 def sort_pairs(encodings: Sequence[str], joins: Sequence[str]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """The legal and the illegal pairs of (encoding, join), each in the order given.
 
+    Args:
+        encodings: in their canonical form.
+
     Raises:
-        ValueError: an unknown name, one that is given twice, or no legal pair.
+        ValueError: an unknown join, a name that is given twice, or no legal pair.
     """
-    names = [canonical_name(pe) for pe in encodings]
-    for flag, values in (("--pe", names), ("--join-type", joins)):
+    for flag, values in (("--pe", encodings), ("--join-type", joins)):
         for value in values:
             if values.count(value) > 1:
                 raise ValueError(f"{flag} names {value} twice")
     if unknown := [join for join in joins if join not in JOINS]:
         raise ValueError(f"unknown --join-type {unknown[0]!r}: choose from {', '.join(JOINS)}")
-    pairs = [(pe, join) for pe in names for join in joins]
+    pairs = [(pe, join) for pe in encodings for join in joins]
     legal = [(pe, join) for pe, join in pairs if join in legal_joins(pe)]
     if not legal:
-        joined = "; ".join(f"{pe}: {', '.join(legal_joins(pe))}" for pe in names)
+        joined = "; ".join(f"{pe}: {', '.join(legal_joins(pe))}" for pe in encodings)
         raise ValueError(f"none of the pairs of --pe and --join-type is legal; the legal joins are {joined}")
     return legal, [pair for pair in pairs if pair not in legal]
 
 
-def encoding_flags(args: argparse.Namespace, encodings: Sequence[str]) -> dict[str, list[str]]:
-    """Which of the encodings' options that were given go to which encoding.
+def with_options(args: argparse.Namespace) -> list[str]:
+    """The encodings in their canonical form, each with those of the options given that it takes.
 
     Raises:
-        ValueError: one that none of them takes.
+        ValueError: an unknown encoding, or an option that none of them takes.
     """
     given = {name: getattr(args, name) for name in all_options() if getattr(args, name) is not None}
-    taken = {pe: given.keys() & resolve(pe).options().keys() for pe in encodings}
-    for name in given.keys() - set().union(*taken.values()):
+    encodings, taken = [], set()
+    for pe in args.pe:
+        try:
+            own = given.keys() & resolve(pe).options().keys()
+            encodings.append(canonical_name(pe, {name: given[name] for name in own}))
+        except TypeError as error:
+            raise ValueError(f"--pe {pe}: {error}") from error
+        taken |= own
+    for name in given.keys() - taken:
         raise ValueError(f"{flag_of(name)} is an option of {', '.join(all_options()[name][1])}, which is not compared")
-    return {pe: [word for name in given if name in names for word in (flag_of(name), given[name])]
-            for pe, names in taken.items()}  # fmt: skip
+    return encodings
 
 
-def resolve_run(parser: OptionParser, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+def resolve_run(parser: OptionParser, argv: Sequence[str]) -> tuple[Options, dict[str, Any]]:
     """What `main.py` makes of this command line, and what it will save of it in `config.yaml`; no model is built.
 
     Raises:
         ValueError, OSError: what it refuses.
     """
-    args, _ = resolve_given(parser, read_given(parser, argv), {})
-    resolve_device_options(args, pick_device(args.device, World()))
-    options = yaml.safe_load(config_text(saved_options(args, parser), ""))
-    for name, default in resolve(args.pe).options().items():
-        if options[name] is None:
-            options[name] = default
-    return args, options
+    options, _ = resolve_given(parser, read_given(parser, argv), {})
+    options = resolve_device_options(options, pick_device(options.run.device, World()))
+    saved = yaml.safe_load(config_text(saved_options(options), ""))
+    encoding = resolve(
+        options.model.pe or "", {name: value for name, value in options.model.encoding.items() if value is not None}
+    )
+    return options, {**saved, "pe": encoding.name, **encoding.options()}
 
 
 def earlier_runs(folder: Path, runs: Sequence[Run]) -> Iterator[Run]:

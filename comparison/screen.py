@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from comparison.jobs import FAILED, FINISHED, RUNNING, WAITING, Job
-from training.logs import LINES_PER_LOOP, clock
+from runtime.logs import LINES_PER_LOOP, clock
 
 _logger = getLogger(__name__)
 
@@ -24,7 +24,7 @@ LINES_AROUND = 5
 
 
 @dataclass
-class Training:
+class RunLog:
     """What the log of a run in training says.
 
     Attributes:
@@ -72,13 +72,13 @@ class Screen:
         self.jobs = jobs
         self.places = places
         self.trains = trains
-        self.trainings = {job.name: Training(job) for job in jobs}
+        self.logs = {job.name: RunLog(job) for job in jobs}
         self.states = {job.name: WAITING for job in jobs}
         self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal and jobs else None
 
     def __enter__(self) -> "Screen":
-        for training in self.trainings.values():
-            training.look()
+        for log in self.logs.values():
+            log.look()
         if self.live is not None:
             self.live.start()
         return self
@@ -95,8 +95,8 @@ class Screen:
                 self.states[job.name] = job.state
                 if self.live is None or job.state == FAILED:
                     self._log_state(job)
-            if self.trains and job.state == RUNNING and self.trainings[job.name].look() and self.live is None:
-                self._log_epoch(self.trainings[job.name])
+            if self.trains and job.state == RUNNING and self.logs[job.name].look() and self.live is None:
+                self._log_epoch(self.logs[job.name])
         if self.live is not None:
             self.live.update(self.render(), refresh=True)
 
@@ -106,18 +106,18 @@ class Screen:
         left = "" if job.state == RUNNING else f"  ({done} of {len(self.jobs)}{self._left()})"
         _logger.info("%s: %s%s", job.name, what, left)
 
-    def _log_epoch(self, training: Training) -> None:
-        row, epochs = training.rows[-1], training.job.run.epochs
+    def _log_epoch(self, log: RunLog) -> None:
+        row, epochs = log.rows[-1], log.job.run.epochs
         if row["epoch"] % max(1, epochs // LINES_PER_LOOP) == 0:
-            left = clock(training.seconds_left())
-            accuracy = f"acc@1 {row['test_acc1']:.2f} %  best {best(training.rows):.2f} %"
-            _logger.info("%s: epoch %d/%d  %s  %s left", training.job.name, row["epoch"], epochs, accuracy, left)
+            left = clock(log.seconds_left())
+            accuracy = f"acc@1 {row['test_acc1']:.2f} %  best {best(log.rows):.2f} %"
+            _logger.info("%s: epoch %d/%d  %s  %s left", log.job.name, row["epoch"], epochs, accuracy, left)
 
     def _left(self) -> str:
         """A guess of the time until the last job ends: all epochs that are left take as long as those so far did."""
-        trainings = list(self.trainings.values())
-        seconds = [row["seconds"] for training in trainings for row in training.rows]
-        epochs = sum(training.epochs_left for training in trainings if training.job.state in (WAITING, RUNNING))
+        logs = list(self.logs.values())
+        seconds = [row["seconds"] for log in logs for row in log.rows]
+        epochs = sum(log.epochs_left for log in logs if log.job.state in (WAITING, RUNNING))
         if not (self.trains and seconds and epochs):
             return ""
         return f", {clock(sum(seconds) / len(seconds) * epochs / min(self.places, len(self.jobs)))} left"
@@ -140,12 +140,12 @@ class Screen:
         return Group(table, *hidden, Text(f"{states}{self._left()}", style="bold"))
 
     def _progress(self, job: Job) -> list[str]:
-        training = self.trainings[job.name]
+        log = self.logs[job.name]
         if not self.trains:
             return [job.reason or job.state]
-        rows = training.rows
+        rows = log.rows
         numbers = ["", ""] if not rows else [f"{best(rows):.2f}", f"{rows[-1]['test_acc1']:.2f}"]
-        note = f"{clock(training.seconds_left())} left" if job.state == RUNNING and rows else job.reason or job.state
+        note = f"{clock(log.seconds_left())} left" if job.state == RUNNING and rows else job.reason or job.state
         return [f"{rows[-1]['epoch'] if rows else 0}/{job.run.epochs}", *numbers, note]
 
 

@@ -8,78 +8,111 @@ from typing import Any
 from comparison.jobs import Job
 from comparison.pictures import draw_sizes
 from comparison.plan import Plan, Run
-from comparison.tables import NAMES, Pair, Spread, csv_text, failed, heading, mean_and_deviation
-from training.checkpoint import atomic_write
-from training.files import write_text
-from training.tables import NOT_YET, markdown
+from comparison.tables import NAMES, MeanAndDeviation, Pair, csv_text, failed, heading, mean_and_deviation
+from lape_vit.encodings import resolve
+from runtime.files import atomic_write, write_text
+from runtime.tables import NOT_YET, markdown
 
 Measured = dict[Pair, dict[int, list[float]]]
 """Accuracies over seeds, per cent, by pair and size."""
 
+PLAIN = "plain"
+WAYS: dict[str, tuple[str, ...]] = {
+    PLAIN: (),
+    "reference-grid": ("--reference-grid",),
+    "log-n": ("--log-n",),
+    "reference-grid+log-n": ("--reference-grid", "--log-n"),
+}
+"""Ways to evaluate at another size, and their flags of `main.py`."""
 
-def evaluations(plan: Plan, sizes: Sequence[int]) -> list[Job]:
+
+def takes(run: Run, way: str) -> bool:
+    """Whether a run's encoding can be evaluated in this way: a reference grid is for real places in attention."""
+    resolved = resolve(run.pe)
+    reads_real_places = all(part.reads_real_places for part in resolved.parts)
+    return "--reference-grid" not in WAYS[way] or (resolved.attention is not None and reads_real_places)
+
+
+def check_ways(plan: Plan, ways: Sequence[str]) -> None:
+    """Raise ValueError where no run can be evaluated in one of the ways."""
+    for way in ways:
+        if not any(takes(run, way) for run in plan.all_runs):
+            raise ValueError(f"--size-ways {way}: none of the encodings reads places between cells in attention")
+
+
+def evaluations(plan: Plan, sizes: Sequence[int], ways: Sequence[str]) -> list[Job]:
     """The evaluations of finished runs that are not there yet."""
-    wanted = [(run, size) for run in plan.finished() for size in sizes]
-    return [evaluation(plan, run, size) for run, size in wanted if not is_evaluated(run, size)]
+    wanted = [(run, size, way) for run in plan.finished() for way in ways if takes(run, way) for size in sizes]
+    return [evaluation(plan, *one) for one in wanted if not is_evaluated(*one)]
 
 
-def evaluation(plan: Plan, run: Run, size: int) -> Job:
+def evaluation(plan: Plan, run: Run, size: int, way: str) -> Job:
     """The evaluation of a run's best checkpoint at a size, where this call has its data."""
-    options = {"resume": run.best_checkpoint, "input-size": size, "output-dir": result_of(run, size).parent}
+    folder = result_of(run, size, way).parent
+    options = {"resume": run.best_checkpoint, "input-size": size, "output-dir": folder}
     here = ("data_path", "eval_data_path", "device", "num_workers")
     options |= {name.replace("_", "-"): plan.common[name] for name in here if plan.common[name] is not None}
-    argv = ["--eval", *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
-    folder = result_of(run, size).parent
-    return Job(f"{run.name}, at {size}", run, argv, folder, lambda: is_evaluated(run, size))
+    argv = ["--eval", *WAYS[way], *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
+    title = f"{run.name}, at {size}" + ("" if way == PLAIN else f", {way}")
+    return Job(title, run, argv, folder, lambda: is_evaluated(run, size, way))
 
 
-def result_of(run: Run, size: int) -> Path:
-    return run.folder / f"size_{size}" / "eval.json"
+def result_of(run: Run, size: int, way: str) -> Path:
+    return run.folder / (f"size_{size}" if way == PLAIN else f"size_{size}_{way}") / "eval.json"
 
 
-def is_evaluated(run: Run, size: int) -> bool:
+def is_evaluated(run: Run, size: int, way: str) -> bool:
     """Whether the result is there and of the present checkpoint."""
-    result = result_of(run, size)
+    result = result_of(run, size, way)
     return result.exists() and result.stat().st_mtime >= run.best_checkpoint.stat().st_mtime
 
 
-def measured(plan: Plan, sizes: Sequence[int]) -> Measured:
+def measured(plan: Plan, sizes: Sequence[int], way: str) -> Measured:
     """The results that are there."""
-    found: Measured = {run.pair: {size: [] for size in sizes} for run in plan.all_runs}
+    found: Measured = {run.pair: {size: [] for size in sizes} for run in plan.all_runs if takes(run, way)}
     for run in plan.finished():
         for size in sizes:
-            if is_evaluated(run, size):
-                found[run.pair][size].append(json.loads(result_of(run, size).read_text())["acc1"])
+            if takes(run, way) and is_evaluated(run, size, way):
+                found[run.pair][size].append(json.loads(result_of(run, size, way).read_text())["acc1"])
     return found
 
 
-def write_sizes(plan: Plan, sizes: Sequence[int], failures: Mapping[str, str]) -> None:
-    """Write `sizes.md`, `sizes.csv` and `sizes.png`."""
-    found, trained_at = measured(plan, sizes), plan.common["input_size"]
+def write_sizes(plan: Plan, sizes: Sequence[int], ways: Sequence[str], failures: Mapping[str, str]) -> None:
+    """Write `sizes.md` and `sizes.csv`, and a picture for each way: `sizes.png`, `sizes_log-n.png`."""
+    by_way, trained_at = {way: measured(plan, sizes, way) for way in ways}, plan.common["input_size"]
+    remark = (
+        f"\nTest accuracy (%) of each run's best epoch by the side of the input in pixels; trained at {trained_at}: "
+        "mean ± standard deviation over seeds.\n"
+    )
+    text = f"# {heading(plan)}, at other sizes\n"
+    for way, found in by_way.items():
+        title = "" if way == PLAIN else f"\n## {way}\n"
+        text += f"{title}\n{markdown(table_rows(found, trained_at), NAMES)}"
+        if any(accuracies for by_size in found.values() for accuracies in by_size.values()):
+            about = f"{heading(plan)}, at other sizes" + ("" if way == PLAIN else f", {way}")
+            with atomic_write(plan.folder / ("sizes.png" if way == PLAIN else f"sizes_{way}.png")) as file:
+                draw_sizes(found, trained_at, about, file)
+    write_text(plan.folder / "sizes.md", f"{text}{remark}{failed(failures)}")
+    write_text(plan.folder / "sizes.csv", csv_text([row for way in ways for row in csv_rows(by_way[way], way)]))
+
+
+def table_rows(found: Measured, trained_at: Any) -> list[dict[str, str]]:
+    """A row per pair, for the eye."""
     rows = []
     for pair, by_size in found.items():
         row = dict(zip(NAMES, pair, strict=True))
         for size, numbers in by_size.items():
             column = f"{size} (trained)" if size == trained_at else str(size)
-            row[column] = str(Spread.of(numbers)) if numbers else NOT_YET
+            row[column] = str(MeanAndDeviation.of(numbers)) if numbers else NOT_YET
         rows.append(row)
-    remark = (
-        f"\nTest accuracy (%) of each run's best epoch by the side of the input in pixels; trained at {trained_at}: "
-        "mean ± standard deviation over seeds.\n"
-    )
-    text = f"# {heading(plan)}, at other sizes\n\n{markdown(rows, NAMES)}{remark}{failed(failures)}"
-    write_text(plan.folder / "sizes.md", text)
-    write_text(plan.folder / "sizes.csv", csv_text(list(csv_rows(found))))
-    if any(accuracies for by_size in found.values() for accuracies in by_size.values()):
-        with atomic_write(plan.folder / "sizes.png") as file:
-            draw_sizes(found, trained_at, f"{heading(plan)}, at other sizes", file)
+    return rows
 
 
-def csv_rows(found: Measured) -> list[dict[str, Any]]:
+def csv_rows(found: Measured, way: str) -> list[dict[str, Any]]:
     """The same for programs, with all digits."""
     rows = []
     for (pe, join_type), by_size in found.items():
         for size, accuracies in by_size.items():
-            row = {"pe": pe, "join_type": join_type, "size": size, "seeds": len(accuracies)}
+            row = {"pe": pe, "join_type": join_type, "size": size, "way": way, "seeds": len(accuracies)}
             rows.append({**row, **mean_and_deviation("acc1", accuracies)})
     return rows

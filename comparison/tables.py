@@ -8,8 +8,8 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from comparison.plan import Plan, Run
-from training.files import write_text
-from training.tables import Row, markdown
+from runtime.files import write_text
+from runtime.tables import Row, markdown
 
 Pair = tuple[str, str]
 
@@ -53,14 +53,14 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Spread:
+class MeanAndDeviation:
     """Mean of several numbers, and how far they spread: the standard deviation of a sample, None for one number."""
 
     mean: float
     deviation: float | None
 
     @classmethod
-    def of(cls, numbers: Sequence[float]) -> "Spread":
+    def of(cls, numbers: Sequence[float]) -> "MeanAndDeviation":
         return cls(mean(numbers), stdev(numbers) if len(numbers) > 1 else None)
 
     def __str__(self) -> str:
@@ -82,9 +82,11 @@ def write_tables(plan: Plan, found: Mapping[Pair, Sequence[Outcome]], failures: 
         failures: why a run failed, by its name.
     """
     rows = table_rows(plan, found)
-    means = [Spread.of([one.best for one in of_pair]).mean if of_pair else -1.0 for of_pair in found.values()]
-    for row, mean_of_pair in zip(rows, means, strict=True):
-        if BEST in row and mean_of_pair == max(means):
+    means = [
+        MeanAndDeviation.of([one.best for one in finished]).mean if finished else -1.0 for finished in found.values()
+    ]
+    for row, average in zip(rows, means, strict=True):
+        if BEST in row and average == max(means):
             row[BEST] = f"**{row[BEST]}**"
     text = f"# {heading(plan)}\n\n{markdown(rows, NAMES)}{remarks(plan)}{failed(failures)}"
     write_text(plan.folder / "table.md", text)
@@ -102,51 +104,51 @@ def table_rows(plan: Plan, found: Mapping[Pair, Sequence[Outcome]]) -> list[Row]
     """The table, a row for each pair; one without a finished run has no numbers."""
     wanted = [run.pair for run in plan.all_runs]
     return [
-        {**dict(zip(NAMES, pair, strict=True)), **cells(of_pair), "seeds": f"{len(of_pair)} of {wanted.count(pair)}"}
-        for pair, of_pair in found.items()
+        {**dict(zip(NAMES, pair, strict=True)), **cells(finished), "seeds": f"{len(finished)} of {wanted.count(pair)}"}
+        for pair, finished in found.items()
     ]
 
 
-def cells(of_pair: Sequence[Outcome]) -> Row:
+def cells(finished: Sequence[Outcome]) -> Row:
     """What a pair came to, by column."""
-    if not of_pair:
+    if not finished:
         return {}
-    epochs = sorted(one.best_epoch for one in of_pair)
-    averages = [max(one.averages) for one in of_pair if one.averages]
+    epochs = sorted(one.best_epoch for one in finished)
+    averages = [max(one.averages) for one in finished if one.averages]
     return {
-        BEST: str(Spread.of([one.best for one in of_pair])),
-        "last (%)": str(Spread.of([one.last for one in of_pair])),
-        **({"best of averaged weights (%)": str(Spread.of(averages))} if averages else {}),
+        BEST: str(MeanAndDeviation.of([one.best for one in finished])),
+        "last (%)": str(MeanAndDeviation.of([one.last for one in finished])),
+        **({"best of averaged weights (%)": str(MeanAndDeviation.of(averages))} if averages else {}),
         "best epoch": f"{epochs[0]}" + (f"-{epochs[-1]}" if epochs[-1] > epochs[0] else ""),
-        "epochs": str(of_pair[0].run.epochs),
-        "parameters": f"{of_pair[0].rows[-1]['n_parameters']:,}",
-        "images/s": f"{speed(of_pair):,.0f}",
-        "waiting for data": f"{100 * waiting(of_pair):.0f} %",
+        "epochs": str(finished[0].run.epochs),
+        "parameters": f"{finished[0].rows[-1]['n_parameters']:,}",
+        "images/s": f"{speed(finished):,.0f}",
+        "waiting for data": f"{100 * waiting(finished):.0f} %",
     }
 
 
 def csv_rows(found: Mapping[Pair, Sequence[Outcome]], failures: Mapping[str, str], plan: Plan) -> list[dict[str, Any]]:
     """The same for programs, with all digits."""
     rows = []
-    for pair, of_pair in found.items():
-        row: dict[str, Any] = {"pe": pair[0], "join_type": pair[1], "seeds": len(of_pair)}
+    for pair, finished in found.items():
+        row: dict[str, Any] = {"pe": pair[0], "join_type": pair[1], "seeds": len(finished)}
         reasons = [
             f"seed {run.seed}: {failures[run.name]}" for run in plan.runs if run.pair == pair and run.name in failures
         ]
         row |= {"failed": len(reasons), "reasons": "; ".join(reasons)}
         numbers = {
-            "best_acc1": [one.best for one in of_pair],
-            "last_acc1": [one.last for one in of_pair],
-            "best_ema_acc1": [max(one.averages) for one in of_pair if one.averages],
+            "best_acc1": [one.best for one in finished],
+            "last_acc1": [one.last for one in finished],
+            "best_ema_acc1": [max(one.averages) for one in finished if one.averages],
         }
         for name, values in numbers.items():
             row |= mean_and_deviation(name, values)
         row |= {
-            "best_epochs": " ".join(str(one.best_epoch) for one in of_pair),
+            "best_epochs": " ".join(str(one.best_epoch) for one in finished),
             "epochs": plan.common["epochs"],
-            "n_parameters": of_pair[0].rows[-1]["n_parameters"] if of_pair else None,
-            "images_per_second": speed(of_pair) if of_pair else None,
-            "waiting_share": waiting(of_pair) if of_pair else None,
+            "n_parameters": finished[0].rows[-1]["n_parameters"] if finished else None,
+            "images_per_second": speed(finished) if finished else None,
+            "waiting_share": waiting(finished) if finished else None,
         }
         rows.append(row)
     return rows
@@ -154,18 +156,18 @@ def csv_rows(found: Mapping[Pair, Sequence[Outcome]], failures: Mapping[str, str
 
 def mean_and_deviation(name: str, numbers: Sequence[float]) -> dict[str, float | None]:
     """The two columns of a quantity in a table for programs; empty without numbers."""
-    spread = Spread.of(numbers) if numbers else None
+    spread = MeanAndDeviation.of(numbers) if numbers else None
     return {f"{name}_mean": spread.mean if spread else None, f"{name}_std": spread.deviation if spread else None}
 
 
-def speed(of_pair: Sequence[Outcome]) -> float:
+def speed(finished: Sequence[Outcome]) -> float:
     """Images per second in training: the median of all epochs, for some may have been disturbed."""
-    return median(row["images_per_second"] for one in of_pair for row in one.rows)
+    return median(row["images_per_second"] for one in finished for row in one.rows)
 
 
-def waiting(of_pair: Sequence[Outcome]) -> float:
+def waiting(finished: Sequence[Outcome]) -> float:
     """Part of the time in training spent waiting for data, 0..1: the median of all epochs."""
-    return median(row["waiting_share"] for one in of_pair for row in one.rows)
+    return median(row["waiting_share"] for one in finished for row in one.rows)
 
 
 def remarks(plan: Plan) -> str:

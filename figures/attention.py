@@ -77,7 +77,8 @@ def pictures(shown: TokenAttention) -> Iterator[tuple[str, Figure]]:
 
 def scale(shown: TokenAttention, name: str) -> Colours:
     """One for all layers and heads."""
-    most = max(maps.abs().max().item() for maps in shown.parts[name]) or 1.0
+    # An encoding may hide keys by logits of -inf, which stay blank.
+    most = max(maps[maps.isfinite()].abs().max().item() for maps in shown.parts[name]) or 1.0
     if name == "attention":
         return Colours(UNSIGNED, (0.0, most))
     return Colours(SIGNED, (-most, most))

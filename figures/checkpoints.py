@@ -8,12 +8,12 @@ from typing import Any
 import timm
 from timm.layers import to_2tuple
 
-import models_lape  # noqa: F401  (registers the models)
-from lape_vit import VisionTransformer, convert_checkpoint, from_timm
+from lape_vit import VisionTransformer, from_timm
 from lape_vit.analysis.timm_positions import timm_grid
+from lape_vit.convert import unwrap_names
 from lape_vit.encodings import all_options, canonical_name
-from lape_vit.vit import CLASSES
-from training.checkpoint import description_of, load_checkpoint, load_weights
+from training.checkpoint import carry_data_config, description_of, load_checkpoint, load_weights
+from training.models import build_described, is_of_models_lape, spelled_for
 from training.options import flag_of
 
 _logger = getLogger(__name__)
@@ -42,8 +42,9 @@ def load_model(path: str, flags: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
         flags: what the command line says of `FLAGS` and of the encodings' options; None where it says nothing.
 
     Returns:
-        The model in evaluation mode: ours, or timm's where only timm knows the name. And the description: what the
-        checkpoint says, with the flags; the key `model` is always there.
+        The model in evaluation mode: ours, or timm's where only timm knows the name. Its `pretrained_cfg` says to
+        timm's `resolve_data_config` and `save_for_hf` how the checkpoint's images are prepared. And the description:
+        what the checkpoint says, with the flags; the key `model` is always there.
 
     Raises:
         ValueError, OSError: no checkpoint, a flag that contradicts it, something that neither says, other weights, a
@@ -52,33 +53,25 @@ def load_model(path: str, flags: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
     checkpoint = load_checkpoint(path)
     description = complete(description_of(checkpoint), flags, path)
     name = description["model"]
-    build = {option: description[option] for option in ("pe", "join_type", *all_options()) if option in description}
-    state_dict = checkpoint["model"]
-    if name not in timm.list_models(module="models_lape"):
-        if not timm.is_model(name):
-            raise ValueError(f"unknown {FLAGS['model']} {name!r}: it is neither a model of models_lape nor one of timm")
-        if build:
-            given = ", ".join(flag_for(option) for option in build)
-            raise ValueError(f"{given}: for models of models_lape; {name} is timm's own")
-    head = next(
-        (state_dict[key] for key in ("head.weight", "head.fc.weight", "classifier.fc.weight") if key in state_dict), ()
-    )
-    size = description.get("input_size")
-    try:
-        model = timm.create_model(name, num_classes=len(head), **({"img_size": size} if size else {}), **build)
-    except TypeError as error:
-        raise ValueError(f"{name} cannot be built: {error}") from error
-    if type(model) in CLASSES:
-        model = from_timm(model)
-    if isinstance(model, VisionTransformer):
-        state_dict = convert_checkpoint(state_dict, model)
-    else:
-        timm_grid(model)
+    said = [option for option in ("pe", "join_type", *all_options()) if option in description]
+    if not timm.is_model(name):
+        raise ValueError(f"unknown {FLAGS['model']} {name!r}: it is neither a model of models_lape nor one of timm")
+    if said and not is_of_models_lape(name):
+        raise ValueError(f"{', '.join(map(flag_for, said))}: for models of models_lape; {name} is timm's own")
+    stored, heads = unwrap_names(checkpoint["model"]), ("head.weight", "head.fc.weight", "classifier.fc.weight")
+    model = build_described(description, len(next((stored[key] for key in heads if key in stored), ())))
+    if not isinstance(model, VisionTransformer):
+        try:
+            model = from_timm(model)
+        except ValueError:  # a table can be seen all the same
+            timm_grid(model)
+    state_dict = spelled_for(model, stored)
     own = {key: str(getattr(model, key)) for key in ("pe", "join_type") if hasattr(model, key)}
     load_weights(model, state_dict, path, f"{name} ({', '.join(own.values())})" if own else name)
-    if untold := own.keys() - build.keys():
+    if untold := own.keys() - {*said}:
         taken = ", ".join(f"{key}={own[key]}" for key in sorted(untold))
         _logger.info("%s does not say all of its model: %s, as timm builds it", path, taken)
+    carry_data_config(model, description)
     return model.eval(), description
 
 

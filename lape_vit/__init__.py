@@ -1,7 +1,7 @@
 """How a vision transformer knows where its patches are: encodings, joins, and timm models that take any of them."""
 
-from lape_vit.checkpoints import WarmStart, convert_checkpoint, warm_start
-from lape_vit.convert import from_timm
+from lape_vit.convert import WarmStart, convert_checkpoint, warm_start
+from lape_vit.timm_models import from_timm
 from lape_vit.vit import VisionTransformer, VisionTransformerDistilled
 
 __all__ = [

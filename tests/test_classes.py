@@ -13,9 +13,9 @@ import torch
 from test_losses import distilled
 from tiny_run import as_original, call, differences, load, set_up
 
-import model_setup
+import training.models
+from loading.classes import first_few, name_differences, order_of_classes
 from tests.test_shards import make_shards
-from training.classes import first_few, name_differences, order_of_classes
 
 CLASSES = list(tiny_run.CLASSES)
 TURNED = CLASSES[1:] + CLASSES[:1]
@@ -200,7 +200,7 @@ def test_a_teacher_answers_in_the_students_order(tmp_path: Path, caplog: pytest.
         for classes, order in ((CLASSES, [0, 1, 2]), (TURNED, PLACES), (None, [0, 1, 2])):
             path = teacher_checkpoint(tmp_path / f"{order}.pth", classes, order)
             args = distilled(path, teacher_model=name, data_set="FOLDER")
-            answers.append(model_setup.build_teacher(args, CLASSES)(images))
+            answers.append(training.models.build_teacher(args, CLASSES)(images))
     assert torch.allclose(answers[0], answers[1], atol=1e-6)
     assert not torch.allclose(answers[0], answers[0][:, PLACES], atol=1e-2)
     matched, uncompared = (message for message in caplog.messages if "name" in message)
@@ -213,7 +213,7 @@ def test_a_teacher_of_other_classes_is_refused_by_name(tmp_path: Path) -> None:
     path = teacher_checkpoint(tmp_path / "teacher.pth", ["a", "circle", "square"], [0, 1, 2])
     args = distilled(path, teacher_model="deit_tiny_distilled_patch16_224", data_set="FOLDER")
     with pytest.raises(ValueError, match="other classes") as error:
-        model_setup.build_teacher(args, CLASSES)
+        training.models.build_teacher(args, CLASSES)
     told = f"only in FOLDER: triangle; only in {path}: a"
     assert str(error.value) == f"--teacher-path {path} was trained on other classes: {told}"
 

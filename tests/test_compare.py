@@ -15,14 +15,15 @@ import pytest
 
 import compare
 import comparison.jobs
+import training.setup
 from comparison import forecast
-from comparison.jobs import Job, alone_in, places
+from comparison.jobs import Job, alone_in, environments
 from comparison.plan import HARMLESS, NOT_HERE, count_cores
 from lape_vit.joins import JOINS, legal_joins, legal_pairs
 from tests import tiny_run
 from tests.fake_runs import calls_of, finish_all, plan_of, write_main
 from tests.tiny_run import contents, log_of
-from training.options import flag_of
+from training.options import Options, flag_of
 
 QUICK = ("--data-set", "DIGITS", "--device", "cpu", "--epochs", 3)
 
@@ -128,12 +129,12 @@ def test_a_dry_run_tells_which_pair_cannot_start_and_measures_the_others(
 ) -> None:
     monkeypatch.setattr(forecast, "SECONDS", 0.05)
 
-    def build(args: Any, *others: Any, build: Callable[..., Any] = forecast.run_setup.build_model) -> Any:
-        if args.pe == "rope":
+    def build(options: Options, *others: Any, build: Callable[..., Any] = training.setup.build_model) -> Any:
+        if options.model.pe == "rope":
             raise ValueError("no rope\ntoday")
-        return build(args, *others)
+        return build(options, *others)
 
-    monkeypatch.setattr(forecast.run_setup, "build_model", build)
+    monkeypatch.setattr(training.setup, "build_model", build)
     assert call("--pe", "none", "rope", *QUICK, "--output_dir", tmp_path / "out", "--dry-run") == 1
     out = capsys.readouterr().out
     assert "rope, basic cannot start: no rope today" in out
@@ -152,7 +153,8 @@ def test_each_run_gets_its_flags_its_folder_and_its_share_of_the_machine(
     out = tmp_path / "out"
     pairs = ("--pe", "relative", "learn", "--join-type", "basic", "LaPE", "--seeds", 0, 7)
     assert call(*pairs, *QUICK, "--max_relative_distance", 3, "--batch_size", 32, "--output_dir", out, "--jobs", 2) == 0
-    for pe, join_type in (("relative", "basic"), ("learnable", "basic"), ("learnable", "LaPE")):
+    relative = "relative(max_relative_distance=3)"
+    for pe, join_type in ((relative, "basic"), ("learnable", "basic"), ("learnable", "LaPE")):
         for seed in (0, 7):
             folder = out / f"{pe}_{join_type}_seed{seed}"
             ((argv, environment),) = calls_of(folder)
@@ -160,7 +162,6 @@ def test_each_run_gets_its_flags_its_folder_and_its_share_of_the_machine(
             wanted = {"--pe": pe, "--join-type": join_type, "--seed": str(seed), "--output-dir": str(folder)}
             assert wanted.items() <= flags.items()
             assert flags["--batch-size"] == "32"
-            assert flags.get("--max-relative-distance") == ("3" if pe == "relative" else None)
             assert "--auto-resume" in argv
             assert environment["OMP_NUM_THREADS"] == str(max(1, count_cores() // 2))
             assert "stand-in" in (folder / "output.txt").read_text()
@@ -185,8 +186,8 @@ def test_so_many_runs_at_a_time_and_no_more(tmp_path: Path, stand_in: Callable[[
 
 def test_every_job_on_gpus_has_one_of_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in places(3, "cuda")] == ["2", "5", "2"]
-    assert all("CUDA_VISIBLE_DEVICES" not in place for place in [*places(2, "cpu"), *places(2, "cuda:1")])
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in environments(3, "cuda")] == ["2", "5", "2"]
+    assert all("CUDA_VISIBLE_DEVICES" not in place for place in [*environments(2, "cpu"), *environments(2, "cuda:1")])
 
 
 # ---- what fails, stops and goes on
@@ -243,7 +244,7 @@ def test_a_stopped_comparison_stops_its_runs_and_goes_on(
     thread.join()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(
-        f"compare.py: interrupted by {number.name}; 0 of 2 runs are finished; the same command goes on"
+        f"compare.py: interrupted by {number.name}; 0 of 2 runs are finished; the same command continues"
     )
     before = [len(path.read_text().splitlines()) for path in logs]
     assert all(0 < epochs < 20 for epochs in before)
@@ -253,6 +254,24 @@ def test_a_stopped_comparison_stops_its_runs_and_goes_on(
     assert [[row["epoch"] for row in log_of(path.parent)] for path in logs] == [list(range(1, 21))] * 2
     assert call(*argv) == 0
     assert [len(calls_of(path.parent)) for path in logs] == [2, 2]
+
+
+@pytest.mark.parametrize("sizes", [(), ("--sizes", 24, 32)])
+def test_what_finishes_while_a_comparison_is_stopped_is_in_the_tables(
+    tmp_path: Path, stand_in: Callable[[str], None], sizes: tuple[object, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    stopped = "'--eval' in argv" if sizes else "'none' in argv"
+    stand_in(f"if {stopped}: os.kill(os.getppid(), signal.SIGINT); time.sleep(0.5); stopped = []")
+    argv = ("--pe", "none", "rope", *QUICK, "--output_dir", out, *sizes)
+    for name in ("none", "rope")[: 2 * len(sizes)]:
+        finish_all(plan_of("--pe", name, *QUICK, "--output_dir", out))
+    assert call(*argv) == 130
+    assert f"{2 if sizes else 1} of 2 runs are finished" in capsys.readouterr().err
+    if sizes:
+        assert [row["seeds"] for row in table_of(out / "sizes.csv")] == ["1", "0", "0", "0"]
+    else:
+        assert [row["seeds"] for row in table_of(out / "table.csv")] == ["1", "0"]
 
 
 def test_a_second_comparison_waits_for_the_runs_of_the_first_to_end(
@@ -290,6 +309,30 @@ def test_sizes_are_evaluated_once_for_each_checkpoint(tmp_path: Path, stand_in: 
     assert [len(calls_of(out / f"{pe}_basic_seed0" / "size_24")) for pe in ("none", "rope")] == [2, 1]
 
 
+def test_a_size_is_evaluated_in_every_way_that_the_encoding_takes(tmp_path: Path, stand_in: object) -> None:
+    out = tmp_path / "out"
+    ways = ("plain", "reference-grid", "log-n", "reference-grid+log-n")
+    argv = ("--pe", "learnable", "rope", *QUICK, "--output_dir", out, "--sizes", 24, "--size-ways", *ways)
+    finish_all(plan_of(*argv))
+    assert call(*argv) == 0
+    flags = {}
+    for pe in ("learnable", "rope"):
+        for folder in (out / f"{pe}_basic_seed0").glob("size_24*"):
+            ((evaluation, _),) = calls_of(folder)
+            flags[pe, folder.name] = {"--reference-grid", "--log-n"} & {*evaluation}
+    assert flags == {
+        ("learnable", "size_24"): set(),
+        ("learnable", "size_24_log-n"): {"--log-n"},
+        ("rope", "size_24"): set(),
+        ("rope", "size_24_log-n"): {"--log-n"},
+        ("rope", "size_24_reference-grid"): {"--reference-grid"},
+        ("rope", "size_24_reference-grid+log-n"): {"--reference-grid", "--log-n"},
+    }
+    assert [row["way"] for row in table_of(out / "sizes.csv")].count("plain") == 2
+    assert (out / "sizes.md").read_text().count("\n## ") == 3
+    assert {path.name for path in out.glob("sizes*.png")} == {"sizes.png", *(f"sizes_{way}.png" for way in ways[1:])}
+
+
 # ---- what is refused
 
 
@@ -305,6 +348,8 @@ def test_sizes_are_evaluated_once_for_each_checkpoint(tmp_path: Path, stand_in: 
         (("--pe", "learnable", "learn"), "learnable twice"),
         (("--pe", "none", "--seeds", "1", "1"), "--seeds"),
         (("--pe", "none", "--sizes", "8", "8"), "--sizes"),
+        (("--pe", "none", "--size-ways", "log-n"), "--size-ways says how --sizes evaluates"),
+        (("--pe", "none", "learnable", "--sizes", "8", "--size-ways", "reference-grid"), "--size-ways reference-grid"),
         (("--pe", "none", "--join-type", "glue"), "glue"),
         (("--pe", "none", "rope", "--join-type", "LaPE", "share"), "legal joins are none: basic; rope: basic"),
         (("--pe", "none", "--max-relative-distance", "3"), "relative"),

@@ -20,10 +20,10 @@ from comparison.screen import Screen
 from comparison.tables import NAMES, outcomes, table_rows, write_tables
 from lape_vit import encodings
 from lape_vit.joins import JOINS, legal_joins, legal_pairs
+from runtime.tables import print_table
 from tests.fake_runs import accuracies, finish, finish_all, plan_of, row
 from tests.tiny_run import set_up
-from training.options import build_parser, config_text, saved_options
-from training.tables import print_table
+from training.options import config_text, saved_options
 
 QUICK = ("--data-set", "DIGITS", "--device", "cpu")
 PNG = b"\x89PNG"
@@ -44,8 +44,7 @@ def table_of(path: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize("pe", encodings.names())
 def test_the_options_of_a_run_are_those_that_main_py_saves(tmp_path: Path, pe: str) -> None:
     (run,) = plan_of("--pe", pe, "--join-type", legal_joins(pe)[-1], *QUICK, "--output_dir", tmp_path).runs
-    parser = build_parser(encodings.all_options())
-    finish(Run(run.pe, run.join_type, 0, tmp_path / "saved", saved_options(set_up(*run.argv).args, parser)), [])
+    finish(Run(run.pe, run.join_type, 0, tmp_path / "saved", saved_options(set_up(*run.argv).options)), [])
     assert lines_of(tmp_path / "saved" / "config.yaml")[2:] == config_text(run.options, "").splitlines()[2:]
 
 

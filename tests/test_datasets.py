@@ -15,10 +15,12 @@ import zlib
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,18 +44,14 @@ from torchvision.transforms import (
     ToTensor,
 )
 
-from datasets import (
-    DATA_SETS,
-    TRAIN_CROPS,
-    Images,
-    UnreadableImageError,
-    build_dataset,
-    build_loader,
-    build_transform,
-    canonical_data_set,
-)
-from training.images import read_image, read_pixels
-from training.interrupt import SIGNALS, leave_signals_to_parent
+import datasets
+from datasets import DATA_SETS, canonical_data_set
+from loading import transforms
+from loading.images import Images, ImageSettings, UnreadableImageError, read_image, read_pixels
+from loading.loader import ImageLoader
+from loading.transforms import TRAIN_CROPS
+from runtime.interrupt import SIGNALS, leave_signals_to_parent
+from training.options import AugmentationOptions, DataOptions
 
 CIFARS = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
 
@@ -93,6 +91,29 @@ def make_args(**changes) -> Namespace:
     )
     assert changes.keys() <= vars(args).keys()
     return Namespace(**{**vars(args), **changes})
+
+
+def settings_of(args: Namespace) -> ImageSettings:
+    values = vars(args)
+    sections = [
+        section(**{one.name: values[one.name] for one in fields(section) if one.name in values})
+        for section in (DataOptions, AugmentationOptions)
+    ]
+    others = ("input_size", "mean", "std", "num_classes", "seed", "accum_steps")
+    return ImageSettings(*sections, **{name: values[name] for name in others})
+
+
+def build_dataset(is_train: bool, args: Namespace, *others: Any) -> tuple[Images, list[str]]:
+    return datasets.build_dataset(is_train, settings_of(args), *others)
+
+
+def build_transform(is_train: bool, args: Namespace) -> Compose:
+    settings = settings_of(args)
+    return transforms.build_transform(is_train, settings, DATA_SETS[settings.data.data_set].small)
+
+
+def build_loader(dataset: Images, is_train: bool, args: Namespace, *others: Any) -> ImageLoader:
+    return datasets.build_loader(dataset, is_train, settings_of(args), *others)
 
 
 def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from multiprocessing import get_context
@@ -12,7 +14,7 @@ import tiny_run
 from test_resume import RICH, UPDATES, python
 from tiny_run import assert_same_run, call, load, log_of
 
-from training.distributed import UNSHARED_STORE
+from runtime.distributed import UNSHARED_STORE
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = [f"class{number}" for number in range(11)]  # so that five guesses may be wrong
@@ -116,6 +118,66 @@ def test_images_that_the_processes_cannot_share_out_make_no_process_wait(
     (rows, checkpoint) = log_of(tmp_path / "run"), load(tmp_path / "run" / "checkpoint.pth")
     assert len(rows) == checkpoint["epoch"] == 2
     assert checkpoint["config"]["batch_size"] == 2
+
+
+# ---- a process fails alone
+
+QUICKLY = """
+import os, sys
+import main
+seconds, *argv = sys.argv[1:]
+main.SECONDS_FOR_OTHERS = float(seconds.split(",")[int(os.environ["RANK"])])
+sys.exit(main.main(argv))
+"""
+
+
+@pytest.fixture
+def one_unreadable(tmp_path: Path) -> Callable[[int], tuple[Path, Path]]:
+    """Images one of which, among those that the process `rank` of two evaluates, cannot be read; and its path."""
+
+    def make(rank: int) -> tuple[Path, Path]:
+        data = tiny_run.make_images(tmp_path / "images", NUM_TRAIN, NUM_VAL, CLASSES)
+        unreadable = sorted((data / "val").glob("*/*.png"))[rank]
+        unreadable.write_bytes(b"no image")
+        return data, unreadable
+
+    return make
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_where_one_process_fails_each_tells_it_in_one_line(
+    rank: int, one_unreadable: Callable[[int], tuple[Path, Path]], tmp_path: Path, recipe: Path
+) -> None:
+    data, unreadable = one_unreadable(rank)
+    (tmp_path / "quickly.py").write_text(QUICKLY)
+    flags = ("--recipe", recipe, "--data-path", data, "--device", "cpu", "--dist-url", f"file://{tmp_path / 'meeting'}")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, tmp_path / "quickly.py", "2,2", *map(str, flags)],
+            env={**os.environ, "RANK": str(one), "WORLD_SIZE": "2", "LOCAL_RANK": str(one), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for one in range(2)
+    ]
+    (_, failed), (_, other) = (processes[one].communicate(timeout=SECONDS) for one in (rank, 1 - rank))
+    assert (processes[rank].returncode, processes[1 - rank].returncode) == (2, 1)
+    (line,) = failed.splitlines()
+    assert f"{unreadable} cannot be read" in line
+    assert other == f"main.py: process {1 - rank}: error: another process has ended before its time\n"
+
+
+def test_torchrun_names_the_process_that_failed(
+    one_unreadable: Callable[[int], tuple[Path, Path]], tmp_path: Path, recipe: Path
+) -> None:
+    data, unreadable = one_unreadable(1)
+    (tmp_path / "quickly.py").write_text(QUICKLY)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "quickly.py")
+    done = python(*launcher, "60,2", "--recipe", recipe, "--data-path", data, "--device", "cpu")
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("main.py: "))
+    assert line.startswith(f"main.py: process 1: error: {unreadable} cannot be read")
+    assert re.search(r"Root Cause .*?rank +: (\d).*?exitcode +: (\S+)", done.stderr, re.DOTALL).groups() == ("1", "2")  # type: ignore[union-attr]
 
 
 # ---- a process is killed

@@ -1,8 +1,8 @@
 """The commands of `docs/` are understood, and their arithmetic is right."""
 
-import argparse
 import re
 import shlex
+import subprocess
 from importlib import import_module
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch.distributed.run import get_args_parser
 import compare
 from comparison.plan import make_plan
 from training.optimisation import images_per_update, learning_rate
+from training.options import Options
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -24,6 +25,20 @@ def commands(page: Path) -> list[str]:
     blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line for line in lines if re.search(PROGRAM, line)]
+
+
+def test_the_map_shows_every_folder_and_every_file_of_the_root() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    names = {path.partition("/")[0] + "/" * ("/" in path) for path in listed} or {path.name for path in ROOT.iterdir()}
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    shown = {name for name in names if not name.startswith(".") or name == ".pre-commit-config.yaml"}
+    assert [name for name in sorted(shown) if f"`{name}`" not in text] == []
+
+
+def test_every_module_that_the_map_names_is_there() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    paths = re.findall(r"`((?:\w+/)*\w+\.py)`", text)
+    assert [path for path in paths if not any(ROOT.glob(f"**/{path}"))] == []
 
 
 ALL = [command for page in PAGES for command in commands(page)]
@@ -51,10 +66,11 @@ def test_every_command_is_understood(command: str) -> None:
 @pytest.mark.parametrize("command", TOLD)
 def test_the_images_per_update_and_the_learning_rate_are_those_of_the_command(command: str) -> None:
     command, told = command.split("#")
-    args = argparse.Namespace(**resolve(command))
-    images, rate = re.fullmatch(r" (\d+) images per update, learning rate up to (\S+)", told).groups()  # type: ignore[union-attr]
-    assert images_per_update(args, processes := number_of_processes(command)) == int(images)
-    assert f"{learning_rate(args, processes):g}" == rate
+    options = Options.of(resolve(command))
+    images, rate = re.fullmatch(r" (\d+) images per update, learning rate (\S+)", told).groups()  # type: ignore[union-attr]
+    per_update = images_per_update(options.data, options.optimisation, number_of_processes(command))
+    assert per_update == int(images)
+    assert f"{learning_rate(options.optimisation, per_update):g}" == rate
 
 
 def number_of_processes(command: str) -> int:

@@ -18,8 +18,8 @@ import tiny_run
 import torch
 from tiny_run import call, differences, load
 
+from runtime.download import fetch
 from training.checkpoint import load_checkpoint
-from training.download import fetch
 
 
 class Web(NamedTuple):

@@ -255,6 +255,72 @@ def test_options_and_augmentation_of_places_are_taken() -> None:
     assert ours.augment_places.is_on
 
 
+PRETRAINED = [*TIMMS[2:], HYBRID, "vit_small_patch16_rope_mixed_ape_224", "vit_small_patch16_dinov3_qkvb"]
+
+
+class TestPretrained:
+    """``pretrained=True`` of a folder as timm writes it, with another encoding, join or size."""
+
+    def source(self, name: str, folder: Path, **arguments: Any) -> tuple[str, dict[str, Any], Any]:
+        given = {**SIZES, "mlp_ratio": 4.0, **({"patch_size": 1} if name == HYBRID else {}), **arguments}
+        torch.manual_seed(0)
+        model = disturb(timm.create_model(name, **given))
+        timm.models.save_for_hf(model, folder, model_args=given)
+        return f"local-dir:{folder}", given, model.eval()
+
+    @pytest.mark.parametrize("name", PRETRAINED)
+    def test_timms_weights_give_timms_logits_in_ours(
+        self, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        source, _, theirs = self.source(name, tmp_path)
+        ours = timm.create_model(source, pretrained=True, join_type="basic").eval()
+        assert isinstance(ours, VisionTransformer)
+        pixels = images(2, *theirs.patch_embed.img_size).float()
+        torch.testing.assert_close(ours(pixels), theirs(pixels), rtol=0, atol=1e-4)
+        assert "pretrained weights: new" not in caplog.text
+        assert "left out" not in caplog.text
+
+    @pytest.mark.parametrize("name", PRETRAINED)
+    def test_what_another_encoding_and_size_leave_out_and_need_is_said(
+        self, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        source, _, theirs = self.source(name, tmp_path)
+        ours = timm.create_model(source, pretrained=True, pe="2D_sin+relative", join_type="LaPE", img_size=(32, 64))
+        assert (ours.pe, ours.join_type, ours.patch_embed.img_size) == ("2D_sin+relative", "LaPE", (32, 64))
+        kept = {key: value for key, value in theirs.state_dict().items() if key in ours.state_dict()}
+        assert len(kept) > 10
+        assert_equal({key: ours.state_dict()[key] for key in kept}, kept)
+        (new,) = [record.getMessage() for record in caplog.records if "weights: new" in record.getMessage()]
+        assert "join.norms.*.weight (2)" in new
+        assert "blocks.*.attn.encoding.key_x (2)" in new
+        lost = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+        assert bool(lost) == (theirs.pos_embed is not None or "mixed" in name)
+
+    def test_a_table_is_resampled_as_by_set_input_size(self, tmp_path: Path) -> None:
+        for name in ("vit_small_patch14_reg4_dinov2", HYBRID):
+            source, _, theirs = self.source(name, tmp_path / name)
+            loaded = timm.create_model(source, pretrained=True, pe="learnable", img_size=(48, 64))
+            expected = from_timm(theirs)
+            expected.set_input_size((48, 64))
+            assert_equal(dict(loaded.state_dict()), dict(expected.state_dict()))
+
+    def test_a_model_of_ours_comes_back_with_its_encoding_by_timms_own_way(self, tmp_path: Path) -> None:
+        for name in (DEIT, "vit_small_patch16_rope_mixed_224"):
+            arguments = {"pe": "learnable+rope_mixed", "join_type": "LaPE"}
+            source, _, ours = self.source(name, tmp_path / name, **arguments)
+            loaded = timm.create_model(source, pretrained=True)
+            assert (loaded.pe, loaded.join_type) == ("learnable+rope_mixed", "LaPE")
+            assert_equal(dict(loaded.state_dict()), dict(ours.state_dict()))
+
+    def test_features_are_those_of_the_whole_model(self, tmp_path: Path) -> None:
+        source, _, _ = self.source("vit_small_patch14_dinov2", tmp_path)
+        features = timm.create_model(source, pretrained=True, pe="2D_sin", features_only=True, out_indices=(0, 1))
+        whole = timm.create_model(source, pretrained=True, pe="2D_sin").eval()
+        pixels = images().float()
+        expected = whole.forward_intermediates(pixels, [0, 1], intermediates_only=True)
+        assert_equal(features.eval()(pixels), expected)
+
+
 class TestRefusals:
     """One line, and the model is as it was."""
 

@@ -23,6 +23,7 @@ NAMES = {*encodings.names(), *encodings.ALIASES, *JOINS} - {""}
 EVERYDAY = {"none"}
 """Names that options of other things share: a fault only in a comparison of what ``POSITION`` recognises."""
 POSITION = re.compile(r"\bpe\b|pos_embed|encoding|join")
+COMMANDS = ("main", "compare", "similarity_visualize", "demo")
 LIBRARIES = ("torch", "torchvision", "timm", "argparse")
 
 BENEATH: dict[str, tuple[str, ...]] = {
@@ -35,37 +36,51 @@ BENEATH: dict[str, tuple[str, ...]] = {
     "joins": ("encodings",),
     "attention": ("joins",),
     "vit": ("attention", "augmentation"),
-    "analysis": ("vit",),
-    "cct": ("vit",),
-    "checkpoints": ("vit", "eva"),
+    "compact": ("vit",),
     "eva": ("encodings",),
     "convert": ("vit", "eva"),
-    "lape_vit": ("analysis", "cct", "checkpoints", "convert"),
+    "timm_models": ("vit", "eva"),
+    "analysis": ("vit",),
+    "lape_vit": ("analysis", "compact", "convert", "timm_models"),
     "models_lape": ("lape_vit",),
-    "training": (),
+    "runtime": (),
+    "options": ("runtime",),
+    "loading": ("options",),
+    "training": ("options",),
+    "datasets": ("loading",),
     "engine": ("training",),
-    "datasets": ("training",),
-    "figures": ("models_lape", "training"),
-    "commands": ("figures", "engine", "datasets"),
+    "setup": ("datasets", "training", "models_lape"),
+    "figures": ("setup",),
+    "comparison": ("engine", "setup"),
+    "commands": ("comparison", "figures"),
+    "benchmarks": ("commands",),
 }
 """Layer: the layers directly beneath it. A module may import its own layer and all that lies beneath."""
+COMMANDS = ("main", "compare", "similarity_visualize")
 
 
 def layer_of(module: str) -> str:
-    """The layer of a module; one without a layer of its own belongs to the topmost of the library or of the root."""
+    """The layer of a module; empty where it has none."""
     match module.split("."):
+        case ["lape_vit"]:
+            return "lape_vit"
         case ["lape_vit", "encodings"]:
             return "encodings"
         case ["lape_vit", "encodings", ("base" | "tables") as name]:
             return f"encodings/{name}"
-        case ["lape_vit", "encodings", *_]:
+        case ["lape_vit", "encodings", _]:
             return "encodings/*"
-        case ["lape_vit", name, *_] if name in BENEATH:
-            return name
-        case [("lape_vit" | "models_lape" | "training" | "engine" | "datasets" | "figures") as name, *_]:
-            return name
-        case _:
+        case ["lape_vit", name, *_]:
+            return name if name in BENEATH else ""
+        case ["training", "options"]:
+            return "options"
+        case ["training", "setup" | "models"]:
+            return "setup"
+        case [name] if name in COMMANDS:
             return "commands"
+        case [name, *_]:
+            return name if name in BENEATH else ""
+    return ""
 
 
 def within_reach(layer: str) -> set[str]:
@@ -112,6 +127,16 @@ def upward_imports(root: Path) -> list[str]:
                 target = target.rpartition(".")[0]
             if target and layer_of(target) not in within_reach(layer_of(module)):
                 faults.append(f"{path.relative_to(root)}:{line}: {module} imports {target}")
+    return faults
+
+
+def imported_commands(root: Path) -> list[str]:
+    """Imports of a command by a module: what both need lies beneath."""
+    faults = []
+    for module, path in modules(root).items():
+        for line, target, _ in imports(ast.parse(path.read_text(encoding="utf-8")), module.rpartition(".")[0]):
+            if target.partition(".")[0] in COMMANDS:
+                faults.append(f"{path.relative_to(root)}:{line}: {module} imports the command {target}")
     return faults
 
 
@@ -192,15 +217,16 @@ def tree_of(root: Path, files: dict[str, str]) -> Path:
         "lape_vit/attention.py": "from lape_vit import encodings",
         "lape_vit/vit.py": "from lape_vit import attention, encodings, joins",
         "lape_vit/analysis/__init__.py": "from lape_vit import vit",
-        "lape_vit/checkpoints.py": "import lape_vit.vit",
+        "lape_vit/convert.py": "import lape_vit.vit",
         "models_lape.py": "import lape_vit",
+        "loading/images.py": "",
         "training/__init__.py": "",
-        "training/setup.py": "",
-        "engine.py": "from training import setup",
+        "training/losses.py": "",
+        "engine.py": "from training import losses",
         "datasets.py": "",
         "figures/__init__.py": "",
-        "figures/sheet.py": "import models_lape\nfrom training import setup",
-        "main.py": "import datasets, engine, models_lape\nfrom training.setup import device",
+        "figures/sheet.py": "import models_lape\nfrom training import losses",
+        "main.py": "import datasets, engine, models_lape\nfrom training.losses import device",
         "tests/test_main.py": "import main\nassert main.pe == 'LaPE'",
     }
     for name, text in (good | files).items():
@@ -210,13 +236,28 @@ def tree_of(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def test_the_checkers_see_the_whole_tree() -> None:
-    assert {"lape_vit", "lape_vit.vit", "models_lape", "engine", "datasets", "main"} <= modules(ROOT).keys()
-    assert {layer_of(module) for module in modules(ROOT)} == BENEATH.keys()
+def test_every_module_has_a_layer_and_every_layer_a_module() -> None:
+    layers = {module: layer_of(module) for module in modules(ROOT)}
+    assert [module for module, layer in layers.items() if not layer] == []
+    assert {*layers.values()} == BENEATH.keys()
+
+
+def test_a_command_is_imported_by_no_module_but_benchmarks() -> None:
+    assert [layer for layer in BENEATH if layer != "commands" and "commands" in within_reach(layer)] == ["benchmarks"]
 
 
 def test_imports_run_downward() -> None:
     assert upward_imports(ROOT) == []
+
+
+def test_no_module_imports_a_command() -> None:
+    assert imported_commands(ROOT) == []
+
+
+@pytest.mark.parametrize("text", ["import main", "def run():\n    from main import train"])
+def test_an_imported_command_is_a_fault(tmp_path: Path, text: str) -> None:
+    (fault,) = imported_commands(tree_of(tmp_path, {"comparison/forecast.py": text}))
+    assert fault.startswith("comparison/forecast.py:")
 
 
 def test_only_encodings_and_joins_compare_with_their_names() -> None:
@@ -253,14 +294,14 @@ def test_a_tree_that_keeps_the_rules_has_no_faults(tmp_path: Path) -> None:
         ("lape_vit/encodings/__init__.py", "from .. import joins"),
         ("lape_vit/joins.py", "from .vit import Attention"),
         ("lape_vit/vit.py", "from lape_vit import convert_checkpoint"),
-        ("lape_vit/vit.py", "import lape_vit.checkpoints as checkpoints"),
-        ("lape_vit/checkpoints.py", "import models_lape"),
-        ("lape_vit/checkpoints.py", "def load():\n    from training.setup import device"),
+        ("lape_vit/vit.py", "import lape_vit.convert as convert"),
+        ("lape_vit/convert.py", "import models_lape"),
+        ("lape_vit/convert.py", "def load():\n    from training.losses import device"),
         ("lape_vit/analysis/views.py", "import datasets"),
         ("models_lape.py", "import main"),
         ("models_lape.py", "import engine"),
-        ("training/setup.py", "import engine"),
-        ("training/setup.py", "from lape_vit.vit import Attention"),
+        ("training/losses.py", "import engine"),
+        ("training/losses.py", "from lape_vit.vit import Attention"),
         ("engine.py", "import main"),
         ("engine.py", "import datasets"),
         ("engine.py", "import models_lape"),
@@ -268,9 +309,9 @@ def test_a_tree_that_keeps_the_rules_has_no_faults(tmp_path: Path) -> None:
         ("datasets.py", "import engine"),
         ("datasets.py", "import lape_vit"),
         ("figures/sheet.py", "import main"),
-        ("figures/sheet.py", "import datasets"),
+        ("loading/images.py", "import datasets"),
         ("lape_vit/analysis/views.py", "from figures import sheet"),
-        ("training/setup.py", "import figures"),
+        ("training/losses.py", "import figures"),
     ],
 )
 def test_an_upward_import_is_a_fault(tmp_path: Path, file: str, text: str) -> None:
@@ -291,7 +332,7 @@ def test_an_upward_import_is_a_fault(tmp_path: Path, file: str, text: str) -> No
         "match pe, join_type:\n    case ('sinusoidal', _):\n        pass",
     ],
 )
-@pytest.mark.parametrize("file", ["main.py", "models_lape.py", "lape_vit/vit.py", "training/setup.py"])
+@pytest.mark.parametrize("file", ["main.py", "models_lape.py", "lape_vit/vit.py", "training/losses.py"])
 def test_a_comparison_with_a_name_is_a_fault(tmp_path: Path, file: str, text: str) -> None:
     (fault,) = name_comparisons(tree_of(tmp_path, {file: text}))
     assert fault.startswith(f"{file}:")

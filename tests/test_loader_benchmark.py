@@ -1,5 +1,6 @@
 """The benchmark of the loader compares like with like, and says where it cannot."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from benchmarks import loader
 from datasets import build_dataset, build_loader
-from training.seeding import seed_everything
+from runtime.seeding import seed_everything
 
 
 @pytest.fixture
@@ -44,11 +45,11 @@ def test_the_compared_pipelines_give_the_same_images(photos: list[Path], is_trai
 
 @pytest.mark.parametrize("is_train", [True, False])
 def test_what_is_measured_is_what_the_loader_does(photos: list[Path], is_train: bool) -> None:
-    args = loader.recipe()
-    args.data_set, args.data_path, args.batch_size, args.num_workers = "IMNET", str(photos[0].parents[2]), 2, 0
-    args.repeated_aug = False
-    images, _ = build_dataset(is_train, args)
-    batches = build_loader(images, is_train, args, 0, 1)
+    deit = loader.recipe()
+    data = replace(deit.data, data_set="IMNET", data_path=str(photos[0].parents[2]), batch_size=2, num_workers=0)
+    settings = replace(deit, data=data, augmentation=replace(deit.augmentation, repeated_aug=False))
+    images, _ = build_dataset(is_train, settings)
+    batches = build_loader(images, is_train, settings, 0, 1)
     ((batch, _),) = batches
     *_, ours = loader.pipelines(is_train).values()
     measured: dict[int, Any] = {number: Path(images.cropped.samples[index][0]) for index, _, number in batches.sampler}

@@ -1,6 +1,5 @@
 """What training minimises: with a teacher, with oneself, and what does not go together."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ from test_training import options
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
-import model_setup
+import training.models
 from training.losses import CosubLoss, DistillationLoss, build_loss
 from training.optimisation import build_criterion
+from training.options import Options
 
 torch.manual_seed(0)
 IMAGES, LABELS = torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 1])
@@ -85,14 +85,15 @@ def student() -> Any:
     return timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3, img_size=32, depth=1)
 
 
-def distilled(path: Path, **changes: Any) -> argparse.Namespace:
+def distilled(path: Path, **changes: Any) -> Options:
     common = {"distillation_type": "hard", "teacher_model": "test_resnet", "teacher_path": str(path), "input_size": 32}
     return options(**{**common, **changes})
 
 
-def loss_of(args: argparse.Namespace, model: nn.Module) -> nn.Module:
-    teacher = None if args.distillation_type == "none" else model_setup.build_teacher(args, [*"abc"])
-    return build_loss(args, model, build_criterion(args, None), teacher)
+def loss_of(chosen: Options, model: nn.Module) -> nn.Module:
+    has_teacher = chosen.distillation.distillation_type != "none"
+    teacher = training.models.build_teacher(chosen, [*"abc"]) if has_teacher else None
+    return build_loss(chosen, model, build_criterion(chosen.optimisation, None), teacher)
 
 
 def test_the_teacher_is_the_one_of_the_file_and_stays_as_it_is(teacher_file: Path, student: Any) -> None:
@@ -145,9 +146,8 @@ def test_what_does_not_go_with_distillation_is_refused(
 def test_a_student_with_one_head_and_a_teacher_of_other_classes_are_refused(teacher_file: Path, student: Any) -> None:
     with pytest.raises(ValueError, match="needs a model with two heads, such as deit_tiny_distilled"):
         loss_of(distilled(teacher_file), nn.Linear(2, 2))
-    args = distilled(teacher_file)
     with pytest.raises(ValueError, match=r"of 5 classes: fc.bias is \(3,\), not \(5,\)"):
-        model_setup.build_teacher(args, [*"abcde"])
+        training.models.build_teacher(distilled(teacher_file), [*"abcde"])
 
 
 @pytest.mark.parametrize(

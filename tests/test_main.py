@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,10 @@ from torch import nn
 
 import engine
 import main
-import run_setup
-from lape_vit.encodings import all_options
-from training.distributed import World
+import training.setup
+from lape_vit.encodings import ENCODINGS, all_options
+from runtime.distributed import World
+from training.state import Training
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -128,12 +130,12 @@ def test_dash_and_underscore_mean_the_same(tmp_path: Path, recipe: Path, flags: 
     folder, decay = flags
     run = set_up("--recipe", recipe, folder, tmp_path / "a_b", f"{decay}=0.125")
     assert run.output_dir == tmp_path / "a_b"
-    assert run.args.weight_decay == 0.125
+    assert run.options.optimisation.weight_decay == 0.125
 
 
 def test_the_command_line_overrides_the_recipe_and_that_the_defaults(recipe: Path) -> None:
-    args = set_up("--recipe", recipe, "--lr", "0.5").args
-    assert (args.lr, args.batch_size, args.weight_decay) == (0.5, 12, 0.05)
+    options = set_up("--recipe", recipe, "--lr", "0.5").options
+    assert (options.optimisation.lr, options.data.batch_size, options.optimisation.weight_decay) == (0.5, 12, 0.05)
 
 
 def test_the_saved_configuration_repeats_the_run(tmp_path: Path, trained: Path) -> None:
@@ -164,7 +166,7 @@ def test_without_an_average_there_is_none_and_with_one_it_is_evaluated(
 def test_the_average_may_stay_in_the_cpus_memory(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = train("--recipe", recipe, "--epochs", 1, "--model-ema", "--model-ema-force-cpu")
     assert run.training is not None
-    ema = run.training.state.ema
+    ema = run.training.ema
     assert ema is not None
     assert ema.device == torch.device("cpu")
     assert {value.device.type for value in ema.module.state_dict().values()} == {"cpu"}
@@ -176,7 +178,7 @@ def test_the_average_may_stay_in_the_cpus_memory(recipe: Path, caplog: pytest.Lo
 def test_evaluating_all_on_every_process_gives_the_same_result(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = set_up("--recipe", recipe, "--no-dist-eval")
     alone = main.evaluate_model(run, run.model, "alone")
-    run.world = World(0, 2, 0)
+    run.runtime = replace(run.runtime, world=World(0, 2, 0))
     monkeypatch.setattr(engine, "sum_over_ranks", lambda tensor: 2 * tensor)  # of two processes with all images each
     assert main.evaluate_model(run, run.model, "one of two") == alone
     assert alone["count"] == tiny_run.NUM_VAL
@@ -288,8 +290,8 @@ def test_the_run_says_how_much_an_epoch_shows(
 ) -> None:
     run = set_up("--recipe", recipe, *flags)
     assert run.training is not None
-    shown = {index for index, _, _ in run.training.loader.sampler}
-    assert len(shown) == images == run_setup.unique_images(run.training, run.args, 1)
+    shown = {index for index, _, _ in run.training.loader.sampler}  # type: ignore[attr-defined]
+    assert len(shown) == images == training.setup.unique_images(run.training, 1)
 
 
 # What to compare with beside the bare recipe, and a change of the option that the weights after two epochs must show.
@@ -461,13 +463,16 @@ def test_every_option_of_an_encoding_reaches_it_and_comes_back_from_the_checkpoi
     name: str, tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flag, pe = f"--{name}", all_options()[name][1][0]
-    assert call("--recipe", recipe, "--epochs", "1", "--pe", pe, flag, "3", "--output_dir", tmp_path) == 0
+    legal = ENCODINGS[pe].choices().get(name, (3, 5))
+    value = next(value for value in legal if value != ENCODINGS[pe].options()[name])
+    other = next(other for other in legal if other != value)
+    assert call("--recipe", recipe, "--epochs", "1", "--pe", pe, flag, value, "--output_dir", tmp_path) == 0
     checkpoint = tmp_path / "checkpoint.pth"
-    assert set_up("--eval", "--resume", checkpoint).model.pe_options[name] == 3
-    assert call("--eval", "--resume", checkpoint, flag, "5") == 2
-    assert re.search(r" 5(\.0)? contradicts .* which has 3", refused(capsys))
-    assert call("--recipe", recipe, "--pe", "none", flag, "3") == 2
-    assert re.search(rf"{flag.replace('_', '-')}: pe='none' takes no option", refused(capsys))
+    assert set_up("--eval", "--resume", checkpoint).model.pe_options[name] == value
+    assert call("--eval", "--resume", checkpoint, flag, other) == 2
+    assert re.search(rf" {other}(\.0)? contradicts .* which has {value}", refused(capsys))
+    assert call("--recipe", recipe, "--pe", "none", flag, value) == 2
+    assert re.search(rf"--pe none: pe='none' takes no option '{name}'", refused(capsys))
 
 
 @pytest.mark.parametrize("size", ["32", "24,16"])
@@ -489,11 +494,13 @@ class TestFinetune:
         self, rotary: Path, recipe: Path
     ) -> None:
         run = set_up("--recipe", recipe, "--finetune", rotary / "checkpoint.pth")
-        assert (run.args.pe, run.args.join_type, run.args.rope_theta) == ("learnable+rope_mixed", "LaPE", 20)
+        model = run.options.model
+        assert (model.pe, model.join_type) == ("learnable+rope_mixed(rope_theta=20)", "LaPE")
+        assert model.encoding["rope_theta"] == 20
         saved = load(rotary / "checkpoint.pth")["model"]
         assert all(torch.equal(value, saved[name]) for name, value in run.model.state_dict().items())
         assert run.training is not None
-        assert run.training.state.epoch == 0
+        assert run.training.epoch == 0
 
     def test_another_encoding_join_and_size_load_what_fits_and_say_the_rest(
         self, rotary: Path, recipe: Path, caplog: pytest.LogCaptureFixture
@@ -526,8 +533,9 @@ class TestFinetune:
 
 
 def test_flags_that_agree_with_the_checkpoint_are_accepted_under_any_name(trained: Path) -> None:
-    args = set_up("--eval", "--resume", trained / "checkpoint.pth", "--pos_embed", "learn", "--join_type=LaPE").args
-    assert (args.pe, args.join_type) == ("learnable", "LaPE")
+    flags = ("--pos_embed", "learn", "--join_type=LaPE")
+    model = set_up("--eval", "--resume", trained / "checkpoint.pth", *flags).options.model
+    assert (model.pe, model.join_type) == ("learnable", "LaPE")
 
 
 def test_the_checkpoint_decides_over_a_recipe(tmp_path: Path, trained: Path) -> None:
@@ -535,8 +543,8 @@ def test_the_checkpoint_decides_over_a_recipe(tmp_path: Path, trained: Path) -> 
     other.write_text(
         "pe: none\njoin-type: basic\ninput-size: 32\n" + f"data-set: FOLDER\ndata-path: {data_path(trained)}\n"
     )
-    args = set_up("--eval", "--resume", trained / "checkpoint.pth", "--recipe", other).args
-    assert (args.pe, args.join_type, args.input_size) == ("learnable", "LaPE", 16)
+    model = set_up("--eval", "--resume", trained / "checkpoint.pth", "--recipe", other).options.model
+    assert (model.pe, model.join_type, model.input_size) == ("learnable", "LaPE", 16)
 
 
 def data_path(run: Path) -> str:
@@ -560,7 +568,7 @@ def test_the_originals_checkpoints_evaluate_as_ours(
     assert line in capsys.readouterr().out.splitlines()
 
     assert call("--resume", tmp_path / "namespace.pth", *flags) == 2
-    assert "no training to go on with" in refused(capsys)
+    assert "no training to continue" in refused(capsys)
 
 
 def test_a_namespace_that_is_contradicted_is_refused(
@@ -589,10 +597,10 @@ RICH = (
 
 
 def interrupt_after(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopped(*args: object, epoch: int, **kwargs: object) -> dict[str, float]:
-        if epoch == epochs:
+    def stopped(training: Training, *args: object) -> dict[str, float]:
+        if training.epoch == epochs:
             raise KeyboardInterrupt
-        return train_one_epoch(*args, epoch=epoch, **kwargs)  # type: ignore[arg-type]
+        return train_one_epoch(training, *args)  # type: ignore[arg-type]
 
     train_one_epoch = main.train_one_epoch
     monkeypatch.setattr(main, "train_one_epoch", stopped)
@@ -607,7 +615,7 @@ def test_four_epochs_equal_two_and_two_bit_for_bit(
         interrupt_after(2, patch)
         assert call(*flags, "--output_dir", tmp_path / "parts") == 130
     checkpoint = tmp_path / "parts" / "checkpoint.pth"
-    message = f"main.py: interrupted in epoch 3; last checkpoint: {checkpoint}; go on with --resume {checkpoint}"
+    message = f"main.py: interrupted in epoch 3; last checkpoint: {checkpoint}; continue with --resume {checkpoint}"
     assert capsys.readouterr().err.splitlines() == [message]
     assert call("--resume", checkpoint) == 0  # no other flag
 
@@ -753,7 +761,7 @@ BAD_OPTIONS = [
     (("--eval",), ["--resume"]),
     (("--start-epoch", "2"), ["--start-epoch 2", "--epochs 2"]),
     (("--world-size", "3"), ["--world-size 3", "torchrun"]),
-    (("--resplit",), ["--resplit", "leave it out"]),
+    (("--resplit",), ["unknown option --resplit", "leave it out"]),
     (("--eval-data-path", "x.tar"), ["--eval-data-path x.tar", "FOLDER"]),
 ]
 
@@ -911,6 +919,20 @@ def test_bad_input_ends_the_process_with_code_2_and_one_line(tmp_path: Path, rec
     assert contents(tmp_path) == {}
 
 
+@pytest.mark.parametrize("command", ["main.py", "compare.py", "similarity_visualize.py"])
+def test_ctrl_c_while_a_command_imports_its_libraries_ends_it_in_one_line(command: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, ROOT / command, "--help"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{command}: interrupted\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_all_processes_of_a_run_ends_it_in_one_line_with_whole_files(
     number: signal.Signals, tmp_path: Path, recipe: Path
@@ -930,7 +952,7 @@ def test_a_signal_to_all_processes_of_a_run_ends_it_in_one_line_with_whole_files
     assert process.returncode == 128 + number
     (line,) = err.splitlines()
     where = rf"interrupted by {number.name} in epoch \d+, after update \d of 4"
-    assert re.fullmatch(rf"main.py: {where}; last checkpoint: (\S+); go on with --resume \1", line)
+    assert re.fullmatch(rf"main.py: {where}; last checkpoint: (\S+); continue with --resume \1", line)
     assert not list(folder.glob("*.tmp")) + list(folder.glob(".*.tmp"))
     assert load(folder / "checkpoint.pth")["epoch"] >= 1
 
@@ -982,7 +1004,8 @@ def test_two_processes_train_together_and_evaluate_exactly(tmp_path: Path, recip
     assert process.returncode == 0, err
     assert "2 processes on cpu" in out
     assert out.count("epoch 1/1") == 1  # only one of them tells
-    assert "12 images per update, 4 updates and 48 different images per epoch, learning rate up to 0.001" in out
+    update = "12 images per update, 4 updates and 48 different images per epoch"
+    assert f"{update}, learning rate 0.001, at most 0.0001 by its schedule" in out
 
     (row,) = log_of(tmp_path / "two")
     assert call("--eval", "--resume", tmp_path / "two" / "checkpoint.pth", "--output_dir", tmp_path / "eval") == 0

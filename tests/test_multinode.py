@@ -17,7 +17,7 @@ import pytest
 import tiny_run
 from tiny_run import assert_same_run, load, log_of
 
-from training.distributed import UNSHARED_STORE
+from runtime.distributed import UNSHARED_STORE
 
 ROOT = Path(__file__).resolve().parents[1]
 CABLE, PORT = "cable", 29400
@@ -163,7 +163,7 @@ def test_a_run_whose_host_is_killed_and_comes_back_equals_one_on_a_single_machin
     for number in range(victim, 2):
         running[number] = start(hosts[number], hosts[0], "2", *flags)
     assert [process.wait(SECONDS) for process in running] == [0, 0], told(hosts)
-    (epoch,) = re.findall(r"goes on with \S+, after epoch (\d+) and \d updates", hosts[0].log.read_text())
+    (epoch,) = re.findall(r"continues from \S+, after epoch (\d+) and \d updates", hosts[0].log.read_text())
     assert EPOCHS // 3 <= int(epoch) < EPOCHS
     assert_same_run(folder, tmp_path / "one")
 

@@ -108,7 +108,8 @@ def test_a_distillation_token_is_never_dropped() -> None:
     assert_equal(after[0][:, :2], seen[0][:, :2])
 
 
-READ_OFFSETS = ["relative", "2D_RPE", "rope", "rope_axial", "rope_mixed", "rope_dinov3", "rope_golden", "peg"]
+READ_OFFSETS = ["relative", "2D_RPE", "rope", "rope_axial", "rope_mixed", "rope_dinov3", "rope_golden"]
+READ_OFFSETS += ["alibi", "lookhere", "cpb", "irpe", "pape", "peg"]
 
 
 @pytest.mark.parametrize("pe", READ_OFFSETS)
@@ -117,7 +118,7 @@ def test_a_shift_of_all_patches_changes_nothing_that_reads_offsets(pe: str) -> N
     """Without a class token: it is not turned, so that rotations place the patches relative to it."""
     model = tiny(pe, "basic", class_token=False, global_pool="avg")
     tokens, whole = model.tokens_of(images())
-    for dx, dy in ((3, -2), (0.25, 0.75)):
+    for dx, dy in ((3, -2), (0.25, 0.75), (0.1, 1 / 3)):
         assert_near(run(model, tokens, whole.shifted(dx, dy)), model.forward_features(images()), 1e-9)
 
 

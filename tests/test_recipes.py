@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import run_setup
+import training.setup
 from datasets import DATA_SETS
 from lape_vit.encodings import all_options
 from training.options import RECIPES, build_parser, read_recipe
@@ -20,8 +20,10 @@ def resolve(command: str) -> dict[str, Any]:
     """The options of a command line."""
     given = PARSER.read(shlex.split(command.split("main.py", 1)[1]))
     if "data_set" in given:
-        given["data_set"] = run_setup.canonical_data_set(given["data_set"])
-    return vars(run_setup.resolve_options(PARSER, given, run_setup.pick_recipe(PARSER, given, {}), {}, {}))
+        given["data_set"] = training.setup.canonical_data_set(given["data_set"])
+    return training.setup.resolve_options(
+        PARSER, given, training.setup.pick_recipe(PARSER, given, {}), {}, {}
+    ).by_name()
 
 
 def header(path: Path) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import engine
 import main
-import run_setup
+import training.setup
 import training.state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,7 +87,9 @@ def test_a_run_killed_in_mid_epoch_and_resumed_equals_one_that_was_not(
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert place(tmp_path / "run") == (1, 2)
     assert call(*flags, "--num-workers", 2) == 0  # the same command, but for what may differ
-    assert f"goes on with {tmp_path / 'run' / 'checkpoint.pth'}, after epoch 1 and 2 updates" in capsys.readouterr().out
+    assert (
+        f"continues from {tmp_path / 'run' / 'checkpoint.pth'}, after epoch 1 and 2 updates" in capsys.readouterr().out
+    )
     assert_same_run(tmp_path / "run", undisturbed, "checkpoint_steps", "num_workers")
 
 
@@ -229,7 +231,7 @@ def test_a_truncated_checkpoint_is_skipped_and_said(
     assert call(*flags) == 0
     out = capsys.readouterr().out
     assert f"skips a checkpoint: {last} is damaged" in out
-    assert f"goes on with {best}" in out
+    assert f"continues from {best}" in out
 
 
 @pytest.mark.parametrize(
@@ -245,7 +247,7 @@ def test_auto_resume_needs_a_folder_and_nothing_else(
 def test_processes_that_see_different_folders_are_refused(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run_setup.distributed, "gather_over_ranks", lambda place, *_: [place, [3, 0]])
+    monkeypatch.setattr(training.setup.distributed, "gather_over_ranks", lambda place, *_: [place, [3, 0]])
     assert call("--recipe", recipe) == 2
     assert "the processes found different checkpoints" in capsys.readouterr().err
 
@@ -265,7 +267,7 @@ def test_a_changed_batch_size_in_mid_epoch_is_announced_and_goes_on_at_the_same_
     out = capsys.readouterr().out
     assert "--batch-size is now 6; it was 12" in out
     assert "--epochs is now 1; it was 2" in out
-    assert "epoch 1 goes on after update 6 of 8; it was after update 3 of 4" in out
+    assert "epoch 1 continues after update 6 of 8; it was after update 3 of 4" in out
     (row,) = log_of(tmp_path)
     assert row["train_loss"] == pytest.approx(1.2, abs=0.4)  # of three classes
 
@@ -306,8 +308,8 @@ def test_skipped_updates_leave_weights_and_averages_as_they_were(recipe: Path, m
     run = train("--recipe", recipe, "--model-ema", "--max-bad-steps", 100)
     assert differences(dict(run.model.state_dict()), dict(start)) == []
     assert run.training is not None
-    assert run.training.state.ema is not None
-    assert differences(dict(run.training.state.ema.module.state_dict()), dict(start)) == []
+    assert run.training.ema is not None
+    assert differences(dict(run.training.ema.module.state_dict()), dict(start)) == []
 
 
 def test_too_many_in_a_row_over_epochs_end_the_run_with_the_last_checkpoint_intact(
@@ -318,7 +320,7 @@ def test_too_many_in_a_row_over_epochs_end_the_run_with_the_last_checkpoint_inta
     (line,) = capsys.readouterr().err.splitlines()
     for part in ("epoch 2: 3 updates in a row", "loss inf", "learning rate 0.0", "scale 1", "gradient norm "):
         assert part in line
-    assert re.search(r"last checkpoint: \S+; go on with --resume", line)
+    assert re.search(r"last checkpoint: \S+; continue with --resume", line)
     assert place(tmp_path) == (1, 0)
 
 
@@ -331,9 +333,8 @@ def test_weights_that_are_not_finite_are_never_saved(
     saved = (tmp_path / "checkpoint.pth").read_bytes()
     with torch.no_grad():
         run.model.head.bias[0] = torch.nan  # type: ignore[union-attr, index, operator]
-    main.save(run, run.training)
+    assert "not finite" in main.save(run, run.training)
     assert (tmp_path / "checkpoint.pth").read_bytes() == saved
-    assert "not finite" in run.training.unsaved
 
 
 # ---- several processes
@@ -414,7 +415,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_checkpoint_and_is_told(
     (line,) = capsys.readouterr().err.splitlines()
     assert "could not be saved, and the one before stays" in line
     assert "File too large" in line
-    assert f"go on with --resume {tmp_path / 'checkpoint.pth'}" in line
+    assert f"continue with --resume {tmp_path / 'checkpoint.pth'}" in line
     assert place(tmp_path) == (1, 0)
     assert not list(tmp_path.glob(".*.tmp"))
 

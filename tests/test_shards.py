@@ -19,12 +19,12 @@ from PIL import Image
 from tiny_run import call, load, log_of
 
 import engine
-from datasets import ImageLoader, build_dataset, build_loader
-from tests.test_datasets import assert_one_line, make_args
+from loading import shards
+from loading.images import UnreadableImageError
+from loading.loader import ImageLoader
+from loading.shards import DamagedShardError, Shards
+from tests.test_datasets import assert_one_line, build_dataset, build_loader, make_args
 from tests.test_resume import ROOT, assert_same_run, at_update, python
-from training import shards
-from training.images import UnreadableImageError
-from training.shards import DamagedShardError, Shards
 
 LENGTHS = (3, 9, 5, 1, 7, 4, 8)  # 37 images in 7 shards
 CLASSES = 3
@@ -524,10 +524,10 @@ def test_a_run_on_shards_stopped_in_mid_epoch_equals_one_that_was_not_and_evalua
     shutil.copytree(parts, tmp_path / "others")
     capsys.readouterr()
     assert call(*flags, parts) == 0
-    assert "images again" not in capsys.readouterr().out
+    assert "may repeat images" not in capsys.readouterr().out
     assert_same_run(parts, whole)
     assert call(*flags, tmp_path / "others", "--num-workers", 1) == 0
-    assert "what is left of epoch 2 shows some images again and leaves others out" in capsys.readouterr().out
+    assert "the rest of epoch 2 may repeat images and skip others" in capsys.readouterr().out
 
     folder = Path(str(command[1])).parent / "images"
     evaluate = ("--eval", "--resume", whole / "checkpoint.pth", "--output_dir")

@@ -229,7 +229,9 @@ def record_added_logits(model: nn.Module) -> list[Tensor]:
 
         def widen(q: Tensor, k: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
             wide = own(q, k, *others)
-            added.append((wide[0] @ wide[1].mT - q @ k.mT) * encoding.head_dim**-0.5)
+            widened = (wide[0] @ wide[1].mT - q @ k.mT) * encoding.head_dim**-0.5
+            bias = encoding.logits_bias(q, k, others[-1])
+            added.append(widened if bias is None else widened + bias)
             return wide
 
         return widen
@@ -304,13 +306,15 @@ def test_the_bias_is_what_attention_adds_where_only_positions_flow(pe: str, join
     added = record_added_logits(model)
     with torch.no_grad():
         model(images_of(GRID))
-    names = [shown.name for shown in position_views(model) if shown.name in ("bias", "bias_normed")]
+    names = [shown.name for shown in position_views(model) if shown.name in ("bias", "bias_normed", "factor")]
     added = added[:DEPTH]  # views call the method, too
     if not names:
         assert added == [None] * DEPTH
         return
     for ours, received in zip(view(model, names[-1]).values, added, strict=True):
-        torch.testing.assert_close(ours.expand(2, -1, -1), between_patches(model, received), rtol=1e-10, atol=1e-10)
+        expected = between_patches(model, received)
+        expected = expected.exp() if names[-1] == "factor" else expected
+        torch.testing.assert_close(ours.expand(2, -1, -1), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("pe", [pe for pe in encodings.ENCODINGS if has_attention_part(pe)])

@@ -75,11 +75,12 @@ def expected_names(pe: str, join_type: str, token: int) -> set[str]:
         of_layer += ["sim_overall", f"sim_{token}thToken"]
     by_encoding = {
         "relative": ["table", "head0", "head1", "head2", "bias_offsets"],
-        "2D_RPE": ["head0", "head1", "head2", "bias_offsets"],
+        "lookhere": ["factor", "factor_offsets"],
     }
     if parts.attention is not None:
         turns = "rotate" in parts.attention.overridden
-        of_layer += ["kernel", "frequencies"] if turns else by_encoding[parts.attention.name]
+        of_bias = by_encoding.get(parts.attention.name, ["head0", "head1", "head2", "bias_offsets"])
+        of_layer += ["kernel", "frequencies"] if turns else of_bias
     if (pe, join_type) == ("2D_RPE", "LaPE"):
         of_layer += ["bias_normed", f"bias_normed_{token}thToken", "bias_normed_offsets"]
     found = {f"{join_type}_layer{layer}_{name}" for layer in range(2) for name in of_layer}
@@ -179,7 +180,7 @@ def photograph(path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("pe", "join_type", "splits"),
-    [("learnable", "LaPE", True), ("learnable", "basic", False), ("none", "basic", False)],
+    [("learnable", "LaPE", True), ("learnable", "basic", False), ("none", "basic", False), ("lookhere", "basic", True)],
 )
 def test_attention_over_an_image_is_drawn_with_its_position_part_where_there_is_one(
     pe: str, join_type: str, splits: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -341,9 +342,10 @@ def test_any_model_of_timm_with_a_table_is_drawn(ending: str, tmp_path: Path) ->
     if ending == "safetensors":
         safetensors.torch.save_file(model.state_dict(), path)
     else:  # tar: of timm's own training
-        whole = {"state_dict": model.state_dict(), "args": argparse.Namespace(model=name, img_size=32), "epoch": 3}
+        whole = {"state_dict": model.state_dict(), "args": argparse.Namespace(model=name), "epoch": 3}
+        whole["args"].input_size = [3, 32, 48]
         torch.save(whole if ending == "tar" else model.state_dict(), path)
-    flags = ["--input-size", "32,48"] + (["--model_name", name] if ending != "tar" else [])
+    flags = ["--input-size", "32,48", "--model_name", name] if ending != "tar" else []
     assert main(["--ckpt_path", str(path), "--save_dir", str(tmp_path / "pictures"), *flags]) == 0
     pictures = {f"{name}.png" for name in expected_names("learnable", "basic", 2 * 6 + 3)}
     assert names(tmp_path) == pictures | {"positions.npz"}

@@ -108,7 +108,7 @@ def test_a_job_whose_time_is_up_saves_and_queues_again_and_then_goes_on(
     job = submit("bash", BATCH_FILE, *flags)
     out, _ = job.communicate(timeout=SECONDS)
     assert job.returncode == 0, out
-    assert f"goes on with runs/digits/checkpoint.pth, after epoch {epochs} and" in out
+    assert f"continues from runs/digits/checkpoint.pth, after epoch {epochs} and" in out
     assert "requeued" not in out
     assert "2 processes on cpu" in out
     assert len(log_of(folder)) == EPOCHS

@@ -1,6 +1,5 @@
 """The parts of `training`: options, recipe files, checkpoint files, seeds, optimisation, display, curves."""
 
-import argparse
 import ast
 import io
 import json
@@ -16,29 +15,53 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
+from torch.optim import Optimizer
 
 import main
 from engine import evaluate
 from lape_vit.encodings import all_options
-from training import distributed, interrupt, logs
-from training.checkpoint import atomic_write, load_checkpoint, load_weights, save_checkpoint
+from runtime import distributed, interrupt, logs
+from runtime.distributed import World, check_size, pick_device, world_from_environment
+from runtime.files import atomic_write
+from runtime.interrupt import defer_interrupts, noted_signal
+from runtime.logs import LoopDisplay, clock
+from runtime.process import Runtime
+from runtime.seeding import seed_everything
+from runtime.tables import print_table
+from training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from training.curves import draw_curves
-from training.distributed import World, check_size, pick_device, world_from_environment
-from training.files import read_log
-from training.interrupt import defer_interrupts, noted_signal
-from training.logs import LoopDisplay, clock
-from training.optimisation import build_criterion, build_mixup, build_optimizer, build_scheduler, learning_rate
-from training.options import RUN_ONLY, build_parser, config_text, describe, find_recipe, flag_of, read_recipe
-from training.seeding import seed_everything
+from training.folder import read_log
+from training.optimisation import (
+    build_criterion,
+    build_mixup,
+    build_optimizer,
+    build_scheduler,
+    highest_rate,
+    images_per_update,
+    learning_rate,
+)
+from training.options import (
+    OF_ONE_CALL,
+    SECTIONS,
+    OptimisationOptions,
+    Options,
+    build_parser,
+    config_text,
+    describe,
+    find_recipe,
+    flag_of,
+    read_recipe,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 PARSER = build_parser(all_options())
 
 
-def options(**changed: Any) -> argparse.Namespace:
+def options(**changed: Any) -> Options:
     assert changed.keys() <= PARSER.defaults.keys()
-    return argparse.Namespace(**{**PARSER.defaults, "device": "cpu", "amp_dtype": "float32", **changed})
+    return Options.of({**PARSER.defaults, "device": "cpu", "amp_dtype": "float32", **changed})
 
 
 # ---- options
@@ -46,13 +69,59 @@ def options(**changed: Any) -> argparse.Namespace:
 
 def test_every_option_is_read_somewhere() -> None:
     read = set()
-    files = ("main", "run_setup", "model_setup", "engine", "datasets")
-    for path in [*(ROOT / f"{file}.py" for file in files), *(ROOT / "training").glob("*.py")]:
+    files = ("main", "engine", "datasets")
+    rooms = (path for room in ("training", "loading") for path in (ROOT / room).glob("*.py"))
+    for path in [*(ROOT / f"{file}.py" for file in files), *rooms]:
         for node in ast.walk(ast.parse(path.read_text())):
             match node:
-                case ast.Attribute(value=ast.Name(id="args"), attr=name, ctx=ast.Load()):
-                    read.add(name)
-    assert PARSER.defaults.keys() - read == all_options().keys()  # which model_setup.py reads as these very names
+                case ast.Attribute(value=ast.Name(id=section) | ast.Attribute(attr=section), attr=name, ctx=ast.Load()):
+                    if section in SECTIONS or section == "wanted":
+                        read.add(name)
+    assert PARSER.defaults.keys() - read == all_options().keys()  # which training/models.py reads as these very names
+
+
+@pytest.mark.parametrize("name", PARSER.defaults)
+def test_options_are_in_one_section_each_and_keep_their_values(name: str) -> None:
+    value = object()
+    chosen = options().changed(**{name: value})
+    assert {other for other, found in chosen.by_name().items() if found is value} == {name}
+    assert list(chosen.by_name()) == list(PARSER.defaults)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "value"),
+    [
+        (int, ["--size", "-3"], -3),
+        (float, ["--size", "-1e-5"], -1e-5),
+        (float, ["--size=-.5"], -0.5),
+        (str, ["--size", "large"], "large"),
+        (bool, ["--size"], True),
+        (bool, ["--no-size"], False),
+    ],
+)
+def test_options_of_encodings_are_read_by_their_type(
+    kind: type, words: list[str], value: object, tmp_path: Path
+) -> None:
+    parser = build_parser({"size": (kind, ["learnable"])})
+    assert parser.read(words) == {"size": value}
+    assert read_recipe(parser, recipe_file(tmp_path, f"size: {json.dumps(value)}")) == {"size": value}
+    assert Options.of({**parser.defaults, "size": value}).model.encoding == {"size": value}
+
+
+@pytest.mark.parametrize(("kind", "word"), [(int, "1.5"), (int, "many"), (float, "nan"), (float, "much"), (bool, "1")])
+def test_options_of_encodings_of_another_type_are_refused_by_name(kind: type, word: str) -> None:
+    with pytest.raises(ValueError, match="--size"):
+        build_parser({"size": (kind, ["learnable"])}).read([f"--size={word}"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "known"), [("--warmup-epoch", "--warmup-epochs"), ("--auto_augment", "main.py --help")]
+)
+def test_an_unknown_flag_is_refused_with_what_may_be_meant(flag: str, known: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"unknown option {flag.replace('_', '-')}.*{known}"):
+        PARSER.read([flag, "3"])
+    with pytest.raises(ValueError, match=f"unknown option '{flag[2:]}'.*{known}"):
+        read_recipe(PARSER, recipe_file(tmp_path, f"{flag[2:]}: 3"))
 
 
 def test_the_help_shows_each_flag_with_its_default() -> None:
@@ -104,8 +173,8 @@ def test_illegal_values_are_refused_by_name(flags: str) -> None:
 
 
 def test_the_description_is_aligned_and_marks_what_was_given() -> None:
-    args = options(lr=0.25, model_ema=True, opt_betas=[0.9, 0.99])
-    text = describe(args, PARSER, {"lr": 0.25})
+    chosen = options(lr=0.25, model_ema=True, opt_betas=[0.9, 0.99])
+    text = describe(chosen, PARSER, {"lr": 0.25})
     assert "lr* 0.25" in text
     assert "model-ema on" in text
     assert "opt-betas 0.9 0.99" in text
@@ -173,7 +242,7 @@ def test_an_unknown_recipe_is_refused_with_those_that_there_are(tmp_path: Path) 
 
 
 def test_saved_options_read_back_as_they_were(tmp_path: Path) -> None:
-    saved = {name: value for name, value in PARSER.defaults.items() if name not in RUN_ONLY}
+    saved = {name: value for name, value in PARSER.defaults.items() if name not in OF_ONE_CALL}
     saved |= {"pe": "none", "lr": 1e-7, "opt_betas": [0.9, 0.95], "aa": None, "model_ema": True}
     text = config_text(saved, "main.py --lr 1e-7")
     assert "# main.py --lr 1e-7" in text.splitlines()
@@ -336,7 +405,7 @@ class Exempting(nn.Module):
 
 def test_weight_decay_spares_biases_and_what_the_model_exempts() -> None:
     model = Exempting()
-    optimizer = build_optimizer(options(weight_decay=0.3), model, 0.1)
+    optimizer = build_optimizer(options(weight_decay=0.3).optimisation, model, 0.1)
     decayed = [p for group in optimizer.param_groups if group["weight_decay"] == 0.3 for p in group["params"]]
     assert len(decayed) == 1
     assert decayed[0] is model.linear.weight
@@ -345,7 +414,7 @@ def test_weight_decay_spares_biases_and_what_the_model_exempts() -> None:
 @pytest.mark.parametrize("opt", ["adamw", "lookahead_adamw", "sgd", "lamb"])
 def test_an_optimizer_is_fused_where_it_can_be(opt: str) -> None:
     model = Exempting()
-    optimizer = build_optimizer(options(opt=opt), model, 0.1)
+    optimizer = build_optimizer(options(opt=opt).optimisation, model, 0.1)
     assert [group.get("fused", False) for group in optimizer.param_groups] == [opt != "lamb"] * 2
     before = model.linear.weight.detach().clone()
     model.linear(model.table).sum().backward()
@@ -354,15 +423,17 @@ def test_an_optimizer_is_fused_where_it_can_be(opt: str) -> None:
 
 
 def test_an_option_that_the_optimizer_does_not_have_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    build_optimizer(options(opt="sgd", opt_eps=1e-8, momentum=0.5), Exempting(), 0.1)
+    build_optimizer(options(opt="sgd", opt_eps=1e-8, momentum=0.5).optimisation, Exempting(), 0.1)
     assert "sgd has no eps" in caplog.text
     assert "momentum" not in caplog.text
 
 
 def test_the_learning_rate_is_scaled_by_the_images_per_update() -> None:
-    assert learning_rate(options(lr=0.5, batch_size=64), 4) == 0.25
-    assert learning_rate(options(lr=0.5, batch_size=64, accum_steps=2), 4) == 0.5
-    assert learning_rate(options(lr=0.5, batch_size=64, unscale_lr=True), 4) == 0.5
+    def rate(**changes: Any) -> float:
+        chosen = options(lr=0.5, batch_size=64, **changes)
+        return learning_rate(chosen.optimisation, images_per_update(chosen.data, chosen.optimisation, 4))
+
+    assert (rate(), rate(accum_steps=2), rate(unscale_lr=True)) == (0.25, 0.5, 0.5)
 
 
 SHAPES = [
@@ -377,12 +448,17 @@ SHAPES = [
 ]
 
 
-def rates_of(args: argparse.Namespace) -> list[float]:
+def schedule_of(optimisation: OptimisationOptions, lr: float = 1.0, seed: int = 0) -> tuple[Optimizer, Scheduler]:
+    """An optimizer and its schedule of ten updates an epoch."""
+    optimizer = build_optimizer(optimisation, Exempting(), lr)
+    return optimizer, build_scheduler(optimisation, optimizer, 10, seed)
+
+
+def rates_of(chosen: Options) -> list[float]:
     """The learning rate of each epoch."""
-    optimizer = build_optimizer(args, Exempting(), 1.0)
-    scheduler = build_scheduler(args, optimizer, 10)
+    optimizer, scheduler = schedule_of(chosen.optimisation, seed=chosen.run.seed)
     rates = []
-    for epoch in range(args.epochs):
+    for epoch in range(chosen.optimisation.epochs):
         scheduler.step(epoch)
         rates.append(optimizer.param_groups[0]["lr"])
         scheduler.step(epoch + 1, min(epoch, 2))
@@ -451,9 +527,8 @@ def test_options_of_a_schedule_that_do_not_go_together_are_refused(changes: dict
     [("cosine", [0.1, 0.55, 0.505, 0.155]), ("constant", [0.1, 0.55, 1, 1]), ("tanh", [0.1, 0.541, 0.982, 0.276])],
 )
 def test_the_schedule_warms_up_and_then_takes_its_shape(sched: str, expected: list[float]) -> None:
-    args = options(sched=sched, epochs=4, warmup_epochs=2, warmup_lr=0.1, min_lr=0.01)
-    optimizer = build_optimizer(args, Exempting(), 1.0)
-    scheduler = build_scheduler(args, optimizer, 10)
+    chosen = options(sched=sched, epochs=4, warmup_epochs=2, warmup_lr=0.1, min_lr=0.01)
+    optimizer, scheduler = schedule_of(chosen.optimisation)
     rates = []
     for epoch in range(4):
         scheduler.step(epoch)
@@ -462,9 +537,8 @@ def test_the_schedule_warms_up_and_then_takes_its_shape(sched: str, expected: li
 
 
 def test_a_schedule_by_updates_changes_between_them() -> None:
-    args = options(epochs=4, warmup_epochs=2, warmup_lr=0.0, sched_on_updates=True)
-    optimizer = build_optimizer(args, Exempting(), 1.0)
-    scheduler = build_scheduler(args, optimizer, 10)
+    chosen = options(epochs=4, warmup_epochs=2, warmup_lr=0.0, sched_on_updates=True)
+    optimizer, scheduler = schedule_of(chosen.optimisation)
     rates = []
     for update in (0, 1, 5, 20, 40):
         scheduler.step(update // 10)
@@ -473,33 +547,77 @@ def test_a_schedule_by_updates_changes_between_them() -> None:
     assert rates == pytest.approx([0, 0.05, 0.25, 0.5, 1e-5], abs=1e-4)
 
 
+PEAKS: list[dict[str, Any]] = [
+    *(changes for changes, _ in SHAPES),
+    *({"sched": sched, "warmup_epochs": 2} for sched in ("cosine", "tanh", "poly", "step", "constant")),
+    {"min_lr": 2.0},  # which the schedule rises to
+    {"min_lr": 2.0, "cooldown_epochs": 2},
+    {"warmup_epochs": 2, "warmup_lr": 3.0},  # which it falls from
+    {"start_epoch": 3},
+]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [*PEAKS, *({**changes, "sched_on_updates": True} for changes in PEAKS if changes.get("sched") != "plateau")],
+    ids=str,
+)
+def test_the_highest_rate_is_that_of_all_updates(changes: dict[str, Any]) -> None:
+    optimisation = options(**{"epochs": 6, "warmup_epochs": 0, **changes}).optimisation
+    optimizer, scheduler = schedule_of(optimisation)
+    rates = []
+    for update in range(10 * optimisation.start_epoch, 10 * optimisation.epochs):
+        if update % 10 == 0:
+            scheduler.step(update // 10, update)
+        scheduler.step_update(update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert highest_rate(optimisation, 1.0, 10) == max(rates)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({}, "--min-lr 1e-05"),
+        ({"unscale_lr": True, "lr": 3e-6}, "--min-lr 1e-05"),
+        ({"min_lr": 1e-6, "warmup_lr": 1e-5}, "--warmup-lr 1e-05"),
+        ({"min_lr": 1e-6}, None),
+        ({"sched": "step"}, None),
+    ],
+)
+def test_an_unscaled_rate_above_the_scaled_one_is_told(
+    changes: dict[str, Any], flag: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    schedule_of(options(epochs=20, **changes).optimisation, lr=3.125e-6)
+    assert [line.split(" lies above the learning rate 3.125e-06")[0] for line in caplog.messages] == [flag] * bool(flag)
+
+
 def test_the_loss_is_the_one_of_the_labels_at_hand() -> None:
     logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
     plain = nn.functional.cross_entropy(logits, labels)
     smoothed = nn.functional.cross_entropy(logits, labels, label_smoothing=0.3)
-    assert torch.allclose(build_criterion(options(), None)(logits, labels), plain)
-    assert torch.allclose(build_criterion(options(smoothing=0.3), None)(logits, labels), smoothed)
+    assert torch.allclose(build_criterion(options().optimisation, None)(logits, labels), plain)
+    assert torch.allclose(build_criterion(options(smoothing=0.3).optimisation, None)(logits, labels), smoothed)
 
-    args = options(mixup=1.0, mixup_prob=0.0, smoothing=0.3)  # mixes nothing, and makes the labels soft
-    mixup = build_mixup(args, 3)
+    chosen = options(mixup=1.0, mixup_prob=0.0, smoothing=0.3)  # mixes nothing, and makes the labels soft
+    mixup = build_mixup(chosen.augmentation, 0.3, 64, 3)
     assert mixup is not None
     _, targets = mixup(torch.zeros(4, 3, 2, 2), labels)
-    assert torch.allclose(build_criterion(args, mixup)(logits, targets), smoothed)
-    assert build_mixup(options(smoothing=0.3), 3) is None
+    assert torch.allclose(build_criterion(chosen.optimisation, mixup)(logits, targets), smoothed)
+    assert build_mixup(options().augmentation, 0.3, 64, 3) is None
 
 
 def test_binary_cross_entropy_takes_every_class_of_a_mixed_image_as_right() -> None:
     logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
     right = nn.functional.one_hot(labels, 3).float()
     plain = nn.functional.binary_cross_entropy_with_logits(logits, right)
-    assert torch.allclose(build_criterion(options(bce_loss=True), None)(logits, labels), plain)
+    assert torch.allclose(build_criterion(options(bce_loss=True).optimisation, None)(logits, labels), plain)
 
-    args = options(bce_loss=True, mixup=1.0)
-    mixup = build_mixup(args, 3)
+    chosen = options(bce_loss=True, mixup=1.0)
+    mixup = build_mixup(chosen.augmentation, 0.0, 64, 3)
     both = nn.functional.binary_cross_entropy_with_logits(logits, right.maximum(right.flip(0)))
-    assert torch.allclose(build_criterion(args, mixup)(logits, 0.3 * right + 0.7 * right.flip(0)), both)
+    assert torch.allclose(build_criterion(chosen.optimisation, mixup)(logits, 0.3 * right + 0.7 * right.flip(0)), both)
     with pytest.raises(ValueError, match=r"--smoothing 0\.1 .* --bce-loss"):
-        build_criterion(options(bce_loss=True, smoothing=0.1), None)
+        build_criterion(options(bce_loss=True, smoothing=0.1).optimisation, None)
 
 
 # ---- evaluation
@@ -520,19 +638,14 @@ def loader_of(images: torch.Tensor, labels: torch.Tensor) -> torch.utils.data.Da
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=4)
 
 
-CPU: dict[str, Any] = {
-    "title": "test",
-    "device": torch.device("cpu"),
-    "amp_dtype": torch.float32,
-    "display": LoopDisplay(None),
-}
+CPU = Runtime(World(), torch.device("cpu"), torch.float32, LoopDisplay(None))
 
 
 @pytest.mark.parametrize("classes", [3, 12])
 def test_evaluation_counts_every_image_once(classes: int) -> None:
     torch.manual_seed(0)
     images, labels = torch.randn(7, 3, 2, 2), torch.randint(0, classes, (7,))
-    result = evaluate(Echo(classes), loader_of(images, labels), num_images=7, **CPU)
+    result = evaluate(Echo(classes), loader_of(images, labels), 7, CPU, "test")
     logits = images.flatten(1)[:, :classes]
     ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
     assert result == {
@@ -545,7 +658,7 @@ def test_evaluation_counts_every_image_once(classes: int) -> None:
 
 def test_evaluation_of_another_number_of_images_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="7 images were evaluated in place of 8"):
-        evaluate(Echo(3), loader_of(torch.randn(7, 3, 2, 2), torch.zeros(7).long()), num_images=8, **CPU)
+        evaluate(Echo(3), loader_of(torch.randn(7, 3, 2, 2), torch.zeros(7).long()), 8, CPU, "test")
 
 
 # ---- display
@@ -601,6 +714,19 @@ def test_other_processes_show_nothing_but_look_at_the_loss(
     assert show(None, monkeypatch, 10) == 10
     assert caplog.messages == []
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_piped_output_has_no_escapes_whatever_the_environment_says(
+    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, "1")  # as notebooks and CI do
+    console = logs.start_logging(is_main=True)
+    show(console, monkeypatch, 10)
+    print_table(console, "title", [{"name": "a"}], ["name"])
+    out = capsys.readouterr().out
+    assert "epoch 1/2  20/20" in out
+    assert "\x1b" not in out
 
 
 def test_log_lines_come_without_markup_and_wrapping(capsys: pytest.CaptureFixture[str]) -> None:

@@ -426,9 +426,11 @@ class TestStorage:
         assert (again.pe, again.join_type) == (pe, join_type)
 
     @over_pairs
-    def test_a_state_dict_holds_the_parameters_and_nothing_else(self, pe: str, join_type: str) -> None:
+    def test_a_state_dict_holds_the_parameters_and_whole_numbers_at_most(self, pe: str, join_type: str) -> None:
         model, other = tiny(pe, join_type), create(pe, join_type).double().eval()
-        assert model.state_dict().keys() == dict(model.named_parameters()).keys()
+        state, parameters = model.state_dict(), dict(model.named_parameters()).keys()
+        assert parameters <= state.keys()
+        assert not any(state[name].is_floating_point() for name in state.keys() - parameters)
         other.load_state_dict(model.state_dict())
         assert_equal(other(images()), model(images()))
 
@@ -452,7 +454,8 @@ class TestStorage:
     def test_timms_arguments_device_and_dtype_reach_everything(self, pe: str, join_type: str) -> None:
         model, doubled = tiny(pe, join_type), create(pe, join_type, dtype=torch.float64).eval()
         doubled.load_state_dict(model.state_dict())
-        assert all(tensor.dtype == torch.float64 for tensor in (*doubled.parameters(), *doubled.buffers()))
+        real = [tensor for tensor in (*doubled.parameters(), *doubled.buffers()) if tensor.is_floating_point()]
+        assert all(tensor.dtype == torch.float64 for tensor in real)
         assert_equal(doubled(images()), model(images()))
         meta = create(pe, join_type, device="meta")
         assert all(tensor.is_meta for tensor in (*meta.parameters(), *meta.buffers()))

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 import main
-import run_setup
-from training.distributed import World
-from training.logs import LoopDisplay
+import training.setup
+from runtime.distributed import World
+from runtime.logs import LoopDisplay
 
 CLASSES = ("circle", "square", "triangle")
 NUM_TRAIN, NUM_VAL = 16, 13  # per class, and a prime number in all
@@ -49,12 +49,12 @@ def make_images(
     return folder
 
 
-def set_up(*argv: object) -> run_setup.Run:
+def set_up(*argv: object) -> training.setup.Setup:
     """A run, ready to go."""
-    return run_setup.set_up([str(token) for token in argv], World(), LoopDisplay(None))
+    return training.setup.set_up([str(token) for token in argv], World(), LoopDisplay(None))
 
 
-def train(*argv: object) -> run_setup.Run:
+def train(*argv: object) -> training.setup.Setup:
     """A run that has trained, with what it then holds."""
     run = set_up(*argv)
     assert run.training is not None

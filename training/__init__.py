@@ -1,1 +1,1 @@
-"""What `main.py` needs and a model does not: options, processes, optimisation, checkpoint files, logging, curves."""
+"""One run: options, set-up, models, state, optimisation, losses, the files that it leaves."""

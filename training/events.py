@@ -1,6 +1,6 @@
 """What TensorBoard shows of a run, along one axis for updates and epochs: thousandths of an epoch.
 
-So curves of runs with another batch size lie over one another, and a run goes on in place when its batch size changes.
+So curves of runs with another batch size lie over one another, and a run whose batch size changes continues in place.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from training.distributed import sum_over_ranks
+from runtime.distributed import sum_over_ranks
 from training.state import Progress
 
 _logger = getLogger(__name__)
@@ -22,11 +22,11 @@ STEPS_PER_EPOCH = 1000
 class Events:
     """Writes the rows of `log.txt` by their keys, and some fifty times an epoch `update/loss` and `update/lr`.
 
-    All processes have one and call it alike; the main one writes. Where it cannot, it says so, and the run goes on.
+    All processes have one and call it alike; the main one writes. Where it cannot, it says so, and the run continues.
 
     Args:
         folder: receives the event files, beside those of a run that is resumed; None where this process does not write.
-        epoch, progress: where the run goes on: what older files hold beyond is not shown.
+        epoch, progress: where the run continues: what older files hold beyond is not shown.
         updates: per epoch.
     """
 

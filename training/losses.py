@@ -3,13 +3,14 @@
 Shapes: B batch, C classes; images (B, 3, H, W), targets (B,) labels or (B, C) probabilities, logits (B, C).
 """
 
-import argparse
 from logging import getLogger
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from training.options import DistillationOptions, Options
 
 _logger = getLogger(__name__)
 
@@ -81,52 +82,49 @@ class CosubLoss(nn.Module):
         return (supervised + mutual) / 4
 
 
-def build_loss(args: argparse.Namespace, model: Any, criterion: nn.Module, teacher: nn.Module | None) -> nn.Module:
+def build_loss(options: Options, model: Any, criterion: nn.Module, teacher: nn.Module | None) -> nn.Module:
     """The loss of the options; a model that is to be distilled, as it is with a teacher, is told so.
 
     Raises:
         ValueError: options that do not go together.
     """
-    tell_unused_options(args)
-    if teacher is not None:
-        return build_distillation(args, model, criterion, teacher)
-    return CosubLoss(criterion) if args.cosub else SupervisedLoss(criterion)
-
-
-def tell_unused_options(args: argparse.Namespace) -> None:
-    """Warn of each option that was given and that the loss does not look at."""
-    for flag, value in (
-        ("--teacher-model", args.teacher_model),
-        ("--teacher-path", args.teacher_path),
-        ("--distillation-alpha", args.distillation_alpha),
-    ):
-        if value is not None and args.distillation_type == "none":
-            _logger.warning("%s %s is without effect under --distillation-type none", flag, value)
-    if args.distillation_tau is not None and args.distillation_type != "soft":
-        name = args.distillation_type
-        _logger.warning(
-            "--distillation-tau %g is without effect under --distillation-type %s", args.distillation_tau, name
-        )
-    if args.cosub and not (args.drop_path and args.train_mode):
-        _logger.warning("--cosub without --drop-path in training mode: both passes go through the same blocks")
-
-
-def build_distillation(
-    args: argparse.Namespace, model: Any, criterion: nn.Module, teacher: nn.Module
-) -> DistillationLoss:
-    """Distillation of `model` by the teacher; raises as `build_loss`."""
-    what = f"--distillation-type {args.distillation_type}"
-    if args.cosub:
+    warn_of_unused_options(options)
+    if teacher is None:
+        return CosubLoss(criterion) if options.optimisation.cosub else SupervisedLoss(criterion)
+    what = f"--distillation-type {options.distillation.distillation_type}"
+    if options.optimisation.cosub:
         raise ValueError(f"{what} does not go with --cosub: give one of them")
-    if not args.train_mode:
+    if not options.model.train_mode:
         raise ValueError(f"{what} does not go with --no-train-mode, in which the two heads are one")
     if not hasattr(model, "set_distilled_training"):
         raise ValueError(f"{what} needs a model with two heads, such as deit_tiny_distilled_patch16_224")
     model.set_distilled_training(True)
+    return build_distillation(options.distillation, criterion, teacher)
+
+
+def build_distillation(distillation: DistillationOptions, criterion: nn.Module, teacher: nn.Module) -> DistillationLoss:
+    """Distillation by the teacher."""
     return DistillationLoss(
         criterion,
         teacher,
-        is_hard=args.distillation_type == "hard",
-        alpha=0.5 if args.distillation_alpha is None else args.distillation_alpha,
-        tau=1.0 if args.distillation_tau is None else args.distillation_tau,
+        is_hard=distillation.distillation_type == "hard",
+        alpha=0.5 if distillation.distillation_alpha is None else distillation.distillation_alpha,
+        tau=1.0 if distillation.distillation_tau is None else distillation.distillation_tau,
     )
+
+
+def warn_of_unused_options(options: Options) -> None:
+    """Warn of each option that was given and that the loss does not look at."""
+    distillation = options.distillation
+    kind, tau = distillation.distillation_type, distillation.distillation_tau
+    for flag, value in (
+        ("--teacher-model", distillation.teacher_model),
+        ("--teacher-path", distillation.teacher_path),
+        ("--distillation-alpha", distillation.distillation_alpha),
+    ):
+        if value is not None and kind == "none":
+            _logger.warning("%s %s is without effect under --distillation-type none", flag, value)
+    if tau is not None and kind != "soft":
+        _logger.warning("--distillation-tau %g is without effect under --distillation-type %s", tau, kind)
+    if options.optimisation.cosub and not (options.model.drop_path and options.model.train_mode):
+        _logger.warning("--cosub without --drop-path in training mode: both passes go through the same blocks")

@@ -92,6 +92,17 @@ def pairs_and_offsets(name: str, title: str, values: Tensor, grid: Grid) -> list
     ]
 
 
+def factors(bias: Tensor, grid: Grid) -> list[LayerView]:
+    """A bias (h, H*W, H*W) that is -inf for some pairs, as the factors exp(bias), since -inf has no colour."""
+    values = merge_equal_heads(bias.exp())
+    offsets = mean_by_offset(values, grid)
+    title = "factor of attention weights, exp(bias)"
+    return [
+        LayerView("factor", title, values, bounded=True),
+        LayerView("factor_offsets", f"mean {title} by offset", offsets, by_offset=True, bounded=True),
+    ]
+
+
 @singledispatch
 def layer_views(encoding: AttentionEncoding, read: Tensor, q: Tensor, places: Places) -> list[LayerView]:
     """What there is to see of one layer's positions, in the order in which attention uses it.
@@ -108,12 +119,14 @@ def layer_views(encoding: AttentionEncoding, read: Tensor, q: Tensor, places: Pl
         title = "mean q.k of equal q and k by offset"
         views.append(LayerView("kernel", title, kernel, by_offset=True))
     q, _ = encoding.rotate(q, q, places)
-    bias, without_query = (added_logits(encoding, queries, read, places) for queries in (q, torch.zeros_like(q)))
+    bias = added_logits(encoding, q, read, places)
+    without_query = added_logits(encoding, torch.zeros_like(q), torch.zeros_like(read), places)
     if bias is not None and without_query is not None:
         title = "bias" if torch.equal(bias, without_query) else "bias of queries without content"
         P, N = encoding.num_prefix_tokens, q.shape[2]
         patches = bias.expand(1, encoding.num_heads, N, N)[0, :, P:, P:]
-        views += pairs_and_offsets("bias", title, patches, places.grid)
+        hides = bool(patches.isneginf().any())
+        views += factors(patches, places.grid) if hides else pairs_and_offsets("bias", title, patches, places.grid)
     return views
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "Resolved",
     "TokenEncoding",
     "all_options",
+    "by_family",
     "canonical_name",
     "names",
     "register",
@@ -43,6 +44,10 @@ FILES = (
     "relative",
     "relative_bias",
     "rotary",
+    "distance",
+    "continuous_bias",
+    "image_relative",
+    "parabolic",
     "peg",
 )
 """The modules whose encodings are offered, in this order: all classes of theirs that have a ``name``."""
@@ -196,10 +201,7 @@ def resolve(pe: str, options: Mapping[str, Any] | None = None) -> Resolved:
                 raise ValueError(f"pe={pe!r} says {option}={value}, and {option}={given[option]} was given as well")
     members = {family: [part for part in found if issubclass(part, FAMILIES[family])] for family in FAMILIES}
     if len(found) > 1 and (any(len(parts) > 1 for parts in members.values()) or NoEncoding in found):
-        raise ValueError(
-            f"pe={pe!r} is no legal sum: add at most one encoding of each family: "
-            + "; ".join(f"{family}: {', '.join(_members(family))}" for family in FAMILIES)
-        )
+        raise ValueError(f"pe={pe!r} is no legal sum: add at most one encoding of each family: {by_family()}")
     taken = {option: default for part in found for option, default in part.options().items()}
     if refused := sorted(given.keys() - taken.keys()):
         raise TypeError(f"pe={pe!r} takes no option {refused[0]!r}" + _known(taken))
@@ -213,8 +215,14 @@ def resolve(pe: str, options: Mapping[str, Any] | None = None) -> Resolved:
     return Resolved(**parts, given={option: value for option, value in values.items() if value != taken[option]})
 
 
-def _members(family: str) -> list[str]:
-    return [name for name, encoding in ENCODINGS.items() if issubclass(encoding, FAMILIES[family])]
+def by_family() -> str:
+    """All names, family by family, for messages."""
+    members = {
+        family: [name for name, encoding in ENCODINGS.items() if issubclass(encoding, base)]
+        for family, base in FAMILIES.items()
+    }
+    listed = [f"{family} ({', '.join(of_family)})" for family, of_family in members.items() if of_family]
+    return ", ".join([NoEncoding.name, *listed])
 
 
 def _known(options: Iterable[str]) -> str:
@@ -228,7 +236,7 @@ def _read_part(text: str, pe: str) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"pe={pe!r} cannot be read: write a name, as name(option=value), or a sum such as a+b")
     name = ALIASES.get(match[1], match[1])
     if name not in ENCODINGS:
-        raise ValueError(f"unknown encoding pe={match[1]!r}; known: {', '.join(ENCODINGS)}, and sums such as a+b")
+        raise ValueError(f"unknown encoding pe={match[1]!r}; known: {by_family()}; and sums with one of each family")
     options = {}
     for item in filter(str.strip, (match[2] or "").split(",")):
         option, equals, value = item.partition("=")

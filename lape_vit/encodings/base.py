@@ -108,12 +108,21 @@ class Encoding(nn.Module):
         """Names of this module's own parameters that an optimiser must not decay."""
         return set()
 
-    def compute(self, formula: Callable[[Places, torch.dtype], Tensor], places: Places, like: Tensor) -> Tensor:
-        """``formula(places, like.dtype)``; kept for a whole grid, where the module has no parameters.
+    def compute(
+        self,
+        formula: Callable[[Places, torch.dtype], Tensor],
+        places: Places,
+        like: Tensor,
+        reads_parameters: bool = True,
+    ) -> Tensor:
+        """``formula(places, like.dtype)``; kept for a whole grid, where the formula depends on no parameter.
 
         Nothing is kept while a model is compiled, exported or traced, nor with stand-ins of tensors.
+
+        Args:
+            reads_parameters: False for a formula of a module that has parameters, where it reads none of them.
         """
-        is_fixed = places.is_whole and next(self.parameters(), None) is None
+        is_fixed = places.is_whole and not (reads_parameters and next(self.parameters(), None) is not None)
         is_ordinary = type(like) in (Tensor, nn.Parameter)
         if not (is_fixed and is_ordinary) or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return formula(places, like.dtype)
@@ -268,9 +277,10 @@ class AttentionEncoding(Encoding):
             attend: the rest of attention.
         """
         q, k = self.rotate(q, k, places)
+        bias = self.logits_bias(q, k, places)
         if "widen" in self.overridden:
             q, k, v = self.widen(q, k, v, read, places)
-        return self.narrow(attend(q, k, v, self.logits_bias(q, k, places)), places)
+        return self.narrow(attend(q, k, v, bias), places)
 
     def logits_bias(self, q: Tensor, k: Tensor, places: Places) -> Tensor | None:
         """The sum of :meth:`patch_bias`, padded for prefix tokens and cast, and :meth:`bias`; None without both."""

@@ -27,9 +27,10 @@ def sinusoid(positions: Tensor, dim: int) -> Tensor:
 
 
 class Sinusoidal1D(AbsoluteEncoding):
-    """Sines over the flattened sequence (Vaswani et al. 2017). Rows are numbered from 0, prefix rows first.
+    """Sines over the flattened sequence (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762), prefix rows first.
 
-    The place of a patch in the sequence is y W + x, so that a column between two cells is a place between two patches.
+    Rows are numbered from 0. The place of a patch in the sequence is y W + x, so that a column between two cells is a
+    place between two patches.
     """
 
     name = "1D_sin"

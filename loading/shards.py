@@ -9,7 +9,6 @@ all processes take the same number of steps. To shuffle, a worker reads `BLOCK` 
 The order depends on the numbers of processes and of workers. An image's augmentation depends on its place alone.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -29,11 +28,11 @@ import webdataset
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from training.checkpoint import atomic_write
-from training.classes import first_few
-from training.distributed import in_turns
-from training.images import Crop, Reader, Sample, UnreadableImageError, image_endings, one_line
-from training.seeding import CROP, seed_everything
+from loading.classes import first_few
+from loading.images import Crop, ImageSettings, Reader, Sample, UnreadableImageError, image_endings, one_line
+from runtime.distributed import in_turns
+from runtime.files import atomic_write
+from runtime.seeding import CROP, seed_everything
 
 _logger = getLogger(__name__)
 
@@ -316,7 +315,7 @@ class ShardStream(IterableDataset):
     Args:
         begin: this process's first image in the sequence of all.
         num_images: that this process shows, repeated ones counted.
-        batch_size: of the loader; its batches are full, but for the last.
+        batch_size: of the loader; its batches are full, except for the last.
         repeats: how often each image is shown, one time after the other.
         shuffles: whether `seed` and the epoch decide the order; else it is that of the files.
         seed: of order and crops.
@@ -414,27 +413,27 @@ class ShardStream(IterableDataset):
 
 
 def share_of_shards(
-    shards: Shards, is_train: bool, args: argparse.Namespace, rank: int, world_size: int, repeats: int
+    shards: Shards, is_train: bool, settings: ImageSettings, rank: int, world_size: int, repeats: int
 ) -> ShardStream:
     """What process `rank` of `world_size` trains with in an epoch, in whole updates, or tests with.
 
     Raises:
         ValueError: fewer shards than workers, who would read most of what they read in vain.
     """
-    workers = max(1, args.num_workers)
+    workers = max(1, settings.data.num_workers)
     if len(shards.urls) < world_size * workers:
         raise ValueError(
             f"{len(shards.urls)} shards to {'train' if is_train else 'test'} are too few for {world_size} process(es) "
             f"with {workers} worker(s) each: lower --num-workers or the number of processes, or write more shards"
         )
     begin, end = (len(shards) * place // world_size for place in (rank, rank + 1))
-    per_update = args.batch_size * args.accum_steps
+    per_update = settings.data.batch_size * settings.accum_steps
     return ShardStream(
         shards,
         begin=begin,
         num_images=len(shards) // world_size // per_update * per_update if is_train else end - begin,
-        batch_size=args.batch_size if is_train else int(1.5 * args.batch_size),
+        batch_size=settings.data.batch_size if is_train else int(1.5 * settings.data.batch_size),
         repeats=repeats,
         shuffles=is_train,
-        seed=args.seed,
+        seed=settings.seed,
     )

@@ -125,6 +125,13 @@ def start(world: World, device: torch.device, url: str = "env://", seconds: floa
         ) from error
 
 
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether an error says that another process of the group is not there any more."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return isinstance(error, dist.DistError) or "gloo" in str(error)  # gloo raises no type of its own
+
+
 def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():

@@ -1,15 +1,17 @@
 """SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (SLURM's warning), acted on between two updates.
 
 An exception that a signal raises wherever the program happens to be can leave work half done, and can be lost: Python
-ignores those of callbacks, such as the ones that run when a loader's worker is forked. So a signal is only noted here,
+ignores those of callbacks, such as the ones that run when a loader's worker is forked. So a signal is only kept here,
 and a loop asks for it where all processes can stop together.
 """
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from threading import Thread
 from types import FrameType
 
@@ -33,6 +35,26 @@ class Interrupted(Exception):  # noqa: N818  (no error)
         return 128 + self.signal_number
 
 
+def end_on_ctrl_c(program: str) -> None:
+    """Let Ctrl-C end this process in one line, until `raise_on_ctrl_c`.
+
+    For the seconds in which a command imports its libraries, whose tracebacks fill screens.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        os.write(sys.stderr.fileno(), f"{program}: interrupted\n".encode())
+        os._exit(130)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored on purpose, as by nohup
+        signal.signal(signal.SIGINT, end)
+
+
+def raise_on_ctrl_c() -> None:
+    """Let Ctrl-C raise a `KeyboardInterrupt` again, after `end_on_ctrl_c`."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @contextmanager
 def defer_interrupts() -> Iterator[None]:
     """Within this context signals are noted, for `noted_signal`; a second Ctrl-C, a second later, acts at once."""
@@ -41,7 +63,7 @@ def defer_interrupts() -> Iterator[None]:
     usual = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in usual.items():
         if handler in (signal.SIG_DFL, signal.default_int_handler):  # else it is ignored on purpose, as by nohup
-            signal.signal(number, _note)
+            signal.signal(number, _keep_first)
     try:
         yield
     finally:
@@ -49,7 +71,7 @@ def defer_interrupts() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _note(number: int, frame: FrameType | None) -> None:
+def _keep_first(number: int, frame: FrameType | None) -> None:
     global _noted, _noted_at
     if _noted and number == signal.SIGINT and time.monotonic() - _noted_at > SECONDS_UNTIL_IMPATIENT:
         raise KeyboardInterrupt
@@ -63,6 +85,7 @@ def hold_signals() -> Iterator[None]:
 
     Else torch's own handler ends a loader's worker that gets a SIGTERM before it is ready, and with it the run.
     """
+    resource_tracker.ensure_running()  # else a process that spawns starts it in here, which unblocks the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

@@ -1,56 +1,121 @@
-"""The models of a run, built from its options and filled from checkpoints."""
+"""The models of a run: from its options or from a checkpoint, to train and to evaluate, to teach, and to draw."""
 
-import argparse
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from logging import getLogger
 from typing import Any, NamedTuple, cast
 
 import timm
 import torch
 from timm.layers import to_2tuple
-from torch import nn
+from timm.models import get_pretrained_cfg
+from torch import Tensor, nn
 
 import models_lape  # noqa: F401  (registers the models)
 from datasets import DATA_SETS
-from lape_vit import convert_checkpoint, warm_start
-from lape_vit.encodings import all_options
+from lape_vit import VisionTransformer, convert_checkpoint, from_timm, warm_start
+from lape_vit.convert import grid_of, unwrap_names
+from lape_vit.encodings import ENCODINGS, FAMILIES, all_options
+from loading.classes import name_differences, order_of_classes
+from loading.images import ImageSettings
 from training.checkpoint import description_of, load_checkpoint, load_weights
-from training.classes import name_differences, order_of_classes
-from training.options import flag_of
+from training.options import AugmentationOptions, Options, RunOptions
 
 _logger = getLogger(__name__)
 
 
-def build_model(args: argparse.Namespace, num_classes: int, input_size: int | list[int]) -> Any:
-    """The model of the options; what they leave open, it decides, and `args` then says the encoding and the join."""
-    of_encoding = {name: getattr(args, name) for name in all_options() if getattr(args, name) is not None}
-    options = {"pe": args.pe, "join_type": args.join_type, "drop_rate": args.drop, "drop_path_rate": args.drop_path}
-    options = {name: value for name, value in options.items() if value is not None}
+def is_of_models_lape(name: str) -> bool:
+    """Whether a model is one of this project, and not of timm alone."""
+    return name in timm.list_models(module="models_lape")
+
+
+def build_described(description: Mapping[str, Any], num_classes: int, **others: Any) -> Any:
+    """The model that a description names, with its encoding, join and input size, and with random weights.
+
+    Args:
+        description: `model`, a name of this project or of timm, and what else is known: `pe`, `join_type`, options of
+            encodings, `input_size`; None where the model decides.
+        others: what `timm.create_model` takes besides.
+
+    Raises:
+        ValueError: something that the model does not take.
+    """
+    name, size = description["model"], description.get("input_size")
+    known = ("pe", "join_type", *all_options())
+    build = {option: description[option] for option in known if description.get(option) is not None}
+    cfg = get_pretrained_cfg(name)
+    if size is not None and (is_of_models_lape(name) or (cfg is not None and cfg.fixed_input_size)):
+        build["img_size"] = to_2tuple(size)
     try:
-        model: Any = timm.create_model(
-            args.model, num_classes=num_classes, img_size=to_2tuple(input_size), **options, **of_encoding
-        )
+        return timm.create_model(name, num_classes=num_classes, **build, **others)
     except TypeError as error:
-        if not of_encoding:
-            raise
-        raise ValueError(f"{' '.join(map(flag_of, of_encoding))}: {error}") from error
+        said = ", ".join(f"{option}={value}" for option, value in build.items())
+        raise ValueError(f"{name} cannot be built with {said}: {error}") from error
+
+
+def spelled_for(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a checkpoint under the names that a model gives them."""
+    is_ours = isinstance(model, VisionTransformer)
+    return convert_checkpoint(dict(state_dict), model) if is_ours else unwrap_names(dict(state_dict))
+
+
+def encoding_table(model: str) -> tuple[list[dict[str, str]], tuple[str, ...]]:
+    """A row for each encoding: family, options with their defaults, parameters that it adds to a model, and source.
+
+    Returns:
+        The rows, and the names of the columns that hold no numbers.
+
+    Raises:
+        ValueError: an unknown model.
+    """
+    if not is_of_models_lape(model):
+        known = timm.list_models(module="models_lape")
+        raise ValueError(f"unknown --model {model!r}: choose from {', '.join(known)}")
+
+    def count(pe: str) -> int:
+        return count_parameters(timm.create_model(model, pe=pe, device="meta"))
+
+    without, rows = count("none"), []
+    for name, encoding in ENCODINGS.items():
+        family = next((family for family, members in FAMILIES.items() if issubclass(encoding, members)), "")
+        options = ", ".join(f"{option}={default}" for option, default in encoding.options().items())
+        try:
+            parameters = f"{count(name) - without:,}"
+        except ValueError:  # a width that the encoding cannot divide
+            parameters = "not for this width"
+        source = re.search(r"arxiv\.org/abs/[\d.]+\d", encoding.__doc__ or "")
+        row = {"pe": name, "family": family, "options": options, "parameters": parameters}
+        rows.append({**row, "source": source.group() if source else ""})
+    return rows, ("pe", "family", "options", "source")
+
+
+def build_model(options: Options, num_classes: int, input_size: int | Sequence[int]) -> tuple[Any, Options]:
+    """The model of the options, and the options with what they left to the model: the encoding and the join."""
+    wanted = options.model
+    description = {"model": wanted.model, "pe": wanted.pe, "join_type": wanted.join_type, "input_size": input_size}
+    rates = {"drop_rate": wanted.drop, "drop_path_rate": wanted.drop_path}
+    rates = {name: value for name, value in rates.items() if value is not None}
+    moves = {name: getattr(options.augmentation, name) for name in ("pos_shift", "pos_jitter", "pos_rescale")}
+    rates |= {name: value for name, value in moves.items() if value != getattr(AugmentationOptions, name)}
+    model = build_described({**description, **wanted.encoding}, num_classes, **rates)
+    if not isinstance(model, VisionTransformer):  # with neither an encoding nor a join it is timm's own
+        model = from_timm(model)
     patch = model.patch_embed.patch_size
-    for side, multiple in zip(to_2tuple(args.input_size), patch, strict=True):
+    for side, multiple in zip(to_2tuple(wanted.input_size), patch, strict=True):
         if side % multiple:  # timm would leave the rest of the image out
-            raise ValueError(f"--input-size {side} is no multiple of the {multiple} pixels of {args.model}'s patches")
-    vars(args).update(pe=model.pe, join_type=model.join_type, **model.pe_options)
-    return model
+            raise ValueError(f"--input-size {side} is no multiple of the {multiple} pixels of {wanted.model}'s patches")
+    return model, options.changed(pe=model.pe, join_type=model.join_type, **model.pe_options)
 
 
-def weights_of(checkpoint: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+def weights_of(checkpoint: dict[str, Any], run: RunOptions) -> dict[str, Any]:
     """The weights of a checkpoint, or their average for `--eval-ema`.
 
     Raises:
         ValueError: it has no average.
     """
-    weights = checkpoint.get("model_ema") if args.eval_ema else checkpoint["model"]
+    weights = checkpoint.get("model_ema") if run.eval_ema else checkpoint["model"]
     if weights is None:
-        raise ValueError(f"{args.resume} holds no averaged weights: leave --eval-ema out")
+        raise ValueError(f"{run.resume} holds no averaged weights: leave --eval-ema out")
     return weights
 
 
@@ -120,10 +185,9 @@ def load_what_fits(model: Any, checkpoint: dict[str, Any], path: str, data_set: 
         weights = {name: value for name, value in weights.items() if name not in classifier_names(model)}
     elif match.order is not None:
         weights = reorder_classifier(weights, model, match.order)
-    size, patch = description_of(checkpoint).get("input_size"), model.patch_embed.patch_size
-    grid = None if size is None else tuple(side // cell for side, cell in zip(to_2tuple(size), patch, strict=True))
+    size = description_of(checkpoint).get("input_size")
     try:
-        start = warm_start(weights, model, grid)
+        start = warm_start(weights, model, None if size is None else grid_of(size, weights, model))
     except ValueError as error:
         raise ValueError(f"--finetune {path}: {error}") from error
     for line in start.report():
@@ -133,7 +197,7 @@ def load_what_fits(model: Any, checkpoint: dict[str, Any], path: str, data_set: 
     model.load_state_dict(start.state_dict)
 
 
-def build_teacher(args: argparse.Namespace, classes: Sequence[str]) -> nn.Module:
+def build_teacher(options: Options, classes: Sequence[str]) -> nn.Module:
     """The model to learn from: any of timm or of this project, with the weights of `--teacher-path`.
 
     Its classes are in the order of `classes`, if its checkpoint names them.
@@ -142,29 +206,26 @@ def build_teacher(args: argparse.Namespace, classes: Sequence[str]) -> nn.Module
         FileNotFoundError: no such file.
         ValueError: an unknown model, other weights, other classes, or another image size.
     """
-    name, path = args.teacher_model, args.teacher_path
+    distillation = options.distillation
+    name, path = distillation.teacher_model, distillation.teacher_path
     if name is None or path is None:
         raise ValueError(
-            f"--distillation-type {args.distillation_type} needs --teacher-model NAME and --teacher-path FILE"
+            f"--distillation-type {distillation.distillation_type} needs --teacher-model NAME and --teacher-path FILE"
         )
     if name not in timm.list_models():
         raise ValueError(f"unknown --teacher-model {name!r}: timm.list_models() lists them")
     checkpoint = load_checkpoint(path)
-    match = match_classes(classes, args.data_set, description_of(checkpoint), path)
+    description = description_of(checkpoint)
+    match = match_classes(classes, options.data.data_set, description, path)
     if match.differences:
         raise ValueError(f"--teacher-path {path} was trained on other classes: {match.differences}")
-    log_match(match, args.data_set, path)
-    weights, options = checkpoint["model"], {}
-    if name in timm.list_models(module="models_lape"):
-        weights, description = convert_checkpoint(weights), description_of(checkpoint)
-        options = {key: description[key] for key in ("pe", "join_type", *all_options()) if key in description}
-        if "input_size" in description:
-            options["img_size"] = to_2tuple(description["input_size"])
-    teacher = timm.create_model(name, num_classes=len(classes), **options)
+    log_match(match, options.data.data_set, path)
+    teacher = build_described({**description, "model": name}, len(classes))
+    weights = spelled_for(teacher, checkpoint["model"])
     if match.order is not None:
         weights = reorder_classifier(weights, teacher, match.order)
     load_weights(teacher, weights, f"--teacher-path {path}", f"{name} of {len(classes)} classes")
-    size = to_2tuple(args.input_size)
+    size = to_2tuple(options.model.input_size)
     try:
         with torch.no_grad():
             teacher.eval()(torch.zeros(1, 3, *size))
@@ -173,21 +234,22 @@ def build_teacher(args: argparse.Namespace, classes: Sequence[str]) -> nn.Module
     return teacher
 
 
-def describe_model(args: argparse.Namespace, classes: Sequence[str]) -> dict[str, Any]:
+def describe_model(options: Options, images: ImageSettings, classes: Sequence[str]) -> dict[str, Any]:
     """What it takes to build the model and to prepare its images, as plain data."""
+    model, data = options.model, options.data
     return {
-        "model": args.model,
-        "pe": args.pe,
-        "join_type": args.join_type,
-        **{name: getattr(args, name) for name in all_options() if getattr(args, name) is not None},
+        "model": model.model,
+        "pe": model.pe,
+        "join_type": model.join_type,
+        **{name: value for name, value in model.encoding.items() if value is not None},
         "num_classes": len(classes),
         "classes": list(classes),
-        "input_size": args.input_size,
-        "data_set": args.data_set,
-        "mean": list(args.mean),
-        "std": list(args.std),
-        "interpolation": args.interpolation,
-        "eval_crop_ratio": args.eval_crop_ratio,
+        "input_size": model.input_size,
+        "data_set": data.data_set,
+        "mean": list(images.mean),
+        "std": list(images.std),
+        "interpolation": data.interpolation,
+        "eval_crop_ratio": data.eval_crop_ratio,
     }
 
 

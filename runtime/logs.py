@@ -24,12 +24,20 @@ def start_logging(is_main: bool) -> Console:
     Returns:
         The console that the records go to; a progress bar on it stays below them.
     """
-    console = Console()
+    console = standard_console()
     handler = _ConsoleHandler(console)
     level = logging.INFO if is_main else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # at INFO it tells of its font cache
     return console
+
+
+def standard_console(**options: Any) -> Console:
+    """A console on standard output with rich's `options`: without escape sequences where that is no terminal.
+
+    rich itself takes a pipe for a terminal under FORCE_COLOR or TTY_COMPATIBLE, which notebooks and CI set.
+    """
+    return Console(force_terminal=None if sys.stdout.isatty() else False, **options)
 
 
 def end_in_one_line(program: str, message: str, exit_code: int) -> int:

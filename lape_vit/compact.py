@@ -69,10 +69,17 @@ class CompactConvolutionalTransformer(ViTLite):
     """CCT: a convolutional tokenizer, no class token, and sequence pooling.
 
     Its blocks are those of a ViT, norm first; the authors' code also normalises the residual before the MLP.
+
+    Raises:
+        ValueError: a class token or another pool.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, class_token: bool = False, global_pool: str = "map", **kwargs: Any) -> None:
         # "map" is timm's name for a trained pool of all tokens; ours takes the place of the one that it makes
+        if class_token or global_pool != "map":
+            raise ValueError(
+                f"class_token={class_token}, global_pool={global_pool!r}: CCT pools all tokens (map) alone"
+            )
         super().__init__(*args, class_token=False, global_pool="map", embed_layer=ConvTokenizer, **kwargs)
         weight = self.patch_embed.proj.weight
         self.attn_pool = SequencePool(self.embed_dim).to(weight.device, weight.dtype)  # type: ignore[assignment]

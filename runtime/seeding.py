@@ -2,7 +2,7 @@
 
 Nothing random is carried over from one batch to the next: an image's crop and its augmentation are seeded by its place
 in the epoch's order over all processes, and what is random in a step (mixup, dropout, stochastic depth) by the step and
-the process. So a run that goes on from any step draws what it would have drawn, with any number of loader workers, and
+the process. So a run that is resumed at any step draws what it would have drawn, with any number of loader workers, and
 there is no random state to save.
 """
 

@@ -11,15 +11,18 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, TiffImagePlugin
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import Dataset, default_collate
 
-from training.seeding import AUGMENTATION, seed_everything
+from runtime.seeding import AUGMENTATION, seed_everything
+from training.options import AugmentationOptions, DataOptions
 
 Picture = Image.Image | np.ndarray
 """RGB: an array is uint8 (H, W, 3)."""
 Reader = Callable[..., Picture]  # (path or content of a file, name for the error)
 Crop = Callable[[Picture], Image.Image]
 Transform = Callable[[Image.Image], Tensor]
+LabelledImages = tuple[Dataset, list[str]]
+"""Cropped images, and the class names in the order of their labels."""
 
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 """Formats that Pillow recognises and does not decode itself."""
@@ -27,6 +30,50 @@ FORMATS_OF_16_BITS = ("PNG", "PPM")
 """Formats whose images of mode `I`, 32 bits wide, hold values of 0..65535."""
 WHITE_IS_ZERO = 0
 """Of TIFF's photometric interpretations the one that Pillow heeds up to 8 bits alone."""
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How images are found, prepared and loaded: two sections of the options, and what bears on it besides.
+
+    Attributes:
+        input_size: side of the model's input, or its height and width, pixels.
+        mean, std: of each channel, to normalise by, of images scaled to 0..1.
+        num_classes: where the data set does not know it.
+        seed: of order and augmentation.
+        accum_steps: batches per update.
+    """
+
+    data: DataOptions
+    augmentation: AugmentationOptions
+    input_size: int | Sequence[int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    num_classes: int | None = None
+    seed: int = 0
+    accum_steps: int = 1
+
+
+class Images(Dataset):
+    """One split of a data set: an item is (image (3, H, W), label).
+
+    Args:
+        cropped: (PIL RGB image of the input's size, label) by index; or `Shards`, which have no index.
+        finish: what makes an image of a cropped one.
+        labels: what stands for each label of `cropped`; by default the label itself.
+    """
+
+    def __init__(self, cropped: Dataset, finish: Transform, labels: Sequence[int] | None = None) -> None:
+        self.cropped = cropped
+        self.finish = finish
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.cropped)  # type: ignore[arg-type]  # torch's Dataset declares no __len__; all of ours have one
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.cropped[index]
+        return self.finish(image), label if self.labels is None else self.labels[label]
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parent
+from runtime.logs import end_in_one_line, standard_console
+
+ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path("runs/demo")
 JOINS = ("basic", "LaPE")
 
@@ -41,7 +42,7 @@ def main() -> None:
     figures = RUNS / "LaPE" / "similarity"
     run("similarity_visualize.py", "--ckpt_path", RUNS / "LaPE" / "best_checkpoint.pth", "--save_dir", figures)
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = standard_console(highlight=False, soft_wrap=True)
     console.print("\nvit_compact_patch4_32 on DIGITS, 16 patches of 4 x 4 pixels, the best epoch of each")
     console.print(table)
     console.print("training curves:    ", *(RUNS / join / "curves.png" for join in JOINS))
@@ -50,4 +51,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(end_in_one_line("demo.py", "interrupted", 130))

@@ -1,12 +1,12 @@
 """The folder of a run: which files it holds, how one is found, opened and read."""
 
-import argparse
 import json
 from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-from training.checkpoint import atomic_write, is_ours, load_checkpoint
+from training.checkpoint import is_ours, load_checkpoint
+from training.options import RunOptions
 
 _logger = getLogger(__name__)
 
@@ -14,20 +14,20 @@ CHECKPOINTS = ("checkpoint.pth", "best_checkpoint.pth", "best_ema_checkpoint.pth
 RUN_FILES = (*CHECKPOINTS, "config.yaml", "log.txt")
 
 
-def open_output_dir(args: argparse.Namespace) -> Path | None:
+def open_output_dir(run: RunOptions) -> Path | None:
     """Make the folder of `--output_dir`, if one is given.
 
     Raises:
         OSError: it holds another run, or cannot be made.
     """
-    if args.output_dir is None:
+    if run.output_dir is None:
         return None
-    folder = Path(args.output_dir)
+    folder = Path(run.output_dir)
     held = [name for name in RUN_FILES if (folder / name).exists()]
-    is_resumed = args.resume is not None and Path(args.resume).resolve().parent == folder.resolve()
-    if held and not (args.eval or is_resumed or args.auto_resume):
+    is_resumed = run.resume is not None and Path(run.resume).resolve().parent == folder.resolve()
+    if held and not (run.eval or is_resumed or run.auto_resume):
         raise FileExistsError(
-            f"--output_dir {folder} holds a run already ({', '.join(held)}): go on with it by "
+            f"--output_dir {folder} holds a run already ({', '.join(held)}): continue it by "
             f"--resume {folder / RUN_FILES[0]}, or name another folder"
         )
     try:
@@ -46,7 +46,7 @@ def find_checkpoint(given: dict[str, Any]) -> dict[str, Any]:
     if "output_dir" not in given:
         raise ValueError("--auto-resume needs --output_dir DIR, where to look for a checkpoint")
     for flag in {"resume", "eval"} & given.keys():
-        raise ValueError(f"--auto-resume goes on with the newest checkpoint of --output_dir: leave out --{flag}")
+        raise ValueError(f"--auto-resume continues from the newest checkpoint of --output_dir: leave out --{flag}")
     files = [path for path in (Path(given["output_dir"]) / name for name in CHECKPOINTS) if path.is_file()]
     for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
@@ -55,10 +55,10 @@ def find_checkpoint(given: dict[str, Any]) -> dict[str, Any]:
             _logger.warning("--auto-resume skips a checkpoint: %s", error)
             continue
         if not is_ours(checkpoint):
-            _logger.warning("--auto-resume skips a checkpoint: %s holds no training to go on with", path)
+            _logger.warning("--auto-resume skips a checkpoint: %s holds no training to continue", path)
             continue
         epoch, step = checkpoint["epoch"], checkpoint["progress"]["counts"]["step"]
-        _logger.info("--auto-resume goes on with %s, after epoch %d and %d updates", path, epoch, step)
+        _logger.info("--auto-resume continues from %s, after epoch %d and %d updates", path, epoch, step)
         given["resume"] = str(path)
         given.pop("finetune", None)  # it started the run
         return checkpoint
@@ -67,9 +67,9 @@ def find_checkpoint(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def last_checkpoint(folder: Path | None) -> str:
-    """Where to go on from."""
+    """The last checkpoint, and how to continue from it."""
     path = None if folder is None else folder / CHECKPOINTS[0]
-    return f"last checkpoint: {path}; go on with --resume {path}" if path and path.exists() else "no checkpoint yet"
+    return f"last checkpoint: {path}; continue with --resume {path}" if path and path.exists() else "no checkpoint yet"
 
 
 def read_log(path: Path, epochs: int) -> list[dict[str, Any]]:
@@ -87,9 +87,3 @@ def read_log(path: Path, epochs: int) -> list[dict[str, Any]]:
         raise ValueError(
             f"{path} is damaged: it must hold one JSON object per line; repair it or move it away"
         ) from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file, or leave it as it was."""
-    with atomic_write(path) as file:
-        file.write(text.encode())

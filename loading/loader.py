@@ -1,0 +1,51 @@
+"""Batches for one process."""
+
+from collections.abc import Iterator
+from logging import getLogger
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from loading.images import UnreadableImageError
+from loading.samplers import Samples, TrainSampler
+from loading.shards import ShardStream
+from runtime.interrupt import hold_signals, leave_signals_to_parent
+
+_logger = getLogger(__name__)
+
+
+class ImageLoader(DataLoader):
+    """Batches of images and labels.
+
+    Attributes:
+        num_images: of the data set, of which this process loads its share.
+        skips_unreadable: whether the next readable image stands in for an unreadable one; else it is an error.
+        num_skipped: unreadable images so far, in the batches that were taken.
+    """
+
+    def __init__(self, samples: Samples | ShardStream, num_images: int, skips_unreadable: bool, **options: Any) -> None:
+        super().__init__(samples, worker_init_fn=leave_signals_to_parent, **options)
+        self.num_images = num_images
+        self.skips_unreadable = skips_unreadable
+        self.num_skipped = 0
+
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Of training: load `epoch` next, without this process's `first` images, which fill whole batches."""
+        order = self.dataset if isinstance(self.dataset, ShardStream) else self.sampler
+        assert isinstance(order, ShardStream | TrainSampler)
+        order.set_epoch(epoch, first)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator is all that a loop needs
+        with hold_signals():
+            batches = super().__iter__()  # which starts the workers
+        for loaded in batches:
+            if isinstance(loaded, Exception):
+                raise loaded
+            batch, complaints = loaded
+            for complaint in filter(None, complaints):
+                # raised here, as an exception from a worker comes with that worker's traceback in its message
+                if not self.skips_unreadable:
+                    raise UnreadableImageError(complaint)
+                _logger.warning("%s; skipped", complaint)
+                self.num_skipped += 1
+            yield batch

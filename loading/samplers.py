@@ -1,0 +1,86 @@
+"""The order of an epoch, and one image of it."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import Dataset, DistributedSampler, Sampler
+
+from loading.images import Images, Sample, UnreadableImageError
+from runtime.seeding import CROP, seed_everything
+
+REPEATS = 3
+"""How often repeated augmentation shows an image in an epoch."""
+
+
+class SeededRepeatAugSampler(RepeatAugSampler):
+    """Repeated augmentation (Hoffer et al. 2020) as in DeiT: a third of the images an epoch, each three times.
+
+    timm's sampler shuffles by the epoch alone; this one by seed + epoch, as `DistributedSampler` does. Its length is
+    not rounded down to a multiple of 256, so that a small data set is not left without a batch.
+    """
+
+    def __init__(self, dataset: Dataset, num_replicas: int, rank: int, seed: int) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, num_repeats=REPEATS, selected_round=0)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(self.seed + epoch)
+
+
+class TrainSampler(Sampler[tuple[int, int, int]]):
+    """One process's share of an epoch, from any place on: (index of the image, epoch, place in the order of all).
+
+    The place is counted over all processes, so the same global batch has the same images and augmentations however
+    many processes share it.
+
+    Args:
+        order: of the indices in this process.
+        images_per_update: of this process; the rest that does not fill an update is left out.
+    """
+
+    def __init__(self, order: DistributedSampler | SeededRepeatAugSampler, images_per_update: int) -> None:
+        self.order = order
+        self.num_images = len(order) // images_per_update * images_per_update
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Yield the order of `epoch` without this process's `first` images, none of which is read."""
+        self.order.set_epoch(epoch)
+        self.epoch = epoch
+        self.first = first
+
+    def __len__(self) -> int:
+        return self.num_images  # of the whole epoch
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        for number, index in islice(enumerate(self.order), self.first, self.num_images):
+            yield index, self.epoch, number * self.order.num_replicas + self.order.rank
+
+
+class Samples(Dataset[Sample]):
+    """The items of a data set, each cropped by its own seed; the next one where one is unreadable.
+
+    An index is what `TrainSampler` yields.
+    """
+
+    def __init__(self, images: Images, seed: int) -> None:
+        self.images = images
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index_and_place: tuple[int, int, int]) -> Sample:
+        index, epoch, number = index_and_place
+        seed_everything(self.seed, CROP, epoch, number)
+        complaint = ""
+        for other in range(len(self)):
+            try:
+                image, label = self.images.cropped[(index + other) % len(self)]
+            except UnreadableImageError as error:
+                complaint = complaint or str(error)
+            else:
+                return Sample(image, label, (epoch, number), complaint)
+        raise UnreadableImageError(complaint)

@@ -1,0 +1,497 @@
+"""From the command line to a run that can start: all that can be wrong with its input is found here."""
+
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers import to_2tuple
+
+from datasets import DATA_SETS, REPEATS, ImageLoader, build_dataset, build_loader, canonical_data_set
+from lape_vit.encodings import all_options, by_family, resolve
+from lape_vit.joins import JOINS
+from loading.images import ImageSettings
+from loading.shards import runs_commands
+from runtime import distributed
+from runtime.distributed import World
+from runtime.download import is_url
+from runtime.files import write_text
+from runtime.logs import LoopDisplay
+from runtime.process import Runtime
+from runtime.seeding import seed_everything
+from training.checkpoint import carry_data_config, description_of, is_ours, load_checkpoint, load_weights
+from training.events import Events
+from training.folder import find_checkpoint, open_output_dir, read_log
+from training.models import (
+    build_model,
+    build_teacher,
+    compile_model,
+    count_parameters,
+    describe_model,
+    freeze_all_but_attention,
+    load_what_fits,
+    log_match,
+    match_classes,
+    spelled_for,
+    weights_of,
+)
+from training.optimisation import highest_rate, images_per_update, learning_rate
+from training.options import (
+    OptionParser,
+    Options,
+    RunOptions,
+    build_parser,
+    config_text,
+    describe,
+    find_recipe,
+    flag_of,
+    read_recipe,
+    saved_options,
+)
+from training.state import Training, build_training, restore_progress, restore_state
+
+_logger = getLogger(__name__)
+
+FIXED = ("model", "pe", "join_type", "input_size", *all_options())
+"""Options that a checkpoint decides."""
+FOR_EVALUATION = (
+    "data_set",
+    "data_path",
+    "eval_data_path",
+    "inat_category",
+    "batch_size",
+    "num_workers",
+    "amp_dtype",
+    "interpolation",
+    "eval_crop_ratio",
+)
+"""Options that evaluation takes over from the training, to repeat what the training measured."""
+SLOW_AVERAGE = 0.1
+"""Part of the first weights above which the final average is called slow."""
+
+
+@dataclass
+class Setup:
+    """All that `main.py` works on.
+
+    Attributes:
+        runtime: what this process computes on.
+        model: as it is evaluated and saved; training wraps it.
+        description: what it takes to build the model and to prepare its images, as a checkpoint holds it.
+        num_test_images: of all processes.
+        training: None where the model is only evaluated.
+        output_dir: in the main process, which alone writes.
+        events: for TensorBoard, if it is asked for.
+    """
+
+    options: Options
+    runtime: Runtime
+    model: Any
+    description: dict[str, Any]
+    test_loader: ImageLoader
+    num_test_images: int
+    training: Training | None = None
+    output_dir: Path | None = None
+    events: Events | None = None
+
+
+def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Setup:
+    """Read the options, the data, the checkpoint and the model.
+
+    Raises:
+        ValueError, OSError: something is wrong with the input; the message says what, where, and what to do.
+    """
+    parser = build_parser(all_options(), {"pe": by_family(), "join_type": ", ".join(JOINS)})
+    given = read_given(parser, argv)
+    if given.get("auto_resume"):
+        checkpoint = find_checkpoint(given)
+    else:
+        checkpoint = load_checkpoint(given["resume"]) if "resume" in given else {}
+    description = description_of(checkpoint)
+    options, start = resolve_given(parser, given, checkpoint)
+    runtime, options = start_process(options, world, display)
+    check_same_start(options.run, checkpoint, runtime)
+
+    images = image_settings(options, description)
+    test_set, classes = build_dataset(False, images, description.get("classes"))
+    if checkpoint:
+        classes = classes_of_model(options, classes, description)
+    seed_everything(options.run.seed)  # every process makes the same model
+    built_at: Any = description.get("input_size", options.model.input_size)
+    model, options = build_model(options, len(classes), built_at)
+    if checkpoint:
+        name = f"{options.model.model} with {options.model.pe} and {options.model.join_type}"
+        weights = spelled_for(model, weights_of(checkpoint, options.run))
+        load_weights(model, weights, given["resume"], name)
+        if options.model.reference_grid or options.model.log_n:
+            grid = model.patch_embed.grid_size if options.model.reference_grid else None
+            model.extrapolate(reference_grid=grid, log_n=options.model.log_n)
+        model.set_input_size(img_size=to_2tuple(options.model.input_size))
+    if start:
+        load_what_fits(model, start, str(options.run.finetune), options.data.data_set, classes)
+    described = describe_model(options, images, classes)
+    carry_data_config(model, described)
+    setup = Setup(
+        options,
+        runtime,
+        model.to(runtime.device),
+        description=described,
+        test_loader=build_loader(test_set, False, images, world.rank, world.size),
+        num_test_images=len(test_set),
+    )
+    if not options.run.eval:
+        setup.training = set_up_training(setup, images, checkpoint)
+    if world.is_main:
+        setup.output_dir = open_output_dir(options.run)
+        log_plan(setup, parser, given)
+        if setup.training is not None and setup.output_dir is not None:
+            text = config_text(saved_options(options), shlex.join(["main.py", *argv]))
+            write_text(setup.output_dir / "config.yaml", text)
+    if setup.training is not None and options.run.tensorboard:
+        setup.events = start_events(setup.training, setup.output_dir)
+    return setup
+
+
+def start_process(options: Options, world: World, display: LoopDisplay) -> tuple[Runtime, Options]:
+    """Pick the device and meet the other processes.
+
+    Returns:
+        What this process computes on, and the options with those that depend on it.
+    """
+    run = options.run
+    if run.tensorboard and not run.eval and run.output_dir is None:
+        raise ValueError("--tensorboard needs --output_dir DIR, to write to DIR/tensorboard")
+    device = distributed.pick_device(run.device, world)
+    options = resolve_device_options(options, device)
+    if run.deterministic:
+        distributed.make_deterministic()
+    distributed.check_size(run.world_size, world)
+    distributed.start(world, device, run.dist_url, run.init_timeout)
+    return Runtime(world, device, getattr(torch, options.run.amp_dtype or ""), display), options
+
+
+def image_settings(options: Options, description: dict[str, Any]) -> ImageSettings:
+    """How to load the images of the options.
+
+    Args:
+        description: of the checkpoint to evaluate or to resume; it decides on what images are normalised by.
+    """
+    data_set, size = DATA_SETS[options.data.data_set], options.model.input_size
+    assert size is not None  # it is resolved
+    return ImageSettings(
+        options.data,
+        options.augmentation,
+        size,
+        mean=description.get("mean", data_set.mean),
+        std=description.get("std", data_set.std),
+        num_classes=description.get("num_classes"),
+        seed=options.run.seed,
+        accum_steps=options.optimisation.accum_steps,
+    )
+
+
+def classes_of_model(options: Options, classes: list[str], description: dict[str, Any]) -> list[str]:
+    """The names of the classes of a checkpoint's model, in its order; the data set's where it has none.
+
+    Raises:
+        ValueError: the data set has other classes.
+    """
+    data_set, path = options.data.data_set, str(options.run.resume)
+    match = match_classes(classes, data_set, description, path)
+    expected = description.get("num_classes", len(classes))
+    names = f": {match.differences}" if match.differences else ""
+    if expected != len(classes):
+        raise ValueError(f"{data_set} has {len(classes)} classes, but the model of {path} has {expected}{names}")
+    if names:
+        raise ValueError(f"{data_set} has other classes than the model of {path}{names}")
+    log_match(match, data_set, path)
+    if match.order is None and not DATA_SETS[data_set].is_sharded:
+        return classes
+    return description.get("classes", classes)
+
+
+def read_given(parser: OptionParser, argv: Sequence[str]) -> dict[str, Any]:
+    """The options that a command line names, with the data set's own name.
+
+    Raises:
+        ValueError: an unknown flag, an illegal value, or flags that contradict each other.
+    """
+    given = parser.read(argv)
+    if given.get("eval") and "resume" not in given:
+        raise ValueError("--eval needs --resume FILE, the checkpoint to evaluate")
+    if given.get("eval_ema") and not given.get("eval"):
+        raise ValueError("--eval-ema says what --eval evaluates: give both")
+    for name in ("reference_grid", "log_n"):
+        if given.get(name) and not ("input_size" in given and given.get("eval")):
+            raise ValueError(f"{flag_of(name)} is of an evaluation at another size: give --eval and --input-size, too")
+    if "data_set" in given:
+        given["data_set"] = canonical_data_set(given["data_set"])
+    if "finetune" in given and "resume" in given:
+        raise ValueError("--finetune starts a run and --resume continues one: give one of them")
+    if "start_epoch" in given and ("resume" in given or given.get("auto_resume")):
+        raise ValueError("--start-epoch is for a run that starts; --resume continues where its checkpoint was")
+    if is_url(given.get("resume", "")) and not given.get("eval") and "output_dir" not in given:
+        raise ValueError(f"--resume {given['resume']} needs --output_dir DIR, where the training continues")
+    if given.get("eval") and given.get("tensorboard"):
+        raise ValueError("--tensorboard shows how a training goes: leave it out with --eval")
+    return given
+
+
+def resolve_given(
+    parser: OptionParser, given: dict[str, Any], checkpoint: dict[str, Any]
+) -> tuple[Options, dict[str, Any]]:
+    """All options, except for those that the device decides, and the checkpoint to fine-tune, empty if there is none.
+
+    Raises:
+        ValueError, OSError: an unknown name or file, or an option that contradicts the checkpoint to resume.
+    """
+    recipe = pick_recipe(parser, given, checkpoint)
+    finetune = None if checkpoint else {**recipe, **given}.get("finetune")
+    start = load_checkpoint(finetune) if finetune else {}
+    options = resolve_options(parser, given, recipe, description_of(checkpoint), description_of(start))
+    refuse_foreign_commands(options, given)
+    return options, start
+
+
+def start_events(training: Training, output_dir: Path | None) -> Events:
+    """What writes for TensorBoard, if this is the main process, from where the training is."""
+    folder = None if output_dir is None else output_dir / "tensorboard"
+    return Events(folder, training.epoch, training.progress, training.updates)
+
+
+def refuse_foreign_commands(options: Options, given: dict[str, Any]) -> None:
+    """See that no checkpoint or recipe, which may come from anyone, runs a command.
+
+    Raises:
+        ValueError: one would.
+    """
+    for name in {"data_path", "eval_data_path"} - given.keys():
+        pattern = getattr(options.data, name)
+        if pattern is not None and DATA_SETS[options.data.data_set].is_sharded and runs_commands(pattern):
+            raise ValueError(
+                f"{options.run.recipe} asks for {flag_of(name)} {pattern}: a command is run only if the command line "
+                "has it: repeat it there if you trust it"
+            )
+
+
+def check_same_start(run: RunOptions, checkpoint: dict[str, Any], runtime: Runtime) -> None:
+    """See that all processes start from the same place.
+
+    Raises:
+        ValueError: they do not.
+    """
+    is_training = bool(checkpoint) and not run.eval and is_ours(checkpoint)
+    place = [checkpoint["epoch"], checkpoint["progress"]["counts"]["step"]] if is_training else [-1, -1]
+    found = distributed.gather_over_ranks(place, runtime.world, runtime.device)
+    if any(other != found[0] for other in found):
+        raise ValueError(
+            f"the processes found different checkpoints in {run.output_dir}: name a folder that all of them share"
+        )
+
+
+def resolve_options(
+    parser: OptionParser,
+    given: dict[str, Any],
+    recipe: dict[str, Any],
+    description: dict[str, Any],
+    start: dict[str, Any],
+) -> Options:
+    """All options: what was given, else what the checkpoint is of, else the recipe, else the default.
+
+    Names are canonical, and `pe` is without options, which have names of their own.
+
+    Args:
+        description: of the checkpoint to evaluate or to resume, which nothing may contradict.
+        start: the description of the checkpoint to fine-tune, which goes before the recipe; it binds to nothing.
+
+    Raises:
+        ValueError: an unknown name, or an option that contradicts the checkpoint; names both values.
+    """
+    given, recipe, description, start = map(spell_out_encoding, (given, recipe, description, start))
+    fixed = {name: description[name] for name in FIXED if name in description}
+    may_change = {"input_size"} if given.get("eval") else set()
+    for name in (fixed.keys() & given.keys()) - may_change:
+        if given[name] != fixed[name]:
+            raise ValueError(f"{flag_of(name)} {given[name]} contradicts {given['resume']}, which has {fixed[name]}")
+
+    model = {name: start[name] for name in FIXED if name in start}
+    pe = {**recipe, **model, **fixed, **given}.get("pe")
+    beneath = {**for_encoding(pe, recipe), **for_encoding(pe, model)}
+    values = {**parser.defaults, **beneath, **fixed, **given}
+    if values["resume"] and not values["eval"] and values["output_dir"] is None:
+        values["output_dir"] = str(Path(values["resume"]).parent)
+    if values["model"] not in (known := timm.list_models(module="models_lape")):
+        raise ValueError(f"unknown --model {values['model']!r}: choose from {', '.join(known)}")
+    if values["input_size"] is None:
+        cfg = timm.models.get_pretrained_cfg(values["model"])
+        assert cfg is not None  # all models of models_lape have one
+        values["input_size"] = cfg.input_size[-1]
+    values["data_set"] = canonical_data_set(values["data_set"])
+    values["data_path"] = values["data_path"] or DATA_SETS[values["data_set"]].default_data_path
+    return Options.of(values)
+
+
+def spell_out_encoding(values: dict[str, Any]) -> dict[str, Any]:
+    """These options, with those that stand in brackets in `pe`, as in `rope_axial(rope_theta=10)`, under their names.
+
+    Raises:
+        ValueError: no such encoding or option, or two values of one option.
+    """
+    if values.get("pe") is None:
+        return values
+    try:
+        resolved = resolve(values["pe"], {name: values[name] for name in all_options() if values.get(name) is not None})
+    except TypeError as error:
+        raise ValueError(f"--pe {values['pe']}: {error}") from error
+    own = resolved.options() if "(" in values["pe"] else resolved.given
+    return {**values, **own, "pe": "+".join(part.name for part in resolved.parts)}
+
+
+def for_encoding(pe: str | None, values: dict[str, Any]) -> dict[str, Any]:
+    """These options without those of encodings, if they are of another encoding than `pe`."""
+    return (
+        values if values.get("pe") in (None, pe) else {name: values[name] for name in values.keys() - {*all_options()}}
+    )
+
+
+def pick_recipe(parser: OptionParser, given: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Options, with their source as `recipe`: of the recipe asked for, else of the checkpoint, else of the data set."""
+    if "recipe" in given:
+        return {**read_recipe(parser, find_recipe(given["recipe"])), "recipe": given["recipe"]}
+    if "config" in checkpoint:
+        saved = {name: value for name, value in checkpoint["config"].items() if name in parser.defaults}
+        if given.get("data_set", saved["data_set"]) != saved["data_set"]:
+            saved |= {"data_path": None, "eval_data_path": None, "inat_category": None}  # are of the other data set
+        options = {name: saved[name] for name in FOR_EVALUATION if name in saved} if given.get("eval") else saved
+        return {**options, "recipe": given["resume"]}
+    name = DATA_SETS[given.get("data_set", parser.defaults["data_set"])].recipe
+    said = {name: value for name, value in description_of(checkpoint).items() if name in FOR_EVALUATION}
+    return {**read_recipe(parser, find_recipe(name)), **said, "recipe": name}
+
+
+def resolve_device_options(options: Options, device: torch.device) -> Options:
+    """The options, with those whose default depends on the device."""
+    on_gpu = device.type == "cuda"
+    amp_dtype, pin_mem = options.run.amp_dtype, options.data.pin_mem
+    if amp_dtype is None and on_gpu:
+        amp_dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return options.changed(
+        device=options.run.device or device.type,
+        amp_dtype=amp_dtype or "float32",
+        pin_mem=on_gpu if pin_mem is None else pin_mem,
+    )
+
+
+def set_up_training(setup: Setup, images: ImageSettings, checkpoint: dict[str, Any]) -> Training:
+    """The training data and the state of the training, restored from the checkpoint if there is one."""
+    options, optimisation, world = setup.options, setup.options.optimisation, setup.runtime.world
+    if optimisation.start_epoch >= optimisation.epochs:
+        raise ValueError(f"--start-epoch {optimisation.start_epoch} leaves nothing of --epochs {optimisation.epochs}")
+    if not options.model.train_mode and (options.model.drop or options.model.drop_path):
+        _logger.warning("--drop and --drop-path are without effect under --no-train-mode")
+    if options.model.attn_only:
+        freeze_all_but_attention(setup.model)
+    classes = setup.description["classes"]
+    train_set, _ = build_dataset(True, images, classes)
+    loader = build_loader(train_set, True, images, world.rank, world.size)
+    has_teacher = options.distillation.distillation_type != "none"
+    teacher = build_teacher(options, classes).to(setup.runtime.device) if has_teacher else None
+    training = build_training(options, setup.model, loader, teacher, base_lr(options, world), len(classes))
+    if checkpoint:
+        restore_state(training, checkpoint)
+        restore_progress(training, checkpoint["progress"], world)
+        warn_of_repeated_images(training, checkpoint, world)
+        if world.is_main:
+            training.rows = read_log(Path(options.run.output_dir or "") / "log.txt", training.epoch)
+    warn_of_slow_average(options, training.updates)
+    training.model = distributed.wrap(setup.model, world, setup.runtime.device)
+    if options.run.compile:
+        training.model = compile_model(training.model, setup.runtime.device)
+    return training
+
+
+def base_lr(options: Options, world: World) -> float:
+    """The learning rate that the schedule scales."""
+    return learning_rate(options.optimisation, images_per_update(options.data, options.optimisation, world.size))
+
+
+def warn_of_slow_average(options: Options, updates: int) -> None:
+    """Warn that an average of the weights keeps much of the first ones.
+
+    Args:
+        updates: of an epoch.
+    """
+    decay, optimisation = options.model.model_ema_decay, options.optimisation
+    all_updates = updates * (optimisation.epochs - optimisation.start_epoch)
+    kept = decay**all_updates
+    if options.model.model_ema and kept > SLOW_AVERAGE:
+        _logger.warning(
+            f"--model-ema-decay {decay:g} is slow for {all_updates} updates: the average keeps {100 * kept:.0f} % of "
+            "the first weights"
+        )
+
+
+def warn_of_repeated_images(training: Training, checkpoint: dict[str, Any], world: World) -> None:
+    """Warn that a resumed epoch of sharded data may repeat or skip images."""
+    data_set = training.options.data.data_set
+    if not (DATA_SETS[data_set].is_sharded and training.progress.step):
+        return
+    now, names = training.options.by_name(), ("num_workers", "batch_size", "accum_steps")
+    same_options = all(now[name] == checkpoint["config"][name] for name in names)
+    if not same_options or len(checkpoint["progress"]["sums_by_rank"]) != world.size:
+        _logger.warning(
+            "the rest of epoch %d may repeat images and skip others: the order of %s depends on the numbers of "
+            "processes and workers, and on the batch size",
+            training.epoch + 1,
+            data_set,
+        )
+
+
+def unique_images(training: Training, world_size: int) -> int:
+    """How many different images one epoch shows, over all processes."""
+    options = training.options
+    shown = training.updates * images_per_update(options.data, options.optimisation, world_size)
+    return math.ceil(shown / REPEATS) if options.augmentation.repeated_aug else shown
+
+
+def log_plan(setup: Setup, parser: OptionParser, given: dict[str, Any]) -> None:
+    """Log what the run is going to do."""
+    options, training, world = setup.options, setup.training, setup.runtime.world
+    run, model, optimisation, data_set = options.run, options.model, options.optimisation, options.data.data_set
+    processes = "1 process" if world.size == 1 else f"{world.size} processes"
+    parameters = count_parameters(setup.model)
+    _logger.info("%s with %s, joined by %s: %s parameters", model.model, model.pe, model.join_type, f"{parameters:,}")
+    if training is None:
+        _logger.info(
+            "%s: %d images; %s on %s in %s", data_set, setup.num_test_images, processes, run.device, run.amp_dtype
+        )
+        return
+    _logger.info("options (* given on the command line, others from recipe %s or by default)", run.recipe)
+    _logger.info("%s", describe(options, parser, given))
+    _logger.info(
+        "%s: %d images to train, %d to test, %d classes",
+        data_set,
+        training.loader.num_images,
+        setup.num_test_images,
+        setup.description["num_classes"],
+    )
+    lr = base_lr(options, world)
+    _logger.info(
+        "%s on %s in %s: %d images per update, %d updates and %d different images per epoch, learning rate %g, at most "
+        "%.3g by its schedule%s",
+        processes,
+        run.device,
+        run.amp_dtype,
+        images_per_update(options.data, optimisation, world.size),
+        training.updates,
+        unique_images(training, world.size),
+        lr,
+        highest_rate(optimisation, lr, training.updates),
+        ", without its noise" if optimisation.lr_noise else "",
+    )
+    _logger.info("output: %s", setup.output_dir or "none, as --output_dir is not given")

@@ -155,8 +155,10 @@ def _joint_projection(attn: Any) -> nn.Linear:
     return qkv
 
 
-STORED = re.compile(r"^freqs_t_[xy]$|^rope_embed\.|\.bias_mask$|^mask_token$|^(local_)?cls_norm\.")
-"""What these code bases store that a model of ours computes, or has no use for."""
+STORED = re.compile(r"^freqs_t_[xy]$")
+"""What RoPE-ViT's code stores and our models compute."""
+STORED_BY_DINOV3 = re.compile(r"^rope_embed\.|\.bias_mask$|^mask_token$|^(local_)?cls_norm\.")
+"""Likewise, and what has no use without DINOv3's training. Other code bases are known by these names."""
 NAMES = (
     (r"\.gamma_([12])$", r".ls\1.gamma"),
     (r"^storage_tokens$", "reg_token"),
@@ -178,7 +180,7 @@ def convert_eva(state_dict: dict[str, Tensor], model: Any = None) -> dict[str, T
     converted = {}
     is_dinov3 = "storage_tokens" in state_dict
     for name, value in state_dict.items():
-        if STORED.search(name):
+        if STORED.search(name) or (is_dinov3 and STORED_BY_DINOV3.search(name)):
             continue
         block, _, part = name.rpartition(".attn.")
         if part in ("v_bias", "k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias"):

@@ -5,7 +5,7 @@ PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench test-multinode test-oldest clean
+.PHONY: help demo test lint format bench test-multinode test-oldest test-ecosystem clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,13 +39,16 @@ test-multinode: .venv/.installed-dev ## two hosts train together and one is kill
 test-oldest: .venv-oldest/.installed-dev ## every test, with the oldest releases that requirements.txt admits
 	$(ONE_THREAD) .venv-oldest/bin/python -m pytest -n auto
 
+test-ecosystem: .venv-ecosystem/.installed ## our models in peft, captum, grad-cam, torchao, transformers, and timm's own tests on them
+	$(ONE_THREAD) .venv-ecosystem/bin/python -m pytest -m ecosystem tests/test_ecosystem.py
+
 clean: ## remove the virtual environments and every cache; runs and figures stay
-	rm -rf .venv .venv-oldest .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-oldest .venv-ecosystem .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	rm -rf __pycache__ */__pycache__ */*/__pycache__
 
 # A stamp is touched only after its installation succeeded. An environment that was left half made, or that belongs to
 # another Python than $(PYTHON), has no such .python-* and is made anew.
-.venv/.python-$(PYTHON_VERSION) .venv-oldest/.python-$(PYTHON_VERSION):
+.venv/.python-$(PYTHON_VERSION) .venv-oldest/.python-$(PYTHON_VERSION) .venv-ecosystem/.python-$(PYTHON_VERSION):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv --clear $(@D)
 	touch $@
@@ -61,4 +64,8 @@ clean: ## remove the virtual environments and every cache; runs and figures stay
 .venv-oldest/.installed-dev: requirements-dev.txt requirements.txt pyproject.toml .venv-oldest/.python-$(PYTHON_VERSION)
 	sed -En 's/^([A-Za-z-]+)>=([0-9.]+).*/\1==\2.*/p' requirements.txt > $(@D)/oldest.txt
 	$(@D)/bin/python -m pip install -r requirements-dev.txt -c $(@D)/oldest.txt
+	touch $@
+
+.venv-ecosystem/.installed: requirements-ecosystem.txt requirements-dev.txt requirements.txt .venv-ecosystem/.python-$(PYTHON_VERSION)
+	$(@D)/bin/python -m pip install -r requirements-ecosystem.txt
 	touch $@

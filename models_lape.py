@@ -1,28 +1,42 @@
-"""The timm plugin: importing this module registers its models with timm, in place of timm's own of the same name.
+"""The timm plugin: importing this module lets timm's vision transformers take an encoding and a join.
 
     import models_lape, timm
+    model = timm.create_model("vit_small_patch16_224", pe="rope_mixed")
     model = timm.create_model("deit_tiny_patch16_224", pe="learnable", join_type="LaPE")
 
-Each entrypoint takes what timm's takes, and ``pe``, ``join_type`` and the encoding's options.
+``timm.list_models(module="models_lape")`` lists them. Each entrypoint takes what timm's takes, and ``pe``,
+``join_type``, the encoding's options and ``pos_shift``, ``pos_jitter`` and ``pos_rescale``. Without any of these it
+gives timm's own model.
 """
 
+import functools
 import logging
+import sys
+import typing
 import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import timm.models.deit
+import timm
 from timm.layers import Mlp, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from torch import Tensor, nn
 
-from lape_vit import VisionTransformer, VisionTransformerDistilled, warm_start
+from lape_vit import VisionTransformer, encodings, from_timm, warm_start
 from lape_vit.compact import CompactConvolutionalTransformer, ViTLite
 from lape_vit.convert import KERNEL, grid_of, unwrap_names
+from lape_vit.timm_models import TIMMS_CLASSES
 
 __all__: list[str] = []  # register_model adds each entrypoint
 _logger = logging.getLogger(__name__)
+
+OURS = {"pe", "join_type", "pos_shift", "pos_jitter", "pos_rescale"}
+"""The arguments that an entrypoint takes beside timm's, and the encodings' options."""
+TIMMS_POS_EMBED = {"", "none", "learn"}
+"""What timm's own argument ``pos_embed`` says; anything else is taken for ``pe``."""
+OF_FEATURES = {"features_only", "out_indices", "feature_cls"}
+"""timm's arguments that wrap a model which is built, so that it hands out features."""
 
 
 class CompactMlp(Mlp):
@@ -43,8 +57,6 @@ class CompactVisionTransformer(VisionTransformer):
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=0.02)
 
-
-DEIT3 = {"no_embed_class": True, "init_values": 1e-6}
 
 LITE = {
     "img_size": 32,
@@ -71,12 +83,9 @@ CIFAR_CFG = {
     "license": "apache-2.0",
 }
 
-default_cfgs = {
-    **timm.models.deit.default_cfgs,
-    **generate_default_cfgs(
-        dict.fromkeys(("vit_compact_patch4_32", "vit_lite_7_patch4_32", "cct_7_3x1_32"), CIFAR_CFG)
-    ),
-}
+default_cfgs = generate_default_cfgs(
+    dict.fromkeys(("vit_compact_patch4_32", "vit_lite_7_patch4_32", "cct_7_3x1_32"), CIFAR_CFG)
+)
 
 
 def _warm_start(state_dict: dict[str, Any], model: Any) -> dict[str, Tensor]:
@@ -87,11 +96,9 @@ def _warm_start(state_dict: dict[str, Any], model: Any) -> dict[str, Tensor]:
     start = warm_start(state_dict, model, None if size is None else grid_of(size, state_dict, model))
     for line in start.report():
         _logger.warning("pretrained weights: %s", line)
-    kernel, channels = unwrap_names(state_dict).get(KERNEL), model.pretrained_cfg["input_size"][0]
-    if kernel is not None and (kernel.shape[1], kernel.shape[2:]) == (
-        channels,
-        model.patch_embed.proj.weight.shape[2:],
-    ):
+    kernel, own = unwrap_names(state_dict).get(KERNEL), start.state_dict.get(KERNEL)
+    channels = model.pretrained_cfg["input_size"][0]
+    if kernel is not None and own is not None and (kernel.shape[1], kernel.shape[2:]) == (channels, own.shape[2:]):
         return {**start.state_dict, KERNEL: kernel}  # timm adapts its channels, and says so
     return start.state_dict
 
@@ -109,9 +116,9 @@ def _size_of_pretraining(model: Any) -> Any:
     return model.pretrained_model_args.get("img_size") or cfg["input_size"][1:]
 
 
-def _create(variant: str, pretrained: bool, model_cls: type[VisionTransformer], **kwargs: Any) -> nn.Module:
+def _create(build: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     return build_model_with_cfg(
-        model_cls,
+        build,
         variant,
         pretrained,
         pretrained_filter_fn=_warm_start,
@@ -120,125 +127,53 @@ def _create(variant: str, pretrained: bool, model_cls: type[VisionTransformer], 
     )
 
 
-def _register(entrypoint: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Overwriting .* in registry", category=UserWarning)
-        return register_model(entrypoint)
+def _takes_an_encoding(entrypoint: Callable[..., nn.Module]) -> bool:
+    """Whether one of timm's entrypoints says that it makes a model of a class that :func:`from_timm` takes."""
+    return typing.get_type_hints(entrypoint).get("return") in TIMMS_CLASSES
 
 
-@_register
-def deit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DeiT-Ti, 224 x 224 (https://arxiv.org/abs/2012.12877)."""
-    args = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3, **kwargs}
-    return _create("deit_tiny_patch16_224", pretrained, VisionTransformer, **args)
+def _with_encodings(timms: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """The same entrypoint, which takes our arguments, too."""
+
+    @functools.wraps(timms, assigned=("__name__", "__qualname__", "__doc__", "__annotations__"))
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        ours = {name: kwargs.pop(name) for name in (OURS | encodings.all_options().keys()) & kwargs.keys()}
+        pos_embed = kwargs.get("pos_embed")
+        if pos_embed is not None and "pe" in ours:
+            raise ValueError(f"pe={ours['pe']!r} and pos_embed={pos_embed!r} say the same thing: give one of them")
+        if pos_embed is not None and pos_embed not in TIMMS_POS_EMBED:
+            ours["pe"] = kwargs.pop("pos_embed")
+        if not ours:
+            return timms(pretrained=pretrained, **kwargs)
+        of_model = {name: value for name, value in kwargs.items() if name not in OF_FEATURES}
+
+        def build(**_: Any) -> nn.Module:  # timm's entrypoint adds the defaults of the configuration by itself
+            return from_timm(timms(**of_model), **ours)
+
+        return _create(build, timms.__name__, pretrained, kwargs_filter=("img_size",), **kwargs)
+
+    return entrypoint
 
 
-@_register
-def deit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DeiT-S, 224 x 224 (https://arxiv.org/abs/2012.12877)."""
-    args = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6, **kwargs}
-    return _create("deit_small_patch16_224", pretrained, VisionTransformer, **args)
+def _replace_timms() -> None:
+    """Register our entrypoint in place of each of timm's that can take an encoding, with the same weights and tags."""
+    for name in timm.list_models():
+        timms = timm.model_entrypoint(name)
+        if not _takes_an_encoding(timms):
+            continue
+        of_module = sys.modules[timms.__module__].default_cfgs
+        if name in of_module:
+            default_cfgs[name] = of_module[name]
+        entrypoint = globals()[name] = _with_encodings(timms)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Overwriting .* in registry", category=UserWarning)
+            register_model(entrypoint)
 
 
-@_register
-def deit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DeiT-B, 224 x 224 (https://arxiv.org/abs/2012.12877)."""
-    args = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **kwargs}
-    return _create("deit_base_patch16_224", pretrained, VisionTransformer, **args)
+_replace_timms()
 
 
-@_register
-def deit_base_patch16_384(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DeiT-B, 384 x 384 (https://arxiv.org/abs/2012.12877)."""
-    args = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **kwargs}
-    return _create("deit_base_patch16_384", pretrained, VisionTransformer, **args)
-
-
-@_register
-def deit_tiny_distilled_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DeiT-Ti with a distillation token, 224 x 224 (https://arxiv.org/abs/2012.12877)."""
-    args = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3, **kwargs}
-    return _create("deit_tiny_distilled_patch16_224", pretrained, VisionTransformerDistilled, **args)
-
-
-@_register
-def deit_small_distilled_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DeiT-S with a distillation token, 224 x 224 (https://arxiv.org/abs/2012.12877)."""
-    args = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6, **kwargs}
-    return _create("deit_small_distilled_patch16_224", pretrained, VisionTransformerDistilled, **args)
-
-
-@_register
-def deit_base_distilled_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DeiT-B with a distillation token, 224 x 224 (https://arxiv.org/abs/2012.12877)."""
-    args = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **kwargs}
-    return _create("deit_base_distilled_patch16_224", pretrained, VisionTransformerDistilled, **args)
-
-
-@_register
-def deit_base_distilled_patch16_384(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DeiT-B with a distillation token, 384 x 384 (https://arxiv.org/abs/2012.12877)."""
-    args = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **kwargs}
-    return _create("deit_base_distilled_patch16_384", pretrained, VisionTransformerDistilled, **args)
-
-
-@_register
-def deit3_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DeiT III-S, 224 x 224 (https://arxiv.org/abs/2204.07118)."""
-    args = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6, **DEIT3, **kwargs}
-    return _create("deit3_small_patch16_224", pretrained, VisionTransformer, **args)
-
-
-@_register
-def deit3_small_patch16_384(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DeiT III-S, 384 x 384 (https://arxiv.org/abs/2204.07118)."""
-    args = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6, **DEIT3, **kwargs}
-    return _create("deit3_small_patch16_384", pretrained, VisionTransformer, **args)
-
-
-@_register
-def deit3_medium_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DeiT III-M, 224 x 224 (https://arxiv.org/abs/2204.07118)."""
-    args = {"patch_size": 16, "embed_dim": 512, "depth": 12, "num_heads": 8, **DEIT3, **kwargs}
-    return _create("deit3_medium_patch16_224", pretrained, VisionTransformer, **args)
-
-
-@_register
-def deit3_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DeiT III-B, 224 x 224 (https://arxiv.org/abs/2204.07118)."""
-    args = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **DEIT3, **kwargs}
-    return _create("deit3_base_patch16_224", pretrained, VisionTransformer, **args)
-
-
-@_register
-def deit3_base_patch16_384(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DeiT III-B, 384 x 384 (https://arxiv.org/abs/2204.07118)."""
-    args = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **DEIT3, **kwargs}
-    return _create("deit3_base_patch16_384", pretrained, VisionTransformer, **args)
-
-
-@_register
-def deit3_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DeiT III-L, 224 x 224 (https://arxiv.org/abs/2204.07118)."""
-    args = {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16, **DEIT3, **kwargs}
-    return _create("deit3_large_patch16_224", pretrained, VisionTransformer, **args)
-
-
-@_register
-def deit3_large_patch16_384(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DeiT III-L, 384 x 384 (https://arxiv.org/abs/2204.07118)."""
-    args = {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16, **DEIT3, **kwargs}
-    return _create("deit3_large_patch16_384", pretrained, VisionTransformer, **args)
-
-
-@_register
-def deit3_huge_patch14_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DeiT III-H, 224 x 224 (https://arxiv.org/abs/2204.07118)."""
-    args = {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16, **DEIT3, **kwargs}
-    return _create("deit3_huge_patch14_224", pretrained, VisionTransformer, **args)
-
-
-@_register
+@register_model
 def vit_compact_patch4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """The 0.8 M parameter ViT for 32 x 32 images in which the compact 2D-PE ViT compares encodings."""
     args = {
@@ -255,18 +190,18 @@ def vit_compact_patch4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         "norm_layer": partial(nn.LayerNorm, eps=1e-5),
         **kwargs,
     }
-    return _create("vit_compact_patch4_32", pretrained, CompactVisionTransformer, **args)
+    return _create(CompactVisionTransformer, "vit_compact_patch4_32", pretrained, **args)
 
 
-@_register
+@register_model
 def vit_lite_7_patch4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ViT-Lite-7/4 for 32 x 32 images, 3.72 M parameters (https://arxiv.org/abs/2104.05704)."""
     args = {"patch_size": 4, **LITE, **kwargs}
-    return _create("vit_lite_7_patch4_32", pretrained, ViTLite, **args)
+    return _create(ViTLite, "vit_lite_7_patch4_32", pretrained, **args)
 
 
-@_register
+@register_model
 def cct_7_3x1_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CCT-7/3x1 for 32 x 32 images, 3.76 M parameters (https://arxiv.org/abs/2104.05704)."""
     args = {"patch_size": 2, **LITE, **kwargs}
-    return _create("cct_7_3x1_32", pretrained, CompactConvolutionalTransformer, **args)
+    return _create(CompactConvolutionalTransformer, "cct_7_3x1_32", pretrained, **args)

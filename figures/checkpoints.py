@@ -8,8 +8,9 @@ from typing import Any
 import timm
 from timm.layers import to_2tuple
 
-from lape_vit import VisionTransformer
+from lape_vit import VisionTransformer, from_timm
 from lape_vit.analysis.timm_positions import timm_grid
+from lape_vit.convert import unwrap_names
 from lape_vit.encodings import all_options, canonical_name
 from training.checkpoint import carry_data_config, description_of, load_checkpoint, load_weights
 from training.models import build_described, is_of_models_lape, spelled_for
@@ -57,11 +58,14 @@ def load_model(path: str, flags: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
         raise ValueError(f"unknown {FLAGS['model']} {name!r}: it is neither a model of models_lape nor one of timm")
     if said and not is_of_models_lape(name):
         raise ValueError(f"{', '.join(map(flag_for, said))}: for models of models_lape; {name} is timm's own")
-    state_dict = spelled_for(name, checkpoint["model"])
-    head = next((state_dict[key] for key in ("head.weight", "head.fc.weight") if key in state_dict), ())
-    model = build_described(description, len(head))
+    stored, heads = unwrap_names(checkpoint["model"]), ("head.weight", "head.fc.weight", "classifier.fc.weight")
+    model = build_described(description, len(next((stored[key] for key in heads if key in stored), ())))
     if not isinstance(model, VisionTransformer):
-        timm_grid(model)
+        try:
+            model = from_timm(model)
+        except ValueError:  # a table can be seen all the same
+            timm_grid(model)
+    state_dict = spelled_for(model, stored)
     own = {key: str(getattr(model, key)) for key in ("pe", "join_type") if hasattr(model, key)}
     load_weights(model, state_dict, path, f"{name} ({', '.join(own.values())})" if own else name)
     if untold := own.keys() - {*said}:

@@ -1,7 +1,15 @@
 """How a vision transformer knows where its patches are: encodings, joins, and timm models that take any of them."""
 
 from lape_vit.convert import WarmStart, convert_checkpoint, warm_start
+from lape_vit.timm_models import from_timm
 from lape_vit.vit import VisionTransformer, VisionTransformerDistilled
 
-__all__ = ["VisionTransformer", "VisionTransformerDistilled", "WarmStart", "convert_checkpoint", "warm_start"]
+__all__ = [
+    "VisionTransformer",
+    "VisionTransformerDistilled",
+    "WarmStart",
+    "convert_checkpoint",
+    "from_timm",
+    "warm_start",
+]
 __version__ = "0.1.0"

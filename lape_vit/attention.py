@@ -5,7 +5,7 @@ Shapes: B batch, N tokens, D embedding width, h heads, d head width. Block l rea
 
 import math
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import timm.layers
 import timm.models.vision_transformer
@@ -20,10 +20,9 @@ from lape_vit.places import Places
 class Attention(timm.layers.Attention):
     """timm's self-attention, in which an :class:`AttentionEncoding` may turn q and k and add its terms."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.encoding: AttentionEncoding | None = None
-        self.trained_tokens: int | None = None
+    if TYPE_CHECKING:  # as attributes of the class they would hide a module of the name
+        encoding: AttentionEncoding | None
+        trained_tokens: int | None
         """Where it is set, logits are multiplied by log(N) / log(trained_tokens) (https://arxiv.org/abs/2202.12172)."""
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,13 +51,15 @@ class Attention(timm.layers.Attention):
         return self.proj_drop(self.proj(gathered))
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, attn_mask: Tensor | None, is_causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, attn_mask: Tensor | None, is_causal: bool | Tensor
     ) -> Tensor:
         """What each token gathers of v (B, h, N, E): (B, h, N, E).
 
         Args:
             bias: is added to the logits, broadcasts to (B, h, N, N).
         """
+        if isinstance(is_causal, Tensor):  # so the older exporter to ONNX hands in a constant
+            is_causal = bool(is_causal)
         scale = self.scale
         if self.trained_tokens is not None:
             temperature = math.log(q.shape[2]) / math.log(self.trained_tokens)

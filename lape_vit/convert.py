@@ -20,6 +20,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
 from lape_vit.encodings.sinusoidal import Sinusoidal1D, Sinusoidal2D
+from lape_vit.eva import convert_eva
 from lape_vit.places import Grid, Places
 
 StateDict = dict[str, Tensor]
@@ -74,12 +75,13 @@ def unwrap_names(state_dict: StateDict) -> StateDict:
     return {new: state_dict[name] for name, new in names.items()}
 
 
-def convert_checkpoint(state_dict: StateDict) -> StateDict:
+def convert_checkpoint(state_dict: StateDict, model: Any = None) -> StateDict:
     """Rename an original's state dict to ours; one that is ours, or timm's, comes back as it is.
 
     Args:
-        state_dict: of LaPE's DeiT, of the compact 2D-PE ViT, or of one of our models. The names that wrappers leave
-            are taken off (see :func:`unwrap_names`).
+        state_dict: of LaPE's DeiT, of the compact 2D-PE ViT, of RoPE-ViT, of DINOv3, or of one of our models. The names
+            that wrappers leave are taken off (see :func:`unwrap_names`).
+        model: one of our models. It says how many heads there are where a checkpoint of RoPE-ViT's authors does not.
 
     Returns:
         A new dictionary that ``load_state_dict(strict=True)`` of the same model, built here, accepts.
@@ -87,7 +89,7 @@ def convert_checkpoint(state_dict: StateDict) -> StateDict:
     state_dict = unwrap_names(state_dict)
     if "embedding.conv1.weight" in state_dict:
         return _convert_vit2d(state_dict)
-    return _convert_lape(state_dict)
+    return _convert_lape(convert_eva(state_dict, model))
 
 
 def _convert_lape(state_dict: StateDict) -> StateDict:
@@ -181,11 +183,11 @@ def warm_start(state_dict: StateDict, model: Any, grid: Grid | None = None) -> W
         ValueError: the tables fit neither the model's grid nor a square one and ``grid`` is not given, timm cannot
             read the checkpoint, or nothing fits the model.
     """
-    source = read_foreign(convert_checkpoint(state_dict), model)
+    source = read_foreign(convert_checkpoint(state_dict, model), model)
     layout = table_layout(source, model, grid)
     resized = layout.grid != model.patch_embed.grid_size
     if resized:
-        size, (height, width) = model.patch_embed.img_size, model.patch_embed.patch_size
+        size, (height, width) = model.patch_embed.img_size, model.patch_embed.feat_ratio(as_scalar=False)
         model = copy.deepcopy(model)
         model.set_input_size(img_size=(layout.grid[0] * height, layout.grid[1] * width))
     own, remarks = model.state_dict(), list(layout.remarks)
@@ -193,7 +195,7 @@ def warm_start(state_dict: StateDict, model: Any, grid: Grid | None = None) -> W
     if TABLE in own and is_table(source.get(TABLE), own[TABLE]):
         filled[TABLE], some = fill_rows(own, source, layout.tokens, prefix_rows(model))
         remarks += some
-    if KERNEL in source and source[KERNEL].ndim == 4:
+    if KERNEL in own and KERNEL in source and source[KERNEL].ndim == 4:
         filled[KERNEL] = adapt_channels(source[KERNEL], own[KERNEL].shape[1])
     fits = {name: value for name, value in filled.items() if name in own and own[name].shape == value.shape}
     if not fits:
@@ -232,9 +234,9 @@ def grid_of(img_size: int | Sequence[int], state_dict: StateDict, model: Any) ->
 
     A patch is as large as the checkpoint's kernel, where kernels of such models are as large as patches.
     """
-    patch = tuple(model.patch_embed.patch_size)
-    kernel = unwrap_names(state_dict).get(KERNEL)
-    if kernel is not None and kernel.ndim == 4 and model.patch_embed.proj.weight.shape[-2:] == patch:
+    patch = tuple(model.patch_embed.feat_ratio(as_scalar=False))
+    kernel, own = unwrap_names(state_dict).get(KERNEL), model.state_dict().get(KERNEL)
+    if kernel is not None and kernel.ndim == 4 and own is not None and own.shape[-2:] == patch:
         patch = tuple(kernel.shape[-2:])
     height, width = to_2tuple(img_size)[-2:]
     return height // patch[0], width // patch[1]

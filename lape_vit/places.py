@@ -3,12 +3,23 @@
 Shapes: B batch, H x W cells of a grid, M patches.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Grid = tuple[int, int]
+
+
+def is_same_side(one: Any, other: Any) -> bool:
+    """Whether two sides are known to be the same; not where a graph is recorded for sides of any length."""
+    is_recorded = any(isinstance(side, torch.SymInt | Tensor) for side in (one, other))
+    return not is_recorded and one == other
+
+
+def is_same_grid(one: Grid, other: Grid) -> bool:
+    """Whether two grids are known to be the same, likewise."""
+    return is_same_side(one[0], other[0]) and is_same_side(one[1], other[1])
 
 
 class Places(NamedTuple):

@@ -5,7 +5,7 @@ D embedding width, h heads, d head width, L layers. Block l reads the residual s
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import timm.layers
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lape_vit import encodings, joins
 from lape_vit.attention import Attention, Block
 from lape_vit.augmentation import PlaceAugmentation
-from lape_vit.encodings import LayerSpec, Resolved, TokenEncoding
+from lape_vit.encodings import AttentionEncoding, LayerSpec, Resolved, TokenEncoding
 from lape_vit.joins import Terms
 from lape_vit.places import Grid, Places
 
@@ -44,8 +44,15 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
         TypeError: an option that the encoding does not take, or an argument that timm does not know.
     """
 
-    if TYPE_CHECKING:
+    if TYPE_CHECKING:  # what adopt adds; as attributes of the class they would hide modules of these names
         dist_token: Any  # a parameter in distilled models, None in others
+        pe: str
+        join_type: str
+        pe_options: dict[str, Any]
+        join: joins.Join
+        token_encoding: TokenEncoding | None
+        augment_places: PlaceAugmentation
+        reference_grid: Grid | None
 
     def __init__(
         self,
@@ -62,74 +69,9 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
             raise ValueError(f"pe={pe!r} and pos_embed={pos_embed!r} say the same thing: give one of them")
         options = {option: kwargs.pop(option) for option in encodings.all_options().keys() & kwargs.keys()}
         pe = next((name for name in (pe, pos_embed) if name is not None), "learnable")
-        encoding = encodings.resolve(pe, options)
-        joins.check_pair(encoding.name, join_type)
-        # A caller's own block_fn or attn_layer is a TypeError that names it, which mypy foresees.
-        super().__init__(*args, **kwargs, block_fn=Block, attn_layer=Attention)  # type: ignore[misc]
-        self.pe, self.join_type = encoding.name, join_type
-        self.pe_options = encoding.options()
-        if not hasattr(self, "dist_token"):
-            self.register_parameter("dist_token", None)
-        elif self.reg_token is not None:
-            raise ValueError("reg_tokens: a distilled model has none, in timm too; use a model without distillation")
-        # A Sequential could not hand a block its terms and places.
-        self.blocks = nn.ModuleList(self.blocks)  # type: ignore[assignment]
-        if isinstance(self.patch_drop, timm.layers.PatchDropout):
-            rate, prefix = self.patch_drop.prob, self.num_prefix_tokens
-            self.patch_drop = cast("Any", timm.layers.PatchDropoutWithIndices(rate, prefix))
-        self.augment_places = PlaceAugmentation(pos_shift, pos_jitter, pos_rescale)
-        if self.augment_places.is_on:
-            encoding.check_real_places("pos_shift, pos_jitter and pos_rescale")
-        self.reference_grid: Grid | None = None
-        weight = self.patch_embed.proj.weight
-        with weight.device:
-            self._add_join(encoding)
-            self._add_attention_encodings(encoding)
-            self.token_encoding = self._make_token_encoding(encoding)
-        self.join.to(weight.dtype)
-
-    def _add_join(self, encoding: Resolved) -> None:
-        grid, depth = self.patch_embed.grid_size, len(self.blocks)
-        part, absolute = encoding.absolute, None
-        if part is not None:
-            prefix_rows = 0 if self.no_embed_class else self.num_prefix_tokens
-            absolute = part(self.embed_dim, grid, prefix_rows, **encoding.options_of(part))
-        join, norm = joins.JOINS[self.join_type], cast("Block", self.blocks[0]).norm1
-        self.join = join(absolute, self.num_prefix_tokens, depth, norm=lambda: copy.deepcopy(norm))
-
-        if absolute is None or not absolute.learned:
-            self.pos_embed = None
-        else:
-            shape = (join.num_tables(depth), absolute.prefix_rows + grid[0] * grid[1], self.embed_dim)
-            assert self.pos_embed is not None
-            if self.pos_embed.shape != shape:
-                self.pos_embed = nn.Parameter(self.pos_embed.new_empty(shape))
-                timm.layers.trunc_normal_(self.pos_embed, std=0.02)
-
-    def _add_attention_encodings(self, encoding: Resolved) -> None:
-        part = encoding.attention
-        if part is None:
-            return
-        grid, depth, options = self.patch_embed.grid_size, len(self.blocks), encoding.options_of(part)
-        kept = None
-        for layer, attn in enumerate(cast("Attention", block.attn) for block in self.blocks):
-            spec = LayerSpec(attn.head_dim, attn.num_heads, grid, self.num_prefix_tokens, self.embed_dim, layer, depth)
-            module = part(spec, **options)
-            self.join.prepare(module)
-            if not part.differs_by_layer:
-                module.kept = kept = kept or module.kept
-            attn.encoding = module.to(attn.qkv.weight.dtype)
-
-    def _make_token_encoding(self, encoding: Resolved) -> TokenEncoding | None:
-        part = encoding.token
-        if part is None:
-            return None
-        module = part(self.embed_dim, self.patch_embed.grid_size, **encoding.options_of(part))
-        depth = len(self.blocks)
-        if not -depth <= module.after < depth:
-            raise ValueError(f"pe={encoding.name!r}: after={module.after}, and the blocks are 0 to {depth - 1}")
-        module.after %= depth
-        return module.to(self.patch_embed.proj.weight.dtype)
+        encoding, augmentation = resolve(pe, join_type, options), PlaceAugmentation(pos_shift, pos_jitter, pos_rescale)
+        super().__init__(*args, **kwargs)
+        adopt(self, encoding, join_type, augmentation)
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise NotImplementedError(
@@ -165,7 +107,7 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
         Args:
             places: default: the whole grid that the model is built for.
         """
-        weight = next(self.patch_embed.proj.parameters())  # not by its name, which a tracer replaces
+        weight = first_weight(self)
         places = places or Places(self.patch_embed.grid_size, device=weight.device)
         # Not the weight itself, which a wrapper may keep elsewhere until it is used.
         return self.join(places, torch.empty(0, dtype=weight.dtype, device=places.device), self.pos_embed)
@@ -350,6 +292,136 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
 
 class VisionTransformerDistilled(VisionTransformer, timm.models.deit.VisionTransformerDistilled):
     """timm's DeiT with a distillation token and a second head, likewise."""
+
+
+CLASSES: dict[type[nn.Module], type[VisionTransformer]] = {
+    timm.models.vision_transformer.VisionTransformer: VisionTransformer,
+    timm.models.deit.VisionTransformerDistilled: VisionTransformerDistilled,
+}
+"""timm's classes, and what their instances become."""
+
+
+def resolve(pe: str, join_type: str, options: Mapping[str, Any]) -> Resolved:
+    """Take a ``pe`` apart; ValueError or TypeError where it, a join or an option is not legal."""
+    encoding = encodings.resolve(pe, options)
+    joins.check_pair(encoding.name, join_type)
+    return encoding
+
+
+def adopt(model: Any, encoding: Resolved, join_type: str, augmentation: PlaceAugmentation) -> None:
+    """Make ours of a vision transformer that timm built, in place: its parts stay, and take on our classes.
+
+    Its table of positions stays where the encoding and the join have one of this shape, else it is drawn anew. On an
+    error the model is unchanged.
+
+    Args:
+        model: of one of ``CLASSES``, or of ours, as timm's constructor left it.
+
+    Raises:
+        ValueError: the model has parts that are not timm's usual ones, or the encoding does not fit it.
+    """
+    check_parts(model)
+    if augmentation.is_on:
+        encoding.check_real_places("pos_shift, pos_jitter and pos_rescale")
+    like = first_weight(model)
+    with like.device:
+        join, pos_embed = make_join(model, encoding, join_type, like)
+        in_attention = make_attention_encodings(model, encoding, join)
+        token_encoding = make_token_encoding(model, encoding)
+    for module in (join, *in_attention, token_encoding):
+        if module is not None:
+            module.to(like.dtype).train(model.training)
+
+    if not isinstance(model, VisionTransformer):
+        model.__class__ = CLASSES[type(model)]
+    for block, module in zip(model.blocks, in_attention, strict=True):
+        block.__class__, block.attn.__class__ = Block, Attention
+        block.attn.encoding, block.attn.trained_tokens = module, None
+    # A Sequential could not hand a block its terms and places.
+    model.blocks = nn.ModuleList(model.blocks).train(model.training)
+    if isinstance(model.patch_drop, timm.layers.PatchDropout):
+        drop = timm.layers.PatchDropoutWithIndices(model.patch_drop.prob, model.num_prefix_tokens)
+        model.patch_drop = drop.train(model.training)
+    if not hasattr(model, "dist_token"):
+        model.register_parameter("dist_token", None)
+    model.pe, model.pe_options, model.join_type = encoding.name, encoding.options(), join_type
+    model.augment_places, model.reference_grid = augmentation, None
+    model.pos_embed, model.join, model.token_encoding = pos_embed, join, token_encoding
+
+
+def first_weight(model: Any) -> Tensor:
+    """The weight that reads the images first; it has the model's dtype and device."""
+    convolution = model.patch_embed.proj
+    # Of an embedding by a convolutional network, the projection after it may be nothing.
+    return convolution.weight if hasattr(convolution, "weight") else next(model.patch_embed.parameters())
+
+
+def check_parts(model: Any) -> None:
+    """Raise ValueError where a model of timm has parts in which an encoding or a join has no place."""
+    usual = {"blocks": timm.models.vision_transformer.Block, "attention": timm.layers.Attention}
+    for block in model.blocks:
+        # A block of another kind may have no attention of its own.
+        for part, module in {"blocks": block, "attention": getattr(block, "attn", None)}.items():
+            if type(module) is not usual[part]:
+                name = type(module).__name__
+                raise ValueError(
+                    f"an encoding has no place in {part} of timm's class {name}, only of {usual[part].__name__}"
+                )
+    if getattr(model, "dist_token", None) is not None and model.reg_token is not None:
+        raise ValueError("reg_tokens: a distilled model has none, in timm too; use a model without distillation")
+
+
+def make_join(model: Any, encoding: Resolved, join_type: str, like: Tensor) -> tuple[joins.Join, nn.Parameter | None]:
+    """The join of an encoding, and the trained tables that it needs: the model's own if they have their shape."""
+    grid, depth, prefix = model.patch_embed.grid_size, len(model.blocks), model.num_prefix_tokens
+    part, absolute = encoding.absolute, None
+    if part is not None:
+        absolute = part(model.embed_dim, grid, 0 if model.no_embed_class else prefix, **encoding.options_of(part))
+
+    def norm() -> nn.Module:
+        new = copy.deepcopy(model.blocks[0].norm1).requires_grad_()
+        new.reset_parameters()
+        return new
+
+    join = joins.JOINS[join_type](absolute, prefix, depth, norm=norm)
+    if absolute is None or not absolute.learned:
+        return join, None
+    shape = (join.num_tables(depth), absolute.prefix_rows + grid[0] * grid[1], model.embed_dim)
+    table = model.pos_embed
+    if table is None or table.shape != shape:
+        # A short dtype cannot hold the steps by which the normal distribution is drawn.
+        drawn = like.new_empty(shape, dtype=torch.promote_types(like.dtype, torch.float32))
+        table = nn.Parameter(timm.layers.trunc_normal_(drawn, std=0.02).to(like.dtype))
+    return join, table
+
+
+def make_attention_encodings(model: Any, encoding: Resolved, join: joins.Join) -> list[AttentionEncoding | None]:
+    """The part of an encoding that lives in attention, of each block."""
+    part, depth = encoding.attention, len(model.blocks)
+    if part is None:
+        return [None] * depth
+    grid, prefix, options = model.patch_embed.grid_size, model.num_prefix_tokens, encoding.options_of(part)
+    made: list[AttentionEncoding] = []
+    for layer, attn in enumerate(block.attn for block in model.blocks):
+        spec = LayerSpec(attn.head_dim, attn.num_heads, grid, prefix, model.embed_dim, layer, depth)
+        module = part(spec, **options)
+        join.prepare(module)
+        if made and not part.differs_by_layer:
+            module.kept = made[0].kept
+        made.append(module)
+    return [*made]
+
+
+def make_token_encoding(model: Any, encoding: Resolved) -> TokenEncoding | None:
+    """The part of an encoding that acts on the tokens after a block."""
+    part, depth = encoding.token, len(model.blocks)
+    if part is None:
+        return None
+    module = part(model.embed_dim, model.patch_embed.grid_size, **encoding.options_of(part))
+    if not -depth <= module.after < depth:
+        raise ValueError(f"pe={encoding.name!r}: after={module.after}, and the blocks are 0 to {depth - 1}")
+    module.after %= depth
+    return module
 
 
 def block_indices(indices: int | Sequence[int] | None, depth: int) -> list[int]:

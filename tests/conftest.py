@@ -14,11 +14,13 @@ def pytest_configure() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what is marked ``gpu`` where there is none, and what is marked ``multinode`` unless it is asked for."""
+    """Skip what is marked ``gpu`` where there is none, and what must be asked for unless it is."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     if item.get_closest_marker("multinode") and "multinode" not in item.config.getoption("markexpr"):
         pytest.skip("needs root: make test-multinode")
+    if item.get_closest_marker("ecosystem") and "ecosystem" not in item.config.getoption("markexpr"):
+        pytest.skip("needs more libraries: make test-ecosystem")
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,25 @@ import models_lape  # noqa: F401  registers the models
 from lape_vit import encodings
 from lape_vit.joins import legal_joins, legal_pairs
 
-MODELS = timm.list_models(module="models_lape")
 DEIT = "deit_tiny_patch16_224"
 DISTILLED = "deit_tiny_distilled_patch16_224"
 COMPACT = "vit_compact_patch4_32"
 VIT_LITE, CCT = "vit_lite_7_patch4_32", "cct_7_3x1_32"
+TIMMS = [
+    DEIT,
+    DISTILLED,
+    "deit3_small_patch16_224",
+    "vit_tiny_patch16_224",
+    "vit_small_patch14_dinov2",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_base_patch16_clip_quickgelu_224",
+    "vit_base_patch16_siglip_224",
+    "vit_base_patch16_siglip_gap_224",
+    "vit_medium_patch16_reg4_gap_256",
+    "aimv2_large_patch14_224",
+]
+"""One of timm's names of each family of plain vision transformers."""
+MODELS = [*TIMMS, COMPACT, VIT_LITE, CCT]
 SIZES: dict[str, Any] = {
     "img_size": 32,
     "patch_size": 8,
@@ -55,8 +69,10 @@ over_encodings = pytest.mark.parametrize("pe", [*encodings.names(), *sampled_sum
 
 
 def create(pe: str | None = None, join_type: str | None = None, name: str = DEIT, **kwargs: Any) -> Any:
-    """A tiny model as it comes from timm, in float32 and training mode; the same at every call."""
+    """A tiny model of ours as it comes from timm, in float32 and training mode; the same at every call."""
     torch.manual_seed(0)
+    if pe is None and "pos_embed" not in kwargs:
+        pe = "learnable"
     return timm.create_model(name, pe=pe, join_type=join_type, **{**sizes_of(name), **kwargs})
 
 

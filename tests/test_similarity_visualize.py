@@ -422,7 +422,7 @@ ALL_FLAGS = {"--model_name": DEIT, "--pe": "learnable", "--join-type": "LaPE", "
     ("flag", "value", "expected"),
     [
         ("--model_name", "deit_x_LaPE", "unknown --model_name 'deit_x_LaPE'"),
-        ("--model_name", "vit_small_patch16_224", "--pe, --join-type: for models of models_lape"),
+        ("--model_name", "convit_tiny", "--pe, --join-type: for models of models_lape"),
         ("--pe", "learned", "unknown encoding pe='learned'"),
         ("--join-type", "lape", "unknown join_type='lape'"),
         ("--join-type", "basic", "does not fit"),
@@ -477,7 +477,7 @@ def test_a_model_of_timm_without_a_table_is_refused(tmp_path: Path, capsys: pyte
 
 
 def test_an_image_needs_a_model_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    name = "vit_small_patch16_224"
+    name = "convit_tiny"
     torch.save(timm.create_model(name, num_classes=0, img_size=32).state_dict(), tmp_path / "checkpoint.pth")
     flags = ["--model_name", name, "--input-size", "32", "--image", str(photograph(tmp_path / "image.png"))]
     assert "--image: for models of models_lape" in refusal(tmp_path, capsys, *flags)

@@ -11,9 +11,21 @@ from timm.models import create_feature_extractor
 from torch import Tensor
 
 from lape_vit import encodings
-from tests.models import MODELS, create, disturb, over_pairs
+from lape_vit.joins import legal_joins
+from tests.models import MODELS, create, disturb, over_pairs, sampled_sums
 
 over_single_encodings = pytest.mark.parametrize("pe", list(encodings.ENCODINGS))
+SAMPLED = [
+    (pe, joins[turn % len(joins)])
+    for turn, (pe, joins) in enumerate((pe, legal_joins(pe)) for pe in [*encodings.ENCODINGS, *sampled_sums()[:2]])
+]
+"""Every encoding under one join, the joins taking turns; and every join."""
+SAMPLED += [("learnable", join) for join in legal_joins("learnable") if join not in {of for _, of in SAMPLED}]
+over_sampled_pairs = pytest.mark.parametrize(("pe", "join_type"), SAMPLED)
+
+
+def noise(batch: int, height: int, width: int) -> Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
 
 
 def model_and_images(pe: str | None = None, join_type: str | None = None, **kwargs: Any) -> tuple[Any, Tensor]:
@@ -86,23 +98,50 @@ def test_every_pair_trains_without_compiling_again(pe: str, join_type: str) -> N
         train_and_evaluate()
 
 
-@over_single_encodings
-def test_every_encoding_exports_with_a_dynamic_batch(pe: str) -> None:
-    model, images = model_and_images(pe)
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
-    for batch in (2, 3):
-        torch.testing.assert_close(program(images[:batch]), model(images[:batch]))
-
-
-@over_single_encodings
-def test_every_encoding_runs_under_onnxruntime(pe: str, tmp_path: Path) -> None:
-    model, images = model_and_images(pe)
+@over_sampled_pairs
+def test_one_graph_serves_every_size_in_torch_and_in_onnxruntime(pe: str, join_type: str, tmp_path: Path) -> None:
+    model, _ = model_and_images(pe, join_type, dynamic_img_size=True, depth=1)
+    patch, (height, width) = model.patch_embed.patch_size, (torch.export.Dim(name, min=2, max=16) for name in "hw")
+    sizes = {0: torch.export.Dim("batch"), 2: patch[0] * height, 3: patch[1] * width}
+    program = torch.export.export(model, (noise(2, 40, 56),), dynamic_shapes=(sizes,))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own
-        batch = torch.export.Dim("batch")
-        torch.onnx.export(
-            model, (images,), tmp_path / "m.onnx", dynamo=True, dynamic_shapes=({0: batch},), verbose=False
-        )
+        torch.onnx.export(program, (), tmp_path / "m.onnx", dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
-    (logits,) = session.run(None, {session.get_inputs()[0].name: images[:2].numpy()})
-    torch.testing.assert_close(torch.from_numpy(logits), model(images[:2]), atol=1e-4, rtol=1e-4)
+    for images in (noise(3, *model.patch_embed.img_size), noise(1, 40, 56), noise(2, 64, 24)):
+        torch.testing.assert_close(program.module()(images), model(images))
+        (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), model(images), atol=1e-4, rtol=1e-4)
+
+
+@over_single_encodings
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::UserWarning")
+def test_the_older_exporter_serves_every_size_or_says_that_it_cannot(pe: str, dynamic: bool, tmp_path: Path) -> None:
+    model, _ = model_and_images(pe, dynamic_img_size=dynamic, depth=1)
+    axes = {"images": {0: "batch", **({2: "height", 3: "width"} if dynamic else {})}}
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"], "dynamic_axes": axes}
+    refusal = ""
+    try:
+        torch.onnx.export(model, (noise(2, 32, 32),), tmp_path / "m.onnx", dynamo=False, **names)
+    except NotImplementedError as error:
+        refusal = str(error)
+    if refusal:
+        assert dynamic
+        assert refusal.startswith("the older exporter to ONNX cannot resample")
+        assert "\n" not in refusal
+        return
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    others = (noise(1, 40, 56), noise(2, 64, 24)) if dynamic else ()
+    for images in (noise(3, 32, 32), *others):
+        (logits,) = session.run(None, {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), model(images), atol=1e-4, rtol=1e-4)
+
+
+@over_single_encodings
+@pytest.mark.filterwarnings("ignore:.torch.jit", "ignore::torch.jit.TracerWarning")
+def test_one_trace_serves_every_size(pe: str) -> None:
+    model, images = model_and_images(pe, dynamic_img_size=True)
+    traced = torch.jit.trace(model, (images,))
+    for other in (images, noise(1, 40, 56)):
+        torch.testing.assert_close(traced(other), model(other))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import models_lape  # noqa: F401  (registers the models)
 from datasets import DATA_SETS
-from lape_vit import convert_checkpoint, warm_start
+from lape_vit import VisionTransformer, convert_checkpoint, from_timm, warm_start
 from lape_vit.convert import grid_of, unwrap_names
 from lape_vit.encodings import ENCODINGS, FAMILIES, all_options
 from loading.classes import name_differences, order_of_classes
@@ -53,9 +53,10 @@ def build_described(description: Mapping[str, Any], num_classes: int, **others: 
         raise ValueError(f"{name} cannot be built with {said}: {error}") from error
 
 
-def spelled_for(name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a checkpoint under the names that the model of this name gives them."""
-    return convert_checkpoint(dict(state_dict)) if is_of_models_lape(name) else unwrap_names(dict(state_dict))
+def spelled_for(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a checkpoint under the names that a model gives them."""
+    is_ours = isinstance(model, VisionTransformer)
+    return convert_checkpoint(dict(state_dict), model) if is_ours else unwrap_names(dict(state_dict))
 
 
 def encoding_table(model: str) -> tuple[list[dict[str, str]], tuple[str, ...]]:
@@ -97,6 +98,8 @@ def build_model(options: Options, num_classes: int, input_size: int | Sequence[i
     moves = {name: getattr(options.augmentation, name) for name in ("pos_shift", "pos_jitter", "pos_rescale")}
     rates |= {name: value for name, value in moves.items() if value != getattr(AugmentationOptions, name)}
     model = build_described({**description, **wanted.encoding}, num_classes, **rates)
+    if not isinstance(model, VisionTransformer):  # with neither an encoding nor a join it is timm's own
+        model = from_timm(model)
     patch = model.patch_embed.patch_size
     for side, multiple in zip(to_2tuple(wanted.input_size), patch, strict=True):
         if side % multiple:  # timm would leave the rest of the image out
@@ -217,10 +220,8 @@ def build_teacher(options: Options, classes: Sequence[str]) -> nn.Module:
     if match.differences:
         raise ValueError(f"--teacher-path {path} was trained on other classes: {match.differences}")
     log_match(match, options.data.data_set, path)
-    teacher, weights = (
-        build_described({**description, "model": name}, len(classes)),
-        spelled_for(name, checkpoint["model"]),
-    )
+    teacher = build_described({**description, "model": name}, len(classes))
+    weights = spelled_for(teacher, checkpoint["model"])
     if match.order is not None:
         weights = reorder_classifier(weights, teacher, match.order)
     load_weights(teacher, weights, f"--teacher-path {path}", f"{name} of {len(classes)} classes")

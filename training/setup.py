@@ -126,7 +126,7 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Setup:
     model, options = build_model(options, len(classes), built_at)
     if checkpoint:
         name = f"{options.model.model} with {options.model.pe} and {options.model.join_type}"
-        weights = spelled_for(options.model.model, weights_of(checkpoint, options.run))
+        weights = spelled_for(model, weights_of(checkpoint, options.run))
         load_weights(model, weights, given["resume"], name)
         if options.model.reference_grid or options.model.log_n:
             grid = model.patch_embed.grid_size if options.model.reference_grid else None

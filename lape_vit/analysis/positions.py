@@ -16,7 +16,7 @@ from lape_vit.analysis.views import LayerView, cosine_similarity, mean_by_offset
 from lape_vit.attention import Attention, Block
 from lape_vit.joins import Terms
 from lape_vit.places import Grid, Places
-from lape_vit.vit import VisionTransformer, VisionTransformerDistilled
+from lape_vit.vit import VisionTransformer, VisionTransformerDistilled, first_weight
 
 Model = VisionTransformer | VisionTransformerDistilled
 
@@ -82,7 +82,7 @@ def position_views(model: Model, grid: Grid | None = None) -> list[PositionView]
 
 def whole_grid(model: Model, grid: Grid | None = None) -> Places:
     """The places of a whole grid (H, W), by default that of the model, on its device."""
-    return Places(grid or model.patch_embed.grid_size, device=model.patch_embed.proj.weight.device)
+    return Places(grid or model.patch_embed.grid_size, device=first_weight(model).device)
 
 
 def layer_titles(count: int, join_type: str) -> list[str]:
@@ -111,7 +111,7 @@ def plane_frequencies(model: Model) -> list[Tensor]:
     Returns:
         (V, pairs, 2) per block; empty where nothing turns.
     """
-    device = model.patch_embed.proj.weight.device
+    device = first_weight(model).device
     found = [views.plane_frequencies(attn.encoding, device) for attn in attentions(model) if attn.encoding is not None]
     return [frequencies for frequencies in found if frequencies is not None]
 
@@ -172,7 +172,7 @@ def content_free_tokens(model: Model, places: Places) -> list[Tensor]:
     """
     height, width = places.grid
     tokens = torch.zeros(1, model.num_prefix_tokens + height * width, model.embed_dim)
-    tokens = tokens.to(model.patch_embed.proj.weight)
+    tokens = tokens.to(first_weight(model))
     terms = model.position_terms(places)
     if terms.input is not None:
         tokens = model.norm_pre(terms.input)
@@ -226,7 +226,7 @@ def encoding_tables(model: Model) -> Tensor | None:
     encoding = model.join.encoding
     if encoding is None:
         return None
-    places, weight = whole_grid(model), model.patch_embed.proj.weight
+    places, weight = whole_grid(model), first_weight(model)
     tables = [None] if model.pos_embed is None else model.pos_embed.split(1)
     height, width = places.grid
     return torch.cat([encoding(places, weight, table)[:, -height * width :] for table in tables])

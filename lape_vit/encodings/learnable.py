@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lape_vit.encodings.base import AbsoluteEncoding
 from lape_vit.encodings.tables import read_between_cells, resize_grid
-from lape_vit.places import Places
+from lape_vit.places import Places, is_same_grid
 
 
 class Learnable(AbsoluteEncoding):
@@ -20,7 +20,7 @@ class Learnable(AbsoluteEncoding):
 
     def forward(self, places: Places, like: Tensor, pos_embed: Tensor | None = None) -> Tensor:
         assert pos_embed is not None
-        if places.is_whole and places.grid == self.grid:
+        if places.is_whole and is_same_grid(places.grid, self.grid):
             return pos_embed
         prefix, patches = pos_embed[:, : self.prefix_rows], pos_embed[:, self.prefix_rows :]
         patches = resize_grid(patches, self.grid, places.grid)

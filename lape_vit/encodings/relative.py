@@ -64,21 +64,24 @@ class Relative(AttentionEncoding):
             to_rows = (torch.arange(height, device=x.device) - y[:, None]).clamp(-k, k) + k + 1
             columns = F.one_hot(F.pad(to_columns, (0, 0, P, 0)), 2 * num_buckets)
             rows = F.one_hot(F.pad(to_rows, (0, 0, P, 0)) + num_buckets, 2 * num_buckets)
-            last_row, prefix = rows[:, -1:], columns.new_zeros(len(columns), 1, 2 * num_buckets)
+            last_row, prefix = rows[:, -1:], columns.new_zeros(columns.shape[0], 1, 2 * num_buckets)
             prefix[:, :, 0::num_buckets] = 1
             buckets = torch.cat([columns + last_row, rows[:, :-1] - last_row, prefix], dim=1)
         else:
             dx, dy = (offset.round().long().clamp(-k, k) + k + 1 for offset in places.offsets())
             dx, dy = F.pad(dx, (P, 0, P, 0)), F.pad(dy, (P, 0, P, 0)) + num_buckets
             buckets = F.one_hot(dx, 2 * num_buckets) + F.one_hot(dy, 2 * num_buckets)
-        return self._filled_up(buckets.mT).to(dtype)
+        return self._filled_up(buckets.transpose(-2, -1)).to(dtype)
 
     def marks(self, places: Places, dtype: torch.dtype) -> Tensor:
         """Each key's marks, (N, E)."""
         P = self.num_prefix_tokens
         if places.is_whole:
             (height, width), (x, y) = places.grid, places.coordinates(torch.long)
-            of_patches = F.pad(torch.cat([F.one_hot(x, width), F.one_hot(y, height)[:, :-1]], dim=1), (0, 1))
+            # Not by one_hot, which cannot be recorded for grids of any size.
+            of_column = x[:, None] == torch.arange(width, device=x.device)
+            of_row = y[:, None] == torch.arange(height - 1, device=x.device)
+            of_patches = F.pad(torch.cat([of_column, of_row], dim=1).long(), (0, 1))
             marks = torch.cat([F.pad(of_patches.new_ones(P, 1), (width + height - 1, 0)), of_patches])
         else:
             x, _ = places.coordinates()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lape_vit.places import Grid
+from lape_vit.places import Grid, is_same_grid, is_same_side
 
 
 def resize_grid(rows: Tensor, old: Grid, new: Grid) -> Tensor:
@@ -19,8 +19,13 @@ def resize_grid(rows: Tensor, old: Grid, new: Grid) -> Tensor:
     Returns:
         (T, H'*W', C), row-major over ``new``, in the dtype of ``rows``; ``rows`` itself where the grids agree.
     """
-    if old == new:
+    if is_same_grid(old, new):
         return rows
+    if torch.onnx.is_in_onnx_export() and torch.jit.is_tracing():
+        raise NotImplementedError(
+            "the older exporter to ONNX cannot resample a table of positions (bicubic, with antialiasing): use "
+            "torch.onnx.export with dynamo=True, or a model without dynamic_img_size"
+        )
     maps = rows.float().transpose(1, 2).reshape(rows.shape[0], rows.shape[2], old[0], old[1])
     maps = F.interpolate(maps, size=[new[0], new[1]], mode="bicubic", antialias=True, align_corners=False)
     return maps.flatten(2).transpose(1, 2).to(rows.dtype)
@@ -51,7 +56,7 @@ def read_between_cells(rows: Tensor, grid: Grid, x: Tensor, y: Tensor) -> Tensor
 
 def resize_axis(rows: Tensor, old: int, new: int) -> Tensor:
     """Rows (old, C) that stand for the cells of one axis, resampled linearly: (new, C)."""
-    if old == new:
+    if is_same_side(old, new):
         return rows
     return read_along(rows, torch.arange(new, dtype=torch.float64, device=rows.device), old, new)
 

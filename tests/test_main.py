@@ -80,6 +80,7 @@ def test_training_writes_all_that_it_promises(trained: Path) -> None:
         "model": "vit_compact_patch4_32",
         "pe": "learnable",
         "join_type": "LaPE",
+        "global_pool": "token",
         "num_classes": 3,
         "classes": list(tiny_run.CLASSES),
         "input_size": 16,

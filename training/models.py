@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from logging import getLogger
 from typing import Any, NamedTuple, cast
 
@@ -24,6 +25,21 @@ from training.options import AugmentationOptions, Options, RunOptions
 _logger = getLogger(__name__)
 
 
+NOT_OF_MODEL = {*signature(timm.create_model).parameters, "features_only", "out_indices", "in_chans"}
+"""Keywords that say what to load or to return, and not what the model is; images have three channels."""
+
+
+def check_name(name: str) -> None:
+    """See that a model may be trained here.
+
+    Raises:
+        ValueError: it may not; lists those that may.
+    """
+    if not is_of_models_lape(name):
+        known = timm.list_models(module="models_lape")
+        raise ValueError(f"unknown --model {name!r}: choose from {', '.join(known)}")
+
+
 def is_of_models_lape(name: str) -> bool:
     """Whether a model is one of this project, and not of timm alone."""
     return name in timm.list_models(module="models_lape")
@@ -41,16 +57,21 @@ def build_described(description: Mapping[str, Any], num_classes: int, **others: 
         ValueError: something that the model does not take.
     """
     name, size = description["model"], description.get("input_size")
-    known = ("pe", "join_type", *all_options())
-    build = {option: description[option] for option in known if description.get(option) is not None}
+    known = ("pe", "join_type", "global_pool", *all_options())
+    arguments = description.get("model_kwargs") or {}
+    if refused := NOT_OF_MODEL & arguments.keys():
+        raise ValueError(f"--model-kwargs {', '.join(sorted(refused))}: no argument that this program lets you choose")
+    build = arguments | {option: description[option] for option in known if description.get(option) is not None}
     cfg = get_pretrained_cfg(name)
     if size is not None and (is_of_models_lape(name) or (cfg is not None and cfg.fixed_input_size)):
         build["img_size"] = to_2tuple(size)
     try:
         return timm.create_model(name, num_classes=num_classes, **build, **others)
-    except TypeError as error:
+    except Exception as error:  # what arguments do inside timm can fail in any way
+        if not (isinstance(error, TypeError) or arguments or "global_pool" in build):
+            raise
         said = ", ".join(f"{option}={value}" for option, value in build.items())
-        raise ValueError(f"{name} cannot be built with {said}: {error}") from error
+        raise ValueError(f"{name} cannot be built with {said}: {str(error) or type(error).__name__}") from error
 
 
 def spelled_for(name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -67,9 +88,7 @@ def encoding_table(model: str) -> tuple[list[dict[str, str]], tuple[str, ...]]:
     Raises:
         ValueError: an unknown model.
     """
-    if not is_of_models_lape(model):
-        known = timm.list_models(module="models_lape")
-        raise ValueError(f"unknown --model {model!r}: choose from {', '.join(known)}")
+    check_name(model)
 
     def count(pe: str) -> int:
         return count_parameters(timm.create_model(model, pe=pe, device="meta"))
@@ -91,7 +110,8 @@ def encoding_table(model: str) -> tuple[list[dict[str, str]], tuple[str, ...]]:
 def build_model(options: Options, num_classes: int, input_size: int | Sequence[int]) -> tuple[Any, Options]:
     """The model of the options, and the options with what they left to the model: the encoding and the join."""
     wanted = options.model
-    description = {"model": wanted.model, "pe": wanted.pe, "join_type": wanted.join_type, "input_size": input_size}
+    names = ("model", "pe", "join_type", "global_pool", "model_kwargs")
+    description = {**{name: getattr(wanted, name) for name in names}, "input_size": input_size}
     rates = {"drop_rate": wanted.drop, "drop_path_rate": wanted.drop_path}
     rates = {name: value for name, value in rates.items() if value is not None}
     moves = {name: getattr(options.augmentation, name) for name in ("pos_shift", "pos_jitter", "pos_rescale")}
@@ -101,7 +121,8 @@ def build_model(options: Options, num_classes: int, input_size: int | Sequence[i
     for side, multiple in zip(to_2tuple(wanted.input_size), patch, strict=True):
         if side % multiple:  # timm would leave the rest of the image out
             raise ValueError(f"--input-size {side} is no multiple of the {multiple} pixels of {wanted.model}'s patches")
-    return model, options.changed(pe=model.pe, join_type=model.join_type, **model.pe_options)
+    own = {"pe": model.pe, "join_type": model.join_type, "global_pool": model.global_pool}
+    return model, options.changed(**own, **model.pe_options)
 
 
 def weights_of(checkpoint: dict[str, Any], run: RunOptions) -> dict[str, Any]:
@@ -241,6 +262,8 @@ def describe_model(options: Options, images: ImageSettings, classes: Sequence[st
         "pe": model.pe,
         "join_type": model.join_type,
         **{name: value for name, value in model.encoding.items() if value is not None},
+        "global_pool": model.global_pool,
+        **({"model_kwargs": dict(model.model_kwargs)} if model.model_kwargs else {}),
         "num_classes": len(classes),
         "classes": list(classes),
         "input_size": model.input_size,

@@ -60,7 +60,7 @@ def build_described(description: Mapping[str, Any], num_classes: int, **others: 
     known = ("pe", "join_type", "global_pool", *all_options())
     arguments = description.get("model_kwargs") or {}
     if refused := NOT_OF_MODEL & arguments.keys():
-        raise ValueError(f"--model-kwargs {', '.join(sorted(refused))}: no argument that this program lets you choose")
+        raise ValueError(f"--model-kwargs {', '.join(sorted(refused))}: leave it out, main.py decides it")
     build = arguments | {option: description[option] for option in known if description.get(option) is not None}
     cfg = get_pretrained_cfg(name)
     if size is not None and (is_of_models_lape(name) or (cfg is not None and cfg.fixed_input_size)):
@@ -72,6 +72,41 @@ def build_described(description: Mapping[str, Any], num_classes: int, **others: 
             raise
         said = ", ".join(f"{option}={value}" for option, value in build.items())
         raise ValueError(f"{name} cannot be built with {said}: {str(error) or type(error).__name__}") from error
+
+
+def pretrained_cfg(name: str, tag: str) -> Any:
+    """What timm says of the weights that it publishes for a model: their size, classes and images.
+
+    Args:
+        tag: empty for the model's default.
+
+    Raises:
+        ValueError: it publishes none under this tag; lists those that it does.
+    """
+    known = timm.list_pretrained(f"{name}.*")
+    if not known or (tag and f"{name}.{tag}" not in known):
+        tags = ", ".join(full.removeprefix(f"{name}.") for full in known) or "none"
+        raise ValueError(f"--pretrained {tag or name}: timm publishes no such weights; its tags of {name}: {tags}")
+    return get_pretrained_cfg(f"{name}.{tag}" if tag else name)
+
+
+def build_pretrained(description: Mapping[str, Any], tag: str, num_classes: int, **others: Any) -> Any:
+    """As `build_described`, with the weights that timm publishes for the model under `tag`.
+
+    Raises:
+        ValueError: something that the model does not take, or a tag that timm does not know.
+        OSError: the weights cannot be loaded.
+    """
+    name = description["model"]
+    cfg = pretrained_cfg(name, tag)
+    build_described(description, num_classes, device="meta", **others)  # what is wrong with the model is told by itself
+    if cfg.num_classes == num_classes:
+        _logger.info("the weights of %s name no classes: equal numbers are taken for equal classes", name)
+    try:
+        return build_described(description, num_classes, pretrained=True, pretrained_cfg=cfg, **others)
+    except Exception as error:  # a download can fail in any way
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise OSError(f"--pretrained {tag or name}: the weights of timm's cannot be loaded: {reason}") from error
 
 
 def spelled_for(name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -107,8 +142,18 @@ def encoding_table(model: str) -> tuple[list[dict[str, str]], tuple[str, ...]]:
     return rows, ("pe", "family", "options", "source")
 
 
-def build_model(options: Options, num_classes: int, input_size: int | Sequence[int]) -> tuple[Any, Options]:
-    """The model of the options, and the options with what they left to the model: the encoding and the join."""
+def build_model(
+    options: Options, num_classes: int, input_size: int | Sequence[int], tag: str | None = None
+) -> tuple[Any, Options]:
+    """The model of the options, and the options with what they left to the model: encoding, join and pooling.
+
+    Args:
+        tag: of the weights of timm's to start from; what is new and what was left out is logged. None: random weights.
+
+    Raises:
+        ValueError: something that the model does not take, or a tag that timm does not know.
+        OSError: weights that cannot be loaded.
+    """
     wanted = options.model
     names = ("model", "pe", "join_type", "global_pool", "model_kwargs")
     description = {**{name: getattr(wanted, name) for name in names}, "input_size": input_size}
@@ -116,7 +161,11 @@ def build_model(options: Options, num_classes: int, input_size: int | Sequence[i
     rates = {name: value for name, value in rates.items() if value is not None}
     moves = {name: getattr(options.augmentation, name) for name in ("pos_shift", "pos_jitter", "pos_rescale")}
     rates |= {name: value for name, value in moves.items() if value != getattr(AugmentationOptions, name)}
-    model = build_described({**description, **wanted.encoding}, num_classes, **rates)
+    description |= wanted.encoding
+    if tag is None:
+        model = build_described(description, num_classes, **rates)
+    else:
+        model = build_pretrained(description, tag, num_classes, **rates)
     patch = model.patch_embed.patch_size
     for side, multiple in zip(to_2tuple(wanted.input_size), patch, strict=True):
         if side % multiple:  # timm would leave the rest of the image out

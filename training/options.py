@@ -161,6 +161,9 @@ class RunOptions:
     finetune: str | None = option(metavar="FILE",
         help="start from the weights of this checkpoint, of any size, encoding or join; model, encoding, join and size "
              "are the checkpoint's unless others are given; default: start from random weights")
+    pretrained: str | None = option(nargs="?", const="", metavar="TAG",
+        help="start from the weights that timm publishes for --model, under this tag or that of --model NAME.TAG, else "
+             "under its default tag; what does not fit is left out, and said; default: start from random weights")
     recipe: str | None = option(metavar="NAME", of_one_call=True,
         help="options from recipes/NAME.yaml, or from the .yaml file of this path; default: the data set's recipe")
     list_encodings: bool = option(default=False, of_one_call=True,
@@ -332,6 +335,8 @@ class OptimisationOptions:
         help="learning rate after the warm-up")
     sched_on_updates: bool = option(default=False,
         help="change the learning rate with every update in place of every epoch")
+    sched_one_epoch_late: bool = option(default=False,
+        help="each epoch has the learning rate that the schedule has one epoch earlier, as in DeiT's and LaPE's loops")
     warmup_epochs: int = option(default=5, read=whole(), metavar="N", help="epochs of linear warm-up, part of --epochs")
     warmup_lr: float | None = option(read=AMOUNT, metavar="LR",
         help="learning rate at the start of the warm-up, not scaled; default: 1e-6")

@@ -38,6 +38,7 @@ from training.models import (
     load_what_fits,
     log_match,
     match_classes,
+    pretrained_cfg,
     spelled_for,
     weights_of,
 )
@@ -125,14 +126,24 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Setup:
     runtime, options = start_process(options, world, display)
     check_same_start(options.run, checkpoint, runtime)
 
-    images = image_settings(options, description)
+    if options.run.pretrained is not None and not checkpoint:
+        cfg = pretrained_cfg(options.model.model, options.run.pretrained)
+        images = image_settings(options, {"mean": list(cfg.mean), "std": list(cfg.std)})
+    else:
+        images = image_settings(options, description)
     test_set, classes = build_dataset(False, images, description.get("classes"))
     check_number_of_classes(options.data, len(classes))
     if checkpoint:
         classes = classes_of_model(options, classes, description)
     seed_everything(options.run.seed)  # every process makes the same model
     built_at: Any = description.get("input_size", options.model.input_size)
-    model, options = build_model(options, len(classes), built_at)
+    tag = None if checkpoint else options.run.pretrained
+    model, options = build_model(options, len(classes), built_at, tag)
+    if tag is not None and options.run.eval and model.pretrained_cfg["num_classes"] != len(classes):
+        raise ValueError(
+            f"--eval --pretrained: {options.data.data_set} has {len(classes)} classes, but the published weights "
+            f"{model.pretrained_cfg['num_classes']}"
+        )
     if checkpoint:
         name = f"{options.model.model} with {options.model.pe} and {options.model.join_type}"
         weights = spelled_for(options.model.model, weights_of(checkpoint, options.run))
@@ -257,8 +268,8 @@ def read_given(parser: OptionParser, argv: Sequence[str]) -> dict[str, Any]:
         )
     if given.get("eval") and "resume" not in given and "finetune" in given:  # as RoPE-ViT evaluates
         given["resume"] = given.pop("finetune")
-    if given.get("eval") and "resume" not in given:
-        raise ValueError("--eval needs --resume FILE, the checkpoint to evaluate")
+    if given.get("eval") and not {"resume", "pretrained"} & given.keys():
+        raise ValueError("--eval needs --resume FILE, the checkpoint to evaluate, or --pretrained")
     if given.get("eval_ema") and not given.get("eval"):
         raise ValueError("--eval-ema says what --eval evaluates: give both")
     for name in ("reference_grid", "log_n"):
@@ -266,6 +277,8 @@ def read_given(parser: OptionParser, argv: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"{flag_of(name)} is of an evaluation at another size: give --eval and --input-size, too")
     if "data_set" in given:
         given["data_set"] = canonical_data_set(given["data_set"])
+    if "pretrained" in given and (others := {"finetune", "resume"} & given.keys()):
+        raise ValueError(f"--pretrained and {flag_of(min(others))} both say what to start from: give one of them")
     if "finetune" in given and "resume" in given:
         raise ValueError("--finetune starts a run and --resume continues one: give one of them")
     if "start_epoch" in given and ("resume" in given or given.get("auto_resume")):
@@ -286,6 +299,9 @@ def resolve_given(
         ValueError, OSError: an unknown name or file, or an option that contradicts the checkpoint to resume.
     """
     recipe = pick_recipe(parser, given, checkpoint)
+    for one, other in (("finetune", "pretrained"), ("pretrained", "finetune")):
+        if one in given:
+            recipe = {**recipe, other: None}
     finetune = None if checkpoint else {**recipe, **given}.get("finetune")
     start = load_checkpoint(finetune) if finetune else {}
     options = resolve_options(parser, given, recipe, description_of(checkpoint), description_of(start))
@@ -379,6 +395,13 @@ def spell_out_names(values: dict[str, Any]) -> dict[str, Any]:
         ValueError: no such encoding or option, or two values of one option.
     """
     values = in_our_names(values)
+    name, _, tag = str(values.get("model", "")).partition(".")
+    if tag:
+        if values.get("pretrained") is None:
+            raise ValueError(f"--model {name}.{tag} names weights of timm's: add --pretrained, or leave .{tag} out")
+        if values["pretrained"] not in ("", tag):
+            raise ValueError(f"--pretrained {values['pretrained']} contradicts --model {name}.{tag}")
+        values |= {"model": name, "pretrained": tag}
     if values.get("pe") is None:
         return values
     try:

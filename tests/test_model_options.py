@@ -1,5 +1,6 @@
 """Arguments of the model on the command line, published weights, and LaPE's own schedule."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from torch.optim import SGD
 
 import models_lape  # noqa: F401  (registers the models)
 from figures.checkpoints import load_model
+from training.models import build_published_teacher
 from training.optimisation import build_scheduler, epoch_of_schedule
 from training.options import OptimisationOptions
 
 DIGITS = ("--data-set", "DIGITS", "--batch-size", 256, "--epochs", 1, "--warmup-epochs", 0, "--device", "cpu")
-MEAN_OF_PATCHES = ("--global-pool", "avg", "--model-kwargs", "class_token=False", "fc_norm=False")
+TINY = {"depth": 1, "embed_dim": 24, "num_heads": 3, "class_token": False, "fc_norm": False}
+MEAN_OF_PATCHES = ("--global-pool", "avg", "--model-kwargs", *(f"{name}={value}" for name, value in TINY.items()))
 SMALL = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 OF_SMALL = ("--model-kwargs", *(f"{name}={value}" for name, value in SMALL.items()), "--input-size", 16)
 DEIT = "deit_tiny_patch16_224"
@@ -34,20 +37,26 @@ def test_a_model_without_class_token_is_trained_evaluated_resumed_and_drawn(join
     assert call(*DIGITS, *model, *MEAN_OF_PATCHES, "--output_dir", run) == 0
     description = load(checkpoint)["description"]
     assert description["global_pool"] == "avg"
-    assert description["model_kwargs"] == {"class_token": False, "fc_norm": False}
+    assert description["model_kwargs"] == TINY
     assert set_up("--eval", "--resume", checkpoint).model.cls_token is None
     assert call("--resume", checkpoint, "--epochs", 2) == 0
     assert len(log_of(run)) == 2
     assert load_model(str(checkpoint), {})[0].global_pool == "avg"
 
 
-def test_the_saved_configuration_has_the_arguments(tmp_path: Path) -> None:
-    run = tmp_path / "run"
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run whose model has arguments; to be left as it is."""
+    run = tmp_path_factory.mktemp("runs") / "run"
     assert call(*DIGITS, *MEAN_OF_PATCHES, "--model-kwargs", "init_values=1e-3", "--output_dir", run) == 0
-    again = set_up("--recipe", run / "config.yaml").options.model
+    return run
+
+
+def test_the_saved_configuration_has_the_arguments(averaged: Path) -> None:
+    again = set_up("--recipe", averaged / "config.yaml").options.model
     assert again.global_pool == "avg"
-    assert again.model_kwargs == {"class_token": False, "fc_norm": False, "init_values": 1e-3}
-    other = set_up("--recipe", run / "config.yaml", "--model", "vit_lite_7_patch4_32").options.model
+    assert again.model_kwargs == {**TINY, "init_values": 1e-3}
+    other = set_up("--recipe", averaged / "config.yaml", "--model", "vit_lite_7_patch4_32").options.model
     assert other.model_kwargs is None  # they are of the model that the recipe names
 
 
@@ -59,11 +68,9 @@ def test_the_saved_configuration_has_the_arguments(tmp_path: Path) -> None:
     ],
 )
 def test_what_contradicts_the_checkpoint_is_refused(
-    flags: tuple[str, ...], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: tuple[str, ...], told: str, averaged: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(*DIGITS, *MEAN_OF_PATCHES, "--output_dir", tmp_path / "run") == 0
-    capsys.readouterr()
-    assert call("--eval", "--resume", tmp_path / "run" / "checkpoint.pth", *flags) == 2
+    assert call("--eval", "--resume", averaged / "checkpoint.pth", *flags) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert told in line
 
@@ -134,6 +141,31 @@ def test_weights_that_cannot_be_loaded_end_in_one_line(
     assert f"--pretrained {DEIT}: the weights of timm's cannot be loaded" in line
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ((), f"--teacher-model {DEIT}.fb_in1k is for 1000 classes, and the data has 10"),
+        (("--teacher-model", f"{DEIT}.no_such"), "its tags of deit_tiny_patch16_224: fb_in1k"),
+        (("--teacher-model", DEIT), "--teacher-path FILE"),
+    ],
+)
+def test_a_teacher_by_its_tag_that_cannot_teach_is_refused(
+    flags: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distilled = ("--model", "deit_tiny_distilled_patch16_224", *OF_SMALL, "--distillation-type", "hard")
+    assert call(*DIGITS, *distilled, "--teacher-model", f"{DEIT}.fb_in1k", *flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line
+
+
+def test_a_teacher_by_its_tag_has_the_published_weights(
+    published: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, img_size=16, **SMALL))
+    teacher = build_published_teacher(DEIT, "fb_in1k", 1000)
+    assert all(torch.equal(value, published[name]) for name, value in teacher.state_dict().items())
+
+
 # ---- LaPE's schedule
 
 
@@ -162,7 +194,7 @@ def test_the_log_of_a_late_run_has_its_rates_one_epoch_later(tmp_path: Path) -> 
     rates = {}
     for name, flags in (("on time", ()), ("late", ("--sched-one-epoch-late",))):
         folder = tmp_path / name
-        changed = ("--model", "vit_compact_patch4_32", "--model-kwargs", "depth=1", "--epochs", 3)
+        changed = ("--model", "vit_compact_patch4_32", *MEAN_OF_PATCHES, "--epochs", 3)
         assert call(*DIGITS, *changed, "--no-sched-on-updates", *flags, "--output_dir", folder) == 0
         rates[name] = [row["train_lr"] for row in log_of(folder)]
     assert rates["late"] == [rates["on time"][0], *rates["on time"][:2]]

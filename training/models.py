@@ -66,7 +66,7 @@ def build_described(description: Mapping[str, Any], num_classes: int, **others: 
     if size is not None and (is_of_models_lape(name) or (cfg is not None and cfg.fixed_input_size)):
         build["img_size"] = to_2tuple(size)
     try:
-        return timm.create_model(name, num_classes=num_classes, **build, **others)
+        return timm.create_model(name, num_classes=num_classes, **{**build, **others})
     except Exception as error:  # what arguments do inside timm can fail in any way
         if not (isinstance(error, TypeError) or arguments or "global_pool" in build):
             raise
@@ -74,7 +74,7 @@ def build_described(description: Mapping[str, Any], num_classes: int, **others: 
         raise ValueError(f"{name} cannot be built with {said}: {str(error) or type(error).__name__}") from error
 
 
-def pretrained_cfg(name: str, tag: str) -> Any:
+def pretrained_cfg(name: str, tag: str, flag: str = "--pretrained") -> Any:
     """What timm says of the weights that it publishes for a model: their size, classes and images.
 
     Args:
@@ -86,11 +86,13 @@ def pretrained_cfg(name: str, tag: str) -> Any:
     known = timm.list_pretrained(f"{name}.*")
     if not known or (tag and f"{name}.{tag}" not in known):
         tags = ", ".join(full.removeprefix(f"{name}.") for full in known) or "none"
-        raise ValueError(f"--pretrained {tag or name}: timm publishes no such weights; its tags of {name}: {tags}")
+        raise ValueError(f"{flag} {tag or name}: timm publishes no such weights; its tags of {name}: {tags}")
     return get_pretrained_cfg(f"{name}.{tag}" if tag else name)
 
 
-def build_pretrained(description: Mapping[str, Any], tag: str, num_classes: int, **others: Any) -> Any:
+def build_pretrained(
+    description: Mapping[str, Any], tag: str, num_classes: int, flag: str = "--pretrained", **others: Any
+) -> Any:
     """As `build_described`, with the weights that timm publishes for the model under `tag`.
 
     Raises:
@@ -98,7 +100,7 @@ def build_pretrained(description: Mapping[str, Any], tag: str, num_classes: int,
         OSError: the weights cannot be loaded.
     """
     name = description["model"]
-    cfg = pretrained_cfg(name, tag)
+    cfg = pretrained_cfg(name, tag, flag)
     build_described(description, num_classes, device="meta", **others)  # what is wrong with the model is told by itself
     if cfg.num_classes == num_classes:
         _logger.info("the weights of %s name no classes: equal numbers are taken for equal classes", name)
@@ -106,7 +108,7 @@ def build_pretrained(description: Mapping[str, Any], tag: str, num_classes: int,
         return build_described(description, num_classes, pretrained=True, pretrained_cfg=cfg, **others)
     except Exception as error:  # a download can fail in any way
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise OSError(f"--pretrained {tag or name}: the weights of timm's cannot be loaded: {reason}") from error
+        raise OSError(f"{flag} {tag or name}: the weights of timm's cannot be loaded: {reason}") from error
 
 
 def spelled_for(name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -157,7 +159,7 @@ def build_model(
     wanted = options.model
     names = ("model", "pe", "join_type", "global_pool", "model_kwargs")
     description = {**{name: getattr(wanted, name) for name in names}, "input_size": input_size}
-    rates = {"drop_rate": wanted.drop, "drop_path_rate": wanted.drop_path}
+    rates: dict[str, Any] = {"drop_rate": wanted.drop, "drop_path_rate": wanted.drop_path}
     rates = {name: value for name, value in rates.items() if value is not None}
     moves = {name: getattr(options.augmentation, name) for name in ("pos_shift", "pos_jitter", "pos_rescale")}
     rates |= {name: value for name, value in moves.items() if value != getattr(AugmentationOptions, name)}
@@ -267,7 +269,8 @@ def load_what_fits(model: Any, checkpoint: dict[str, Any], path: str, data_set: 
 def build_teacher(options: Options, classes: Sequence[str]) -> nn.Module:
     """The model to learn from: any of timm or of this project, with the weights of `--teacher-path`.
 
-    Its classes are in the order of `classes`, if its checkpoint names them.
+    Without a path, a name with a tag of timm's, NAME.TAG, has the weights that timm publishes under it. Its classes are
+    in the order of `classes`, if its checkpoint names them.
 
     Raises:
         FileNotFoundError: no such file.
@@ -275,18 +278,52 @@ def build_teacher(options: Options, classes: Sequence[str]) -> nn.Module:
     """
     distillation = options.distillation
     name, path = distillation.teacher_model, distillation.teacher_path
-    if name is None or path is None:
+    name, _, tag = (name or "").partition(".")
+    if not name or not (path or tag):
         raise ValueError(
             f"--distillation-type {distillation.distillation_type} needs --teacher-model NAME and --teacher-path FILE"
         )
     if name not in timm.list_models():
         raise ValueError(f"unknown --teacher-model {name!r}: timm.list_models() lists them")
+    if path is None:
+        teacher = build_published_teacher(name, tag, len(classes))
+    else:
+        teacher = build_own_teacher(name, path, options.data.data_set, classes)
+    size = to_2tuple(options.model.input_size)
+    try:
+        with torch.no_grad():
+            teacher.eval()(torch.zeros(1, 3, *size))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--teacher-model {name} cannot take images of --input-size {size}: {error}") from error
+    return teacher
+
+
+def build_published_teacher(name: str, tag: str, num_classes: int) -> Any:
+    """The teacher with the weights that timm publishes under a tag.
+
+    Raises:
+        ValueError: no such weights, or weights for another number of classes.
+        OSError: they cannot be loaded.
+    """
+    published = pretrained_cfg(name, tag, "--teacher-model").num_classes
+    if published != num_classes:
+        raise ValueError(f"--teacher-model {name}.{tag} is for {published} classes, and the data has {num_classes}")
+    return build_pretrained({"model": name}, tag, num_classes, "--teacher-model")
+
+
+def build_own_teacher(name: str, path: str, data_set: str, classes: Sequence[str]) -> Any:
+    """The teacher with the weights of a checkpoint, in the order of `classes` if the checkpoint names its own.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: other weights, or other classes.
+    """
     checkpoint = load_checkpoint(path)
     description = description_of(checkpoint)
-    match = match_classes(classes, options.data.data_set, description, path)
+    match = match_classes(classes, data_set, description, path)
     if match.differences:
         raise ValueError(f"--teacher-path {path} was trained on other classes: {match.differences}")
-    log_match(match, options.data.data_set, path)
+    log_match(match, data_set, path)
     teacher, weights = (
         build_described({**description, "model": name}, len(classes)),
         spelled_for(name, checkpoint["model"]),
@@ -294,12 +331,6 @@ def build_teacher(options: Options, classes: Sequence[str]) -> nn.Module:
     if match.order is not None:
         weights = reorder_classifier(weights, teacher, match.order)
     load_weights(teacher, weights, f"--teacher-path {path}", f"{name} of {len(classes)} classes")
-    size = to_2tuple(options.model.input_size)
-    try:
-        with torch.no_grad():
-            teacher.eval()(torch.zeros(1, 3, *size))
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"--teacher-model {name} cannot take images of --input-size {size}: {error}") from error
     return teacher
 
 

@@ -368,7 +368,9 @@ class DistillationOptions:
 
     distillation_type: str = option(default="none", choices=("none", "soft", "hard"),
         help="what a distilled model learns from a teacher: its probabilities, or its best guess")
-    teacher_model: str | None = option(metavar="NAME", help="the teacher, any model of timm; default: no teacher")
+    teacher_model: str | None = option(metavar="NAME",
+        help="the teacher, any model of timm; NAME.TAG without --teacher-path has the weights that timm publishes; "
+             "default: no teacher")
     teacher_path: str | None = option(metavar="FILE", help="checkpoint with the teacher's weights; default: no teacher")
     distillation_alpha: float | None = option(read=FRACTION, metavar="X",
         help="the teacher's weight in the loss; default: 0.5")

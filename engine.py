@@ -14,6 +14,7 @@ from runtime.distributed import largest_over_ranks, sum_over_ranks
 from runtime.interrupt import Interrupted, noted_signal
 from runtime.process import Runtime
 from runtime.seeding import STEP, seed_everything
+from training.optimisation import epoch_of_schedule
 from training.state import Training
 
 _logger = getLogger(__name__)
@@ -50,7 +51,7 @@ def train_one_epoch(
         return f"loss {progress.loss_sum.item() / max(1, progress.done):.4f}  lr {training.lr:.2e}"
 
     model.train(training.options.model.train_mode)
-    scheduler.step(training.epoch)
+    scheduler.step(epoch_of_schedule(training.options.optimisation, training.epoch))
     scheduler.step_update(first_update + max(0, progress.step - 1))  # of the last update, should none be left
     with runtime.display.show(title, training.updates, progress.step) as loop:
         batches = loop.batches(training.loader)

@@ -38,6 +38,7 @@ from training.folder import CHECKPOINTS, last_checkpoint
 from training.models import count_parameters, encoding_table
 from training.options import build_parser, saved_options, with_dashes
 from training.setup import Setup, set_up
+from training.sources import in_our_names
 from training.state import Training
 
 _logger = getLogger(__name__)
@@ -96,7 +97,7 @@ def _end(message: str, exit_code: int, world: World) -> int:
 def list_encodings(argv: Sequence[str], console: Console) -> int:
     """Print what each encoding is, takes and adds to the model of the command line."""
     parser = build_parser(all_options())
-    model = {**parser.defaults, **parser.read(argv)}["model"]
+    model = {**parser.defaults, **in_our_names(parser.read(argv))}["model"]
     print_table(console, f"encodings, and the parameters that they add to {model}", *encoding_table(model))
     return 0
 

@@ -39,6 +39,7 @@ from training.options import AugmentationOptions, DataOptions, Parser, encoding_
 _logger = getLogger(__name__)
 
 DPI = 150
+CHECKPOINT, PICTURES = "result/deit_t_LaPE/best_checkpoint.pth", "visualize/similarity"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,17 +68,19 @@ def build_parser() -> Parser:
     """All options of this command; each flag in the spelling with `-` and the one with `_`."""
     parser = Parser(
         prog="similarity_visualize.py",
-        usage="%(prog)s (--ckpt_path FILE | --compare FILE FILE ...) --save_dir DIR [options]",
+        usage="%(prog)s [--ckpt_path FILE | --compare FILE FILE ...] [--save_dir DIR] [options]",
         description="Draw what every layer of a checkpoint sees of positions.",
         allow_abbrev=False,
     )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--ckpt_path", "--ckpt-path", metavar="FILE",
-        help="a checkpoint: ours, an original's, or timm's (.pth or .safetensors)")  # fmt: skip
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--ckpt_path", "--ckpt-path", metavar="FILE", default=CHECKPOINT,
+        help="a checkpoint: ours, an original's, or timm's (.pth or .safetensors); default, as in LaPE's code: "
+        f"{CHECKPOINT}")  # fmt: skip
     source.add_argument("--compare", nargs="+", metavar="FILE",
         help="two checkpoints or more: their sheets side by side, and curves over depth")  # fmt: skip
     add = parser.add_argument
-    add("--save_dir", "--save-dir", required=True, metavar="DIR", help="receives the pictures")
+    add("--save_dir", "--save-dir", default=PICTURES, metavar="DIR",
+        help=f"receives the pictures; default, as in LaPE's code: {PICTURES}")  # fmt: skip
     add("--token", type=pair, metavar="ROW,COLUMN", help="the patch to draw alone, counted from 0; default: the centre")
     add("--format", choices=("png", "pdf", "svg"), default="png", help="of the pictures; default: png")
     add("--image", metavar="FILE", help="draw attention over this image too, as seen from the patch of --token")

@@ -15,6 +15,7 @@ from lape_vit.encodings import all_options, canonical_name
 from training.checkpoint import carry_data_config, description_of, load_checkpoint, load_weights
 from training.models import build_described, is_of_models_lape, spelled_for
 from training.options import flag_of
+from training.sources import in_our_names
 
 _logger = getLogger(__name__)
 
@@ -81,6 +82,8 @@ def complete(description: Mapping[str, Any], flags: Mapping[str, Any], path: str
     Raises:
         ValueError: a flag that contradicts the checkpoint, or no model's name in either.
     """
+    description = in_our_names(description)
+    flags = in_our_names({name: value for name, value in flags.items() if value is not None})
     completed = {name: value for name, value in description.items() if name not in FLAGS}
     for name in (*FLAGS, *all_options()):
         values = [description.get(name), flags.get(name)]
@@ -89,6 +92,8 @@ def complete(description: Mapping[str, Any], flags: Mapping[str, Any], path: str
             raise ValueError(f"{flag_for(name)} {given} contradicts {path}, which has {said}")
         if said is not None or given is not None:
             completed[name] = given if said is None else said
+    if "model_kwargs" in flags:
+        completed.setdefault("model_kwargs", flags["model_kwargs"])
     if "model" not in completed:
         raise ValueError(f"{path} does not say what model it holds: give {FLAGS['model']}")
     return completed

@@ -501,11 +501,13 @@ def test_flags_that_do_not_go_together_are_refused(
     assert not (tmp_path / "pictures").exists()
 
 
-@pytest.mark.parametrize("missing", ["--ckpt_path", "--save_dir"])
-def test_a_required_flag_is_asked_for(missing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = {"--ckpt_path": "c.pth", "--save_dir": str(tmp_path / "pictures")}
-    del flags[missing]
-    assert main([text for pair in flags.items() for text in pair]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert missing in line
-    assert not (tmp_path / "pictures").exists()
+def test_without_its_two_paths_it_takes_those_of_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 2
+    assert "no checkpoint file result/deit_t_LaPE/best_checkpoint.pth" in capsys.readouterr().err
+    (tmp_path / "result" / "deit_t_LaPE").mkdir(parents=True)
+    save(tmp_path / "result" / "deit_t_LaPE" / "best_checkpoint.pth", "learnable", "LaPE")
+    assert main([]) == 0
+    assert (tmp_path / "visualize" / "similarity" / "similarity.png").exists()

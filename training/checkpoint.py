@@ -15,8 +15,8 @@ Ours are a dictionary of plain data (tensors, numbers, strings, lists, dictionar
     best_ema_acc1   the same of the averaged weights; -1 without them
     accuracies      test accuracy after each epoch, per cent
     config          the options of the run, by name (`batch_size`)
-    description     model, pe, join_type, num_classes, classes, input_size, data_set, mean, std, interpolation,
-                    eval_crop_ratio
+    description     model, pe, join_type, global_pool, model_kwargs if there are any, num_classes, classes, input_size,
+                    data_set, mean, std, interpolation, eval_crop_ratio
 
 The learning rate is a function of the options, the epoch, the update and the accuracies, and so are order,
 augmentations and all other random draws of each process (see `runtime.seeding`): nothing else needs to be kept.
@@ -47,6 +47,8 @@ DESCRIBED = {
     "model": "model",
     "pe": "pe",
     "join_type": "join_type",
+    "gp": "global_pool",
+    "global_pool": "global_pool",
     "nb_classes": "num_classes",
     "num_classes": "num_classes",
     "img_size": "input_size",
@@ -157,7 +159,10 @@ def description_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
     description = {ours: args[theirs] for theirs, ours in DESCRIBED.items() if args.get(theirs)}
     of_model = args.get("model_kwargs") or {}
-    description |= {DESCRIBED.get(name, name): value for name, value in of_model.items() if value is not None}
+    of_model = {name: value for name, value in of_model.items() if value is not None}
+    description |= {DESCRIBED.get(name, name): value for name, value in of_model.items()}
+    if others := {name: value for name, value in of_model.items() if name not in DESCRIBED}:
+        description["model_kwargs"] = others
     if "input_size" in description:
         description["input_size"] = _height_and_width(description["input_size"])
     if "model" in description:

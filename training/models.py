@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from logging import getLogger
 from typing import Any, NamedTuple, cast
 
@@ -24,6 +25,21 @@ from training.options import AugmentationOptions, Options, RunOptions
 _logger = getLogger(__name__)
 
 
+NOT_OF_MODEL = {*signature(timm.create_model).parameters, "features_only", "out_indices", "in_chans"}
+"""Keywords that say what to load or to return, and not what the model is; images have three channels."""
+
+
+def check_name(name: str) -> None:
+    """See that a model may be trained here.
+
+    Raises:
+        ValueError: it may not; lists those that may.
+    """
+    if not is_of_models_lape(name):
+        known = timm.list_models(module="models_lape")
+        raise ValueError(f"unknown --model {name!r}: choose from {', '.join(known)}")
+
+
 def is_of_models_lape(name: str) -> bool:
     """Whether a model is one of this project, and not of timm alone."""
     return name in timm.list_models(module="models_lape")
@@ -41,16 +57,58 @@ def build_described(description: Mapping[str, Any], num_classes: int, **others: 
         ValueError: something that the model does not take.
     """
     name, size = description["model"], description.get("input_size")
-    known = ("pe", "join_type", *all_options())
-    build = {option: description[option] for option in known if description.get(option) is not None}
+    known = ("pe", "join_type", "global_pool", *all_options())
+    arguments = description.get("model_kwargs") or {}
+    if refused := NOT_OF_MODEL & arguments.keys():
+        raise ValueError(f"--model-kwargs {', '.join(sorted(refused))}: leave it out, main.py decides it")
+    build = arguments | {option: description[option] for option in known if description.get(option) is not None}
     cfg = get_pretrained_cfg(name)
     if size is not None and (is_of_models_lape(name) or (cfg is not None and cfg.fixed_input_size)):
         build["img_size"] = to_2tuple(size)
     try:
-        return timm.create_model(name, num_classes=num_classes, **build, **others)
-    except TypeError as error:
+        return timm.create_model(name, num_classes=num_classes, **{**build, **others})
+    except Exception as error:  # what arguments do inside timm can fail in any way
+        if not (isinstance(error, TypeError) or arguments or "global_pool" in build):
+            raise
         said = ", ".join(f"{option}={value}" for option, value in build.items())
-        raise ValueError(f"{name} cannot be built with {said}: {error}") from error
+        raise ValueError(f"{name} cannot be built with {said}: {str(error) or type(error).__name__}") from error
+
+
+def pretrained_cfg(name: str, tag: str, flag: str = "--pretrained") -> Any:
+    """What timm says of the weights that it publishes for a model: their size, classes and images.
+
+    Args:
+        tag: empty for the model's default.
+
+    Raises:
+        ValueError: it publishes none under this tag; lists those that it does.
+    """
+    known = timm.list_pretrained(f"{name}.*")
+    if not known or (tag and f"{name}.{tag}" not in known):
+        tags = ", ".join(full.removeprefix(f"{name}.") for full in known) or "none"
+        raise ValueError(f"{flag} {tag or name}: timm publishes no such weights; its tags of {name}: {tags}")
+    return get_pretrained_cfg(f"{name}.{tag}" if tag else name)
+
+
+def build_pretrained(
+    description: Mapping[str, Any], tag: str, num_classes: int, flag: str = "--pretrained", **others: Any
+) -> Any:
+    """As `build_described`, with the weights that timm publishes for the model under `tag`.
+
+    Raises:
+        ValueError: something that the model does not take, or a tag that timm does not know.
+        OSError: the weights cannot be loaded.
+    """
+    name = description["model"]
+    cfg = pretrained_cfg(name, tag, flag)
+    build_described(description, num_classes, device="meta", **others)  # what is wrong with the model is told by itself
+    if cfg.num_classes == num_classes:
+        _logger.info("the weights of %s name no classes: equal numbers are taken for equal classes", name)
+    try:
+        return build_described(description, num_classes, pretrained=True, pretrained_cfg=cfg, **others)
+    except Exception as error:  # a download can fail in any way
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise OSError(f"{flag} {tag or name}: the weights of timm's cannot be loaded: {reason}") from error
 
 
 def spelled_for(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -68,9 +126,7 @@ def encoding_table(model: str) -> tuple[list[dict[str, str]], tuple[str, ...]]:
     Raises:
         ValueError: an unknown model.
     """
-    if not is_of_models_lape(model):
-        known = timm.list_models(module="models_lape")
-        raise ValueError(f"unknown --model {model!r}: choose from {', '.join(known)}")
+    check_name(model)
 
     def count(pe: str) -> int:
         return count_parameters(timm.create_model(model, pe=pe, device="meta"))
@@ -89,22 +145,38 @@ def encoding_table(model: str) -> tuple[list[dict[str, str]], tuple[str, ...]]:
     return rows, ("pe", "family", "options", "source")
 
 
-def build_model(options: Options, num_classes: int, input_size: int | Sequence[int]) -> tuple[Any, Options]:
-    """The model of the options, and the options with what they left to the model: the encoding and the join."""
+def build_model(
+    options: Options, num_classes: int, input_size: int | Sequence[int], tag: str | None = None
+) -> tuple[Any, Options]:
+    """The model of the options, and the options with what they left to the model: encoding, join and pooling.
+
+    Args:
+        tag: of the weights of timm's to start from; what is new and what was left out is logged. None: random weights.
+
+    Raises:
+        ValueError: something that the model does not take, or a tag that timm does not know.
+        OSError: weights that cannot be loaded.
+    """
     wanted = options.model
-    description = {"model": wanted.model, "pe": wanted.pe, "join_type": wanted.join_type, "input_size": input_size}
-    rates = {"drop_rate": wanted.drop, "drop_path_rate": wanted.drop_path}
+    names = ("model", "pe", "join_type", "global_pool", "model_kwargs")
+    description = {**{name: getattr(wanted, name) for name in names}, "input_size": input_size}
+    rates: dict[str, Any] = {"drop_rate": wanted.drop, "drop_path_rate": wanted.drop_path}
     rates = {name: value for name, value in rates.items() if value is not None}
     moves = {name: getattr(options.augmentation, name) for name in ("pos_shift", "pos_jitter", "pos_rescale")}
     rates |= {name: value for name, value in moves.items() if value != getattr(AugmentationOptions, name)}
-    model = build_described({**description, **wanted.encoding}, num_classes, **rates)
+    description |= wanted.encoding
+    if tag is None:
+        model = build_described(description, num_classes, **rates)
+    else:
+        model = build_pretrained(description, tag, num_classes, **rates)
     if not isinstance(model, VisionTransformer):  # with neither an encoding nor a join it is timm's own
         model = from_timm(model)
     patch = model.patch_embed.patch_size
     for side, multiple in zip(to_2tuple(wanted.input_size), patch, strict=True):
         if side % multiple:  # timm would leave the rest of the image out
             raise ValueError(f"--input-size {side} is no multiple of the {multiple} pixels of {wanted.model}'s patches")
-    return model, options.changed(pe=model.pe, join_type=model.join_type, **model.pe_options)
+    own = {"pe": model.pe, "join_type": model.join_type, "global_pool": model.global_pool}
+    return model, options.changed(**own, **model.pe_options)
 
 
 def weights_of(checkpoint: dict[str, Any], run: RunOptions) -> dict[str, Any]:
@@ -200,7 +272,8 @@ def load_what_fits(model: Any, checkpoint: dict[str, Any], path: str, data_set: 
 def build_teacher(options: Options, classes: Sequence[str]) -> nn.Module:
     """The model to learn from: any of timm or of this project, with the weights of `--teacher-path`.
 
-    Its classes are in the order of `classes`, if its checkpoint names them.
+    Without a path, a name with a tag of timm's, NAME.TAG, has the weights that timm publishes under it. Its classes are
+    in the order of `classes`, if its checkpoint names them.
 
     Raises:
         FileNotFoundError: no such file.
@@ -208,29 +281,57 @@ def build_teacher(options: Options, classes: Sequence[str]) -> nn.Module:
     """
     distillation = options.distillation
     name, path = distillation.teacher_model, distillation.teacher_path
-    if name is None or path is None:
+    name, _, tag = (name or "").partition(".")
+    if not name or not (path or tag):
         raise ValueError(
             f"--distillation-type {distillation.distillation_type} needs --teacher-model NAME and --teacher-path FILE"
         )
     if name not in timm.list_models():
         raise ValueError(f"unknown --teacher-model {name!r}: timm.list_models() lists them")
-    checkpoint = load_checkpoint(path)
-    description = description_of(checkpoint)
-    match = match_classes(classes, options.data.data_set, description, path)
-    if match.differences:
-        raise ValueError(f"--teacher-path {path} was trained on other classes: {match.differences}")
-    log_match(match, options.data.data_set, path)
-    teacher = build_described({**description, "model": name}, len(classes))
-    weights = spelled_for(teacher, checkpoint["model"])
-    if match.order is not None:
-        weights = reorder_classifier(weights, teacher, match.order)
-    load_weights(teacher, weights, f"--teacher-path {path}", f"{name} of {len(classes)} classes")
+    if path is None:
+        teacher = build_published_teacher(name, tag, len(classes))
+    else:
+        teacher = build_own_teacher(name, path, options.data.data_set, classes)
     size = to_2tuple(options.model.input_size)
     try:
         with torch.no_grad():
             teacher.eval()(torch.zeros(1, 3, *size))
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"--teacher-model {name} cannot take images of --input-size {size}: {error}") from error
+    return teacher
+
+
+def build_published_teacher(name: str, tag: str, num_classes: int) -> Any:
+    """The teacher with the weights that timm publishes under a tag.
+
+    Raises:
+        ValueError: no such weights, or weights for another number of classes.
+        OSError: they cannot be loaded.
+    """
+    published = pretrained_cfg(name, tag, "--teacher-model").num_classes
+    if published != num_classes:
+        raise ValueError(f"--teacher-model {name}.{tag} is for {published} classes, and the data has {num_classes}")
+    return build_pretrained({"model": name}, tag, num_classes, "--teacher-model")
+
+
+def build_own_teacher(name: str, path: str, data_set: str, classes: Sequence[str]) -> Any:
+    """The teacher with the weights of a checkpoint, in the order of `classes` if the checkpoint names its own.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: other weights, or other classes.
+    """
+    checkpoint = load_checkpoint(path)
+    description = description_of(checkpoint)
+    match = match_classes(classes, data_set, description, path)
+    if match.differences:
+        raise ValueError(f"--teacher-path {path} was trained on other classes: {match.differences}")
+    log_match(match, data_set, path)
+    teacher = build_described({**description, "model": name}, len(classes))
+    weights = spelled_for(teacher, checkpoint["model"])
+    if match.order is not None:
+        weights = reorder_classifier(weights, teacher, match.order)
+    load_weights(teacher, weights, f"--teacher-path {path}", f"{name} of {len(classes)} classes")
     return teacher
 
 
@@ -242,6 +343,8 @@ def describe_model(options: Options, images: ImageSettings, classes: Sequence[st
         "pe": model.pe,
         "join_type": model.join_type,
         **{name: value for name, value in model.encoding.items() if value is not None},
+        "global_pool": model.global_pool,
+        **({"model_kwargs": dict(model.model_kwargs)} if model.model_kwargs else {}),
         "num_classes": len(classes),
         "classes": list(classes),
         "input_size": model.input_size,

@@ -136,6 +136,8 @@ def build_scheduler(
     Raises:
         ValueError: options that do not go together.
     """
+    if optimisation.sched_one_epoch_late and (optimisation.sched == "plateau" or optimisation.sched_on_updates):
+        raise ValueError("--sched-one-epoch-late does not go with --sched plateau or --sched-on-updates")
     if optimisation.sched == "plateau" and optimisation.sched_on_updates:
         raise ValueError("--sched-on-updates does not go with --sched plateau, which looks at whole epochs")
     cooldown = optimisation.cooldown_epochs or 0
@@ -183,6 +185,11 @@ def _scheduler(
     return scheduler
 
 
+def epoch_of_schedule(optimisation: OptimisationOptions, epoch: int) -> int:
+    """The epoch whose learning rate the schedule gives to `epoch`; both count from 0."""
+    return max(0, epoch - 1) if optimisation.sched_one_epoch_late else epoch
+
+
 def _min_lr(optimisation: OptimisationOptions) -> float:
     return 1e-5 if optimisation.min_lr is None else optimisation.min_lr
 
@@ -203,7 +210,8 @@ def highest_rate(optimisation: OptimisationOptions, lr: float, updates_per_epoch
     scheduler = _scheduler(optimisation, optimizer, updates_per_epoch)
     rates = []
     for epoch in range(optimisation.start_epoch, optimisation.epochs):
-        scheduler.step(epoch, epoch)  # as if the accuracy grew with every epoch, so that plateau does not decay
+        # as if the accuracy grew with every epoch, so that plateau does not decay
+        scheduler.step(epoch_of_schedule(optimisation, epoch), epoch)
         for update in (epoch * updates_per_epoch, (epoch + 1) * updates_per_epoch - 1):
             scheduler.step_update(update)
             rates.append(optimizer.param_groups[0]["lr"])

@@ -5,6 +5,7 @@ augmentation and regularisation are off unless a recipe or a flag turns them on:
 """
 
 import argparse
+import ast
 import math
 import os
 import re
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import yaml
+
+from training.sources import advice
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 WIDTH = 110
@@ -77,6 +80,30 @@ def optional(read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 AMOUNT, FRACTION = number(), number(high=1.0)
 
+OWN_FLAGS = {"drop_rate": "--drop", "drop_path_rate": "--drop-path"}
+"""Flags of arguments of a model that have other names."""
+
+
+class Arguments(argparse.Action):
+    """A dictionary of words such as `class_token=False`; the values are Python's, or else text, as timm reads them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        arguments = dict(getattr(namespace, self.dest, None) or {})
+        for word in values:
+            name, equals, text = word.partition("=")
+            if not (name.isidentifier() and equals):
+                raise argparse.ArgumentError(self, f"expected KEY=VALUE, such as class_token=False, got {word!r}")
+            own = OWN_FLAGS.get(name) or flag_of(name)
+            if own in parser.flags:
+                raise argparse.ArgumentError(self, f"{name} has a flag of its own: type {own} {text}")
+            try:
+                arguments[name] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                arguments[name] = text
+            if arguments[name] is None:
+                raise argparse.ArgumentError(self, f"{word}: timm passes no None to a model; leave it out")
+        setattr(namespace, self.dest, arguments)
+
 
 # ---- the sections
 
@@ -113,7 +140,7 @@ OWN = "default: the model's own"
 class RunOptions:
     """Where a run starts, what it leaves behind, and on what it computes."""
 
-    output_dir: str | None = option(metavar="DIR", of_one_call=True,
+    output_dir: str | None = option(metavar="DIR", aliases=("--output-path",), of_one_call=True,
         help="receives the checkpoints, config.yaml, log.txt and curves.png; default: nothing is written")
     tensorboard: bool = option(default=False,
         help="write what log.txt has, and the loss as it goes, for TensorBoard, to tensorboard/ in --output-dir")
@@ -123,7 +150,7 @@ class RunOptions:
              "https: URL whose name ends in its SHA-256 (NAME-a1311bcf.pth), or URL#sha256=a1311bcf; default: start "
              "afresh")
     eval: bool = option(default=False, of_one_call=True,
-        help="evaluate the checkpoint of --resume and end; at another --input-size if one is given")
+        help="evaluate the checkpoint of --resume, or of --finetune, and end; at another --input-size if one is given")
     eval_ema: bool = option(default=False, of_one_call=True, help="with --eval: evaluate the averaged weights")
     auto_resume: bool = option(default=False, of_one_call=True,
         help="--resume the newest readable checkpoint of --output-dir; start afresh where there is none")
@@ -134,12 +161,17 @@ class RunOptions:
     finetune: str | None = option(metavar="FILE",
         help="start from the weights of this checkpoint, of any size, encoding or join; model, encoding, join and size "
              "are the checkpoint's unless others are given; default: start from random weights")
+    pretrained: str | None = option(nargs="?", const="", metavar="TAG",
+        help="start from the weights that timm publishes for --model, under this tag or that of --model NAME.TAG, else "
+             "under its default tag; what does not fit is left out, and said; default: start from random weights")
     recipe: str | None = option(metavar="NAME", of_one_call=True,
         help="options from recipes/NAME.yaml, or from the .yaml file of this path; default: the data set's recipe")
     list_encodings: bool = option(default=False, of_one_call=True,
         help="print a table of all encodings, with their options and what they add to --model, and end")
     seed: int = option(default=0, read=whole(), metavar="N", help="of weights, order and augmentation")
     device: str | None = option(metavar="NAME", help="cpu, cuda or cuda:N; default: cuda if there is one, else cpu")
+    distributed: bool = option(default=False, of_one_call=True,
+        help="there must be several processes, which torchrun starts; they find each other without it, too")
     world_size: int | None = option(read=whole(1), metavar="N", of_one_call=True,
         help="how many processes there must be; default: as many as torchrun or the environment says")
     dist_url: str = option(default="env://", metavar="URL", of_one_call=True,
@@ -168,8 +200,12 @@ class ModelOptions:
         help="positional encoding, NAME or 'NAME(option=value)', or a sum with at most one of each family; "
              f"--list-encodings describes them; {OWN}")
     join_type: str | None = option(metavar="NAME", help=f"how an absolute encoding reaches the layers; {OWN}")
+    global_pool: str | None = option(metavar="POOL",
+        help=f"what the classifier reads: token, avg, avgmax, max, map, as timm has them; {OWN}")
+    model_kwargs: Mapping[str, Any] | None = option(nargs="+", action=Arguments, metavar="KEY=VALUE",
+        help=f"other arguments of timm's class, such as class_token=False fc_norm=False; {OWN}")
     input_size: int | Sequence[int] | None = option(read=image_size, metavar="S",
-        help=f"side of the images, or HEIGHT,WIDTH, pixels; {OWN}")
+        aliases=("--image-size", "--img-size"), help=f"side of the images, or HEIGHT,WIDTH, pixels; {OWN}")
     drop: float | None = option(read=optional(FRACTION), metavar="P",
         help=f"probability of dropout before the classifier; {OWN}")
     drop_path: float | None = option(read=optional(FRACTION), metavar="P",
@@ -206,8 +242,12 @@ class DataOptions:
     inat_category: str | None = option(metavar="NAME",
         help="what makes a class of INAT, INAT19: name, genus, family, order, class, phylum, kingdom or supercategory; "
              "default: name, the species")
-    batch_size: int = option(default=64, read=whole(1), metavar="N", help="images per step and process")
+    num_classes: int | None = option(read=whole(1), metavar="N", aliases=("--n-classes", "--nb-classes"),
+        of_one_call=True, help="how many classes there must be; default: as many as the data set has")
+    batch_size: int = option(default=64, read=whole(1), metavar="N", aliases=("-b", "--batch"),
+        help="images per step and process")
     num_workers: int = option(default=min(MOST_WORKERS, os.cpu_count() or 1), read=whole(), metavar="N",
+        aliases=("--n-workers",),
         help="processes that load data, for each training process; default: one per core, at most 10")
     pin_mem: bool | None = option(help="load into page-locked memory; default: on with a GPU")
     skip_bad_images: bool = option(default=False,
@@ -295,6 +335,8 @@ class OptimisationOptions:
         help="learning rate after the warm-up")
     sched_on_updates: bool = option(default=False,
         help="change the learning rate with every update in place of every epoch")
+    sched_one_epoch_late: bool = option(default=False,
+        help="each epoch has the learning rate that the schedule has one epoch earlier, as in DeiT's and LaPE's loops")
     warmup_epochs: int = option(default=5, read=whole(), metavar="N", help="epochs of linear warm-up, part of --epochs")
     warmup_lr: float | None = option(read=AMOUNT, metavar="LR",
         help="learning rate at the start of the warm-up, not scaled; default: 1e-6")
@@ -304,7 +346,7 @@ class OptimisationOptions:
         help="last epochs of cosine, tanh and poly, part of --epochs, that stay at --min-lr; default: 0")
     decay_epochs: int | None = option(read=whole(1), metavar="N",
         help="epochs from one decay of step to the next; default: 30")
-    decay_rate: float | None = option(read=AMOUNT, metavar="X",
+    decay_rate: float | None = option(read=AMOUNT, metavar="X", aliases=("--dr",),
         help="factor of each decay of step and plateau; the power of poly; default: 0.1")
     patience_epochs: int | None = option(read=whole(), metavar="N",
         help="epochs without a better test accuracy before plateau decays; default: 10")
@@ -326,7 +368,9 @@ class DistillationOptions:
 
     distillation_type: str = option(default="none", choices=("none", "soft", "hard"),
         help="what a distilled model learns from a teacher: its probabilities, or its best guess")
-    teacher_model: str | None = option(metavar="NAME", help="the teacher, any model of timm; default: no teacher")
+    teacher_model: str | None = option(metavar="NAME",
+        help="the teacher, any model of timm; NAME.TAG without --teacher-path has the weights that timm publishes; "
+             "default: no teacher")
     teacher_path: str | None = option(metavar="FILE", help="checkpoint with the teacher's weights; default: no teacher")
     distillation_alpha: float | None = option(read=FRACTION, metavar="X",
         help="the teacher's weight in the loss; default: 0.5")
@@ -445,11 +489,13 @@ class OptionParser(Parser):
         """
         given, unknown = self.parse_known_args(argv)
         if unknown:
-            raise ValueError(f"unknown option {unknown[0]}{self.suggest(unknown[0])}")
+            raise ValueError(f"unknown option {unknown[0]}{self.suggest(unknown[0], argv)}")
         return vars(given)
 
-    def suggest(self, flag: str) -> str:
-        """What to do about an unknown flag."""
+    def suggest(self, flag: str, argv: Sequence[str] = ()) -> str:
+        """What to do about an unknown flag, which stands in `argv`."""
+        if known_instead := advice(flag, [with_dashes(word) for word in argv], self.flags):
+            return f": {known_instead}"
         known = get_close_matches(flag.partition("=")[0], self.flags)
         hint = f"did you mean {' or '.join(known)}?" if known else "leave it out;"
         return f": {hint} main.py --help lists all"
@@ -481,7 +527,8 @@ def build_parser(
         add = parser.section(title)
         for one in options_of(section):
             about = one.metadata
-            kind: type = bool if bool in (one.type, *get_args(one.type)) else str
+            kinds = (one.type, *get_args(one.type))
+            kind: type = bool if bool in kinds else Mapping if Mapping[str, Any] in kinds else str
             reading = reading_of(kind, about["read"], has_no=not about["of_one_call"])
             text = about["help"] + (f"; {names[one.name]}" if one.name in names else "")
             add(flag_of(one.name), *about["aliases"], help=text, default=one.default, **reading, **about["how"])
@@ -493,6 +540,8 @@ def build_parser(
 
 def reading_of(kind: type, read: Callable[[str], Any], has_no: bool = True) -> dict[str, Any]:
     """How argparse reads a value by `read`, or a bool, by a flag that may have its `--no-name`."""
+    if kind is Mapping:
+        return {}
     if kind is not bool:
         return {"type": read}
     return {"action": argparse.BooleanOptionalAction if has_no else "store_true"}
@@ -559,6 +608,8 @@ def _read_value(parser: OptionParser, flag: str, value: Any) -> Any:
         argv = [flag if value else flag.replace("--", "--no-", 1)]
     elif isinstance(value, list):
         argv = [flag, *map(str, value)]
+    elif isinstance(value, dict):
+        argv = [flag, *(f"{key}={setting}" for key, setting in value.items())]
     elif isinstance(value, str | int | float):
         argv = [f"{flag}={value}"]
     else:
@@ -600,4 +651,6 @@ def _show(value: Any) -> str:
         return "on" if value else "off"
     if isinstance(value, list | tuple):
         return " ".join(map(_show, value))
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={setting}" for key, setting in value.items())
     return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

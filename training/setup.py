@@ -30,6 +30,7 @@ from training.folder import find_checkpoint, open_output_dir, read_log
 from training.models import (
     build_model,
     build_teacher,
+    check_name,
     compile_model,
     count_parameters,
     describe_model,
@@ -37,11 +38,13 @@ from training.models import (
     load_what_fits,
     log_match,
     match_classes,
+    pretrained_cfg,
     spelled_for,
     weights_of,
 )
 from training.optimisation import highest_rate, images_per_update, learning_rate
 from training.options import (
+    DataOptions,
     OptionParser,
     Options,
     RunOptions,
@@ -52,12 +55,16 @@ from training.options import (
     flag_of,
     read_recipe,
     saved_options,
+    with_dashes,
 )
+from training.sources import in_our_names
 from training.state import Training, build_training, restore_progress, restore_state
 
 _logger = getLogger(__name__)
 
-FIXED = ("model", "pe", "join_type", "input_size", *all_options())
+OF_MODEL = ("global_pool", "model_kwargs")
+"""Options that are of one model, and of no other."""
+FIXED = ("model", "pe", "join_type", "input_size", *OF_MODEL, *all_options())
 """Options that a checkpoint decides."""
 FOR_EVALUATION = (
     "data_set",
@@ -71,6 +78,8 @@ FOR_EVALUATION = (
     "eval_crop_ratio",
 )
 """Options that evaluation takes over from the training, to repeat what the training measured."""
+CHOOSES_DATA = {"data_set", "recipe", "resume", "auto_resume", "finetune"}
+"""Options that choose a data set, or that no code base without a choice of data sets has."""
 SLOW_AVERAGE = 0.1
 """Part of the first weights above which the final average is called slow."""
 
@@ -117,13 +126,24 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Setup:
     runtime, options = start_process(options, world, display)
     check_same_start(options.run, checkpoint, runtime)
 
-    images = image_settings(options, description)
+    if options.run.pretrained is not None and not checkpoint:
+        cfg = pretrained_cfg(options.model.model, options.run.pretrained)
+        images = image_settings(options, {"mean": list(cfg.mean), "std": list(cfg.std)})
+    else:
+        images = image_settings(options, description)
     test_set, classes = build_dataset(False, images, description.get("classes"))
+    check_number_of_classes(options.data, len(classes))
     if checkpoint:
         classes = classes_of_model(options, classes, description)
     seed_everything(options.run.seed)  # every process makes the same model
     built_at: Any = description.get("input_size", options.model.input_size)
-    model, options = build_model(options, len(classes), built_at)
+    tag = None if checkpoint else options.run.pretrained
+    model, options = build_model(options, len(classes), built_at, tag)
+    if tag is not None and options.run.eval and model.pretrained_cfg["num_classes"] != len(classes):
+        raise ValueError(
+            f"--eval --pretrained: {options.data.data_set} has {len(classes)} classes, but the published weights "
+            f"{model.pretrained_cfg['num_classes']}"
+        )
     if checkpoint:
         name = f"{options.model.model} with {options.model.pe} and {options.model.join_type}"
         weights = spelled_for(model, weights_of(checkpoint, options.run))
@@ -171,6 +191,10 @@ def start_process(options: Options, world: World, display: LoopDisplay) -> tuple
     if run.deterministic:
         distributed.make_deterministic()
     distributed.check_size(run.world_size, world)
+    if run.distributed and world.size == 1:
+        raise ValueError(
+            "--distributed needs several processes, torchrun --nproc_per_node=N main.py ...; else leave it out"
+        )
     distributed.start(world, device, run.dist_url, run.init_timeout)
     return Runtime(world, device, getattr(torch, options.run.amp_dtype or ""), display), options
 
@@ -189,10 +213,20 @@ def image_settings(options: Options, description: dict[str, Any]) -> ImageSettin
         size,
         mean=description.get("mean", data_set.mean),
         std=description.get("std", data_set.std),
-        num_classes=description.get("num_classes"),
+        num_classes=description.get("num_classes", options.data.num_classes),
         seed=options.run.seed,
         accum_steps=options.optimisation.accum_steps,
     )
+
+
+def check_number_of_classes(data: DataOptions, found: int) -> None:
+    """See that the data set has as many classes as `--num-classes` says.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if data.num_classes not in (None, found):
+        raise ValueError(f"--num-classes {data.num_classes}: {data.data_set} has {found} classes; leave it out")
 
 
 def classes_of_model(options: Options, classes: list[str], description: dict[str, Any]) -> list[str]:
@@ -222,8 +256,20 @@ def read_given(parser: OptionParser, argv: Sequence[str]) -> dict[str, Any]:
         ValueError: an unknown flag, an illegal value, or flags that contradict each other.
     """
     given = parser.read(argv)
-    if given.get("eval") and "resume" not in given:
-        raise ValueError("--eval needs --resume FILE, the checkpoint to evaluate")
+    if any(with_dashes(word).partition("=")[0] == "--pos-embed" for word in argv) and not CHOOSES_DATA & given.keys():
+        raise ValueError(
+            "--pos_embed without a data set means CIFAR-10 in its source, and ImageNet here: add --data-set CIFAR10 or "
+            "--data-set IMNET"
+        )
+    if given.get("finetune") == "huggingface":
+        raise ValueError(
+            "--finetune huggingface: give the file, "
+            "--finetune https://huggingface.co/naver-ai/NAME/resolve/main/pytorch_model.bin#sha256=HASH"
+        )
+    if given.get("eval") and "resume" not in given and "finetune" in given:  # as RoPE-ViT evaluates
+        given["resume"] = given.pop("finetune")
+    if given.get("eval") and not {"resume", "pretrained"} & given.keys():
+        raise ValueError("--eval needs --resume FILE, the checkpoint to evaluate, or --pretrained")
     if given.get("eval_ema") and not given.get("eval"):
         raise ValueError("--eval-ema says what --eval evaluates: give both")
     for name in ("reference_grid", "log_n"):
@@ -231,6 +277,8 @@ def read_given(parser: OptionParser, argv: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"{flag_of(name)} is of an evaluation at another size: give --eval and --input-size, too")
     if "data_set" in given:
         given["data_set"] = canonical_data_set(given["data_set"])
+    if "pretrained" in given and (others := {"finetune", "resume"} & given.keys()):
+        raise ValueError(f"--pretrained and {flag_of(min(others))} both say what to start from: give one of them")
     if "finetune" in given and "resume" in given:
         raise ValueError("--finetune starts a run and --resume continues one: give one of them")
     if "start_epoch" in given and ("resume" in given or given.get("auto_resume")):
@@ -251,6 +299,9 @@ def resolve_given(
         ValueError, OSError: an unknown name or file, or an option that contradicts the checkpoint to resume.
     """
     recipe = pick_recipe(parser, given, checkpoint)
+    for one, other in (("finetune", "pretrained"), ("pretrained", "finetune")):
+        if one in given:
+            recipe = {**recipe, other: None}
     finetune = None if checkpoint else {**recipe, **given}.get("finetune")
     start = load_checkpoint(finetune) if finetune else {}
     options = resolve_options(parser, given, recipe, description_of(checkpoint), description_of(start))
@@ -312,7 +363,7 @@ def resolve_options(
     Raises:
         ValueError: an unknown name, or an option that contradicts the checkpoint; names both values.
     """
-    given, recipe, description, start = map(spell_out_encoding, (given, recipe, description, start))
+    given, recipe, description, start = map(spell_out_names, (given, recipe, description, start))
     fixed = {name: description[name] for name in FIXED if name in description}
     may_change = {"input_size"} if given.get("eval") else set()
     for name in (fixed.keys() & given.keys()) - may_change:
@@ -320,13 +371,14 @@ def resolve_options(
             raise ValueError(f"{flag_of(name)} {given[name]} contradicts {given['resume']}, which has {fixed[name]}")
 
     model = {name: start[name] for name in FIXED if name in start}
+    built = {**parser.defaults, **recipe, **model, **fixed, **given}["model"]
+    recipe, model = for_model(built, recipe), for_model(built, model)
     pe = {**recipe, **model, **fixed, **given}.get("pe")
     beneath = {**for_encoding(pe, recipe), **for_encoding(pe, model)}
     values = {**parser.defaults, **beneath, **fixed, **given}
     if values["resume"] and not values["eval"] and values["output_dir"] is None:
         values["output_dir"] = str(Path(values["resume"]).parent)
-    if values["model"] not in (known := timm.list_models(module="models_lape")):
-        raise ValueError(f"unknown --model {values['model']!r}: choose from {', '.join(known)}")
+    check_name(values["model"])
     if values["input_size"] is None:
         cfg = timm.models.get_pretrained_cfg(values["model"])
         assert cfg is not None  # all models of models_lape have one
@@ -336,12 +388,20 @@ def resolve_options(
     return Options.of(values)
 
 
-def spell_out_encoding(values: dict[str, Any]) -> dict[str, Any]:
-    """These options, with those that stand in brackets in `pe`, as in `rope_axial(rope_theta=10)`, under their names.
+def spell_out_names(values: dict[str, Any]) -> dict[str, Any]:
+    """These options, with a source's name of a model in ours, and what is in brackets in `pe` under its own name.
 
     Raises:
         ValueError: no such encoding or option, or two values of one option.
     """
+    values = in_our_names(values)
+    name, _, tag = str(values.get("model", "")).partition(".")
+    if tag:
+        if values.get("pretrained") is None:
+            raise ValueError(f"--model {name}.{tag} names weights of timm's: add --pretrained, or leave .{tag} out")
+        if values["pretrained"] not in ("", tag):
+            raise ValueError(f"--pretrained {values['pretrained']} contradicts --model {name}.{tag}")
+        values |= {"model": name, "pretrained": tag}
     if values.get("pe") is None:
         return values
     try:
@@ -350,6 +410,13 @@ def spell_out_encoding(values: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"--pe {values['pe']}: {error}") from error
     own = resolved.options() if "(" in values["pe"] else resolved.given
     return {**values, **own, "pe": "+".join(part.name for part in resolved.parts)}
+
+
+def for_model(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """These options without the arguments of the model, if they are of another one than `name`."""
+    if values.get("model") in (None, name):
+        return values
+    return {option: values[option] for option in values.keys() - {*OF_MODEL}}
 
 
 def for_encoding(pe: str | None, values: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
 from torch.utils.data import DistributedSampler
 from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -26,6 +27,7 @@ from loading.samplers import REPEATS, Samples, SeededRepeatAugSampler, TrainSamp
 from loading.shards import Shards, open_shards, share_of_shards
 from loading.small import open_cifar, open_digits
 from loading.transforms import build_transform, crops_pixels
+from loading.where import CELL, open_where, refuse_moved_cells
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class DataSet:
     default_data_path: str | None = None
     small: bool = False  # images in memory, and so small that evaluation takes them whole
     has_categories: bool = False  # classes are of one of several taxonomic ranks, `open`'s argument `category`
+    is_drawn: bool = False  # computed at the input's size, for a task: `open`'s arguments `size`, `task` and `cell`
     is_sharded: bool = False  # the test images have a path of their own, and no file names the classes
 
 
@@ -74,6 +77,14 @@ DATA_SETS: dict[str, DataSet] = {
         small=True,
     ),
     "DIGITS": DataSet(open_digits, mean=(0.3054,) * 3, std=(0.3760,) * 3, recipe="digits", small=True),
+    "WHERE": DataSet(
+        open_where,
+        mean=(0.5077, 0.4922, 0.4922),  # of the default task and size
+        std=(0.2941, 0.2940, 0.2940),
+        recipe="where",
+        small=True,
+        is_drawn=True,
+    ),
 }
 
 
@@ -114,6 +125,15 @@ def build_dataset(
         options["category"] = data.inat_category or "name"
     elif data.inat_category is not None:
         raise ValueError(f"--inat-category {data.inat_category} means nothing to {data.data_set}: leave it out")
+    if data_set.is_drawn:
+        size = to_2tuple(settings.input_size)
+        options |= {"size": size, "task": data.where_task or "cell", "cell": data.where_cell or CELL}
+        if is_train:
+            refuse_moved_cells(settings.augmentation)
+    elif data.where_task is not None:
+        raise ValueError(f"--where-task {data.where_task} means nothing to {data.data_set}: leave it out")
+    elif data.where_cell is not None:
+        raise ValueError(f"--where-cell {data.where_cell} means nothing to {data.data_set}: leave it out")
     if data_set.is_sharded:
         options |= {"eval_data_path": data.eval_data_path, "num_classes": settings.num_classes}
     elif data.eval_data_path is not None:

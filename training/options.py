@@ -230,8 +230,8 @@ class DataOptions:
     """The data set and its loading."""
 
     data_set: str = option(default="IMNET", metavar="NAME", aliases=("--dataset",),
-        help="IMNET, FOLDER, WDS (tar files), CIFAR10, CIFAR100, INAT (iNaturalist 2018), INAT19 or DIGITS, in any "
-             "case")
+        help="IMNET, FOLDER, WDS (tar files), CIFAR10, CIFAR100, INAT (iNaturalist 2018), INAT19, DIGITS or "
+             "WHERE (synthetic), in any case")
     data_path: str | None = option(metavar="DIR",
         help="IMNET, FOLDER: holds train/ and val/, with a folder of images per class; INAT, INAT19: holds the "
              "annotation files, categories.json and the images; WDS: the tar files to train with, as a pattern in "
@@ -242,6 +242,10 @@ class DataOptions:
     inat_category: str | None = option(metavar="NAME",
         help="what makes a class of INAT, INAT19: name, genus, family, order, class, phylum, kingdom or supercategory; "
              "default: name, the species")
+    where_task: str | None = option(metavar="NAME",
+        help="what WHERE asks: cell, which cell is marked; direction, from one mark to another; order, of three marks; "
+             "distance, of two; default: cell")
+    where_cell: int | None = option(read=whole(1), metavar="N", help="side of a cell of WHERE, pixels; default: 4")
     num_classes: int | None = option(read=whole(1), metavar="N", aliases=("--n-classes", "--nb-classes"),
         of_one_call=True, help="how many classes there must be; default: as many as the data set has")
     batch_size: int = option(default=64, read=whole(1), metavar="N", aliases=("-b", "--batch"),

@@ -71,6 +71,8 @@ FOR_EVALUATION = (
     "data_path",
     "eval_data_path",
     "inat_category",
+    "where_task",
+    "where_cell",
     "batch_size",
     "num_workers",
     "amp_dtype",
@@ -80,6 +82,8 @@ FOR_EVALUATION = (
 """Options that evaluation takes over from the training, to repeat what the training measured."""
 CHOOSES_DATA = {"data_set", "recipe", "resume", "auto_resume", "finetune"}
 """Options that choose a data set, or that no code base without a choice of data sets has."""
+OF_ONE_DATA_SET = ("data_path", "eval_data_path", "inat_category", "where_task", "where_cell")
+"""Options that mean nothing, or something else, to another data set."""
 SLOW_AVERAGE = 0.1
 """Part of the first weights above which the final average is called slow."""
 
@@ -433,7 +437,7 @@ def pick_recipe(parser: OptionParser, given: dict[str, Any], checkpoint: dict[st
     if "config" in checkpoint:
         saved = {name: value for name, value in checkpoint["config"].items() if name in parser.defaults}
         if given.get("data_set", saved["data_set"]) != saved["data_set"]:
-            saved |= {"data_path": None, "eval_data_path": None, "inat_category": None}  # are of the other data set
+            saved |= dict.fromkeys(OF_ONE_DATA_SET)
         options = {name: saved[name] for name in FOR_EVALUATION if name in saved} if given.get("eval") else saved
         return {**options, "recipe": given["resume"]}
     name = DATA_SETS[given.get("data_set", parser.defaults["data_set"])].recipe

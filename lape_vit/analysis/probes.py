@@ -1,0 +1,239 @@
+"""Which layer knows where its patches are: linear probes of the tokens for the column and row of each patch.
+
+A probe is a ridge regression from a token to (x, y), fitted in closed form: images are read once, and only sums over
+their tokens are kept, in float64. So results do not depend on the batch size beyond rounding, and nothing is drawn at
+random but the permutations of contents, which depend on the seed and on the number of the image alone.
+
+Shapes: B batch, M = H*W patches, D embedding width.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from lape_vit.analysis.positions import Model
+from lape_vit.attention import Block
+from lape_vit.places import Places
+
+RIDGE = 1e-6
+"""Default penalty of the squared weights, in mean variances of a channel."""
+
+
+@dataclass(frozen=True)
+class PlaceProbe:
+    """A linear map from tokens to places.
+
+    Attributes:
+        weight: (D, 2), float64.
+        mean: of the tokens that the probe was fitted to, (D,).
+        centre: the mean place, (2,): x and y in cells.
+        plane: an orthonormal basis of all directions in which those tokens covary with x or y, (D, 2 or fewer).
+    """
+
+    weight: Tensor
+    mean: Tensor
+    centre: Tensor
+    plane: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Places (x, y) in cells, (..., 2), of tokens (..., D)."""
+        return (features.double() - self.mean) @ self.weight + self.centre
+
+
+@dataclass
+class PlaceSums:
+    """Sums over tokens and their places, from which a probe is fitted.
+
+    Attributes:
+        count: number of tokens.
+        total: sum of the tokens and their places side by side, (D + 2,), float64.
+        products: sum of the outer products of the same with itself, (D + 2, D + 2).
+    """
+
+    count: int = 0
+    total: Tensor | None = None
+    products: Tensor | None = None
+
+    def add(self, features: Tensor, places: Tensor) -> None:
+        """Add tokens (B, M, D) at (x, y) `places` (M, 2)."""
+        places = places.to(features.device, torch.float64)
+        rows = torch.cat([features.double(), places.expand(len(features), -1, -1)], dim=-1).flatten(0, 1)
+        self.count += len(rows)
+        self.total = rows.sum(dim=0) + (0 if self.total is None else self.total)
+        self.products = rows.mT @ rows + (0 if self.products is None else self.products)
+
+    def fit(self, ridge: float = RIDGE) -> PlaceProbe:
+        """The probe W = (S + ridge * mean(diag S) I)^-1 C, of S = cov(tokens, tokens) and C = cov(tokens, places).
+
+        Args:
+            ridge: above 0.
+
+        Raises:
+            ValueError: there are no tokens, or tokens that are NaN or infinite.
+        """
+        if self.total is None or self.products is None:
+            raise ValueError("no images to fit a probe to")
+        mean = self.total / self.count
+        covariance = self.products / self.count - torch.outer(mean, mean)
+        if not covariance.isfinite().all():
+            raise ValueError("the model's tokens are NaN or infinite: no probe can be fitted")
+        tokens, cross = covariance[:-2, :-2], covariance[:-2, -2:]
+        scale = tokens.diagonal().mean()
+        penalty = ridge * scale if scale > 0 else torch.ones_like(scale)  # equal tokens have no covariance
+        weight = torch.linalg.solve(tokens + penalty * torch.eye(len(tokens)).to(tokens), cross)
+        directions, sizes, _ = torch.linalg.svd(cross, full_matrices=False)
+        plane = directions[:, sizes > torch.finfo(sizes.dtype).eps * len(cross) * sizes.max()]
+        return PlaceProbe(weight, mean[:-2], mean[-2:], plane)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a probe finds on images that it was not fitted to.
+
+    Attributes:
+        probe: as fitted.
+        r2: part of the variance of x and y together that it explains: 1 if it finds all places, about 0 if none; below
+            0 where the mean place would be the better guess.
+        error: mean distance from the true place, in patches.
+    """
+
+    probe: PlaceProbe
+    r2: float
+    error: float
+
+
+@dataclass
+class ErrorSums:
+    """Sums over the errors of a probe.
+
+    Attributes:
+        sums: number of tokens, their distances from the true place, the squares of these, and the squared distances of
+            the true places from the mean place: (4,), float64; None before the first tokens.
+    """
+
+    probe: PlaceProbe
+    sums: Tensor | None = None
+
+    def add(self, features: Tensor, places: Tensor) -> None:
+        """Add tokens (B, M, D) at (x, y) `places` (M, 2)."""
+        places = places.to(features.device, torch.float64).expand(len(features), -1, -1)
+        squares = (self.probe(features) - places).square().sum(dim=-1)
+        spread = (places - self.probe.centre).square().sum()
+        count = torch.full_like(spread, squares.numel())
+        self.sums = torch.stack([count, squares.sqrt().sum(), squares.sum(), spread]) + (
+            0 if self.sums is None else self.sums
+        )
+
+    def found(self) -> Found:
+        """The result for all tokens added.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.sums is None:
+            raise ValueError("no held-out images to judge the probes on")
+        count, distances, squares, spread = self.sums.tolist()
+        return Found(self.probe, 1 - squares / spread, distances / count)
+
+
+@dataclass(frozen=True)
+class LayerPlaces:
+    """What is known of places in one block.
+
+    Attributes:
+        input: in the tokens that it is given, before a term that its join adds to them.
+        read: in what its attention reads, after norm1 and all terms.
+    """
+
+    input: Found
+    read: Found
+
+
+@torch.no_grad()
+def probe_places(
+    model: Model,
+    images: Iterable[Tensor],
+    held_out: Iterable[Tensor],
+    permute: bool = False,
+    ridge: float = RIDGE,
+    seed: int = 0,
+) -> list[LayerPlaces]:
+    """Probe the patch tokens of all blocks for their places: one entry per block.
+
+    Args:
+        model: in evaluation mode.
+        images: batches (B, C, height, width), normalised, to fit probes to; each is read once.
+        held_out: more of them, on which the probes are judged.
+        permute: permute the contents of each image among its patches, so that a probe cannot guess the place from what
+            is usually there ("sky is up").
+        ridge: penalty of the squared weights, in mean variances of a channel; above 0.
+        seed: of the permutations.
+
+    Raises:
+        ValueError: no images, images of one patch only, or tokens that are NaN or infinite.
+    """
+    generator = torch.Generator().manual_seed(seed) if permute else None
+    sums = [PlaceSums() for _ in range(2 * len(model.blocks))]
+    for tokens, places in _tokens_and_places(model, images, generator):
+        for of_spot, features in zip(sums, tokens, strict=True):
+            of_spot.add(features, places)
+    errors = [ErrorSums(of_spot.fit(ridge)) for of_spot in sums]
+    for tokens, places in _tokens_and_places(model, held_out, generator):
+        for at_spot, features in zip(errors, tokens, strict=True):
+            at_spot.add(features, places)
+    found = [at_spot.found() for at_spot in errors]
+    return [LayerPlaces(*pair) for pair in zip(found[::2], found[1::2], strict=True)]
+
+
+def _tokens_and_places(
+    model: Model, batches: Iterable[Tensor], generator: torch.Generator | None
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """For each batch its `patch_tokens` and the places (M, 2) of the patches."""
+    for images in batches:
+        grid = model.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
+        if grid[0] * grid[1] < 2:
+            raise ValueError("images of one patch have no places to find: give larger images")
+        places = torch.stack(Places(grid).coordinates(), dim=-1)
+        yield patch_tokens(model, images if generator is None else permute_contents(images, grid, generator)), places
+
+
+def patch_tokens(model: Model, images: Tensor) -> list[Tensor]:
+    """The patch tokens (B, M, D) that enter block 0, its attention, block 1, its attention, and so on."""
+    tokens: list[Tensor] = []
+    with ExitStack() as hooks:
+        for block in cast("Iterable[Block]", model.blocks):
+            for module in (block, block.attn):
+                handle = module.register_forward_pre_hook(lambda module, args: tokens.append(args[0]))
+                hooks.callback(handle.remove)
+        model.forward_features(images)
+    return [read[:, model.num_prefix_tokens :] for read in tokens]
+
+
+def permute_contents(images: Tensor, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Images (B, C, height, width) whose H x W parts change places, in each image in an order of its own.
+
+    Args:
+        grid: (H, W) parts, which divide the height and the width.
+        generator: of the CPU; draws one order for each image, one after the other.
+    """
+    rows, columns = grid
+    parts = images.unflatten(-1, (columns, -1)).unflatten(-3, (rows, -1))  # (B, C, H, part's height, W, part's width)
+    parts = parts.movedim((2, 4), (1, 2)).flatten(1, 2)  # (B, M, C, part's height, part's width)
+    orders = [torch.randperm(rows * columns, generator=generator) for _ in range(len(images))]
+    parts = torch.stack([image[order] for image, order in zip(parts, orders, strict=True)])
+    return parts.unflatten(1, grid).movedim((1, 2), (2, 4)).flatten(-2).flatten(-3, -2)
+
+
+def remove_position(features: Tensor, probe: PlaceProbe) -> Tensor:
+    """Tokens (..., D) without the plane in which they covary with places.
+
+    No linear probe does better than the mean place on what is left of the tokens that `probe` was fitted to, since a
+    covariance of zero is all that it takes (LEACE, Belrose et al. 2023, https://arxiv.org/abs/2306.03819, theorem 3.1;
+    LEACE's own map changes the tokens less, and needs their whole covariance).
+    """
+    deviation = features.double() - probe.mean
+    return (features.double() - deviation @ probe.plane @ probe.plane.mT).to(features.dtype)

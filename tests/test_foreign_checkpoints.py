@@ -160,7 +160,7 @@ def test_a_file_with_nothing_but_an_average_says_so(
         ({"model": "resnet50.a1_in1k"}, {"model": "resnet50"}),
         (
             {"model_kwargs": {"pe": "rope", "rope_theta": 9, "img_size": 8}},
-            {"pe": "rope", "rope_theta": 9, "input_size": 8},
+            {"pe": "rope", "rope_theta": 9, "input_size": 8, "model_kwargs": {"rope_theta": 9}},
         ),
     ],
 )

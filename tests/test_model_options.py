@@ -1,5 +1,6 @@
 """Arguments of the model on the command line, published weights, and LaPE's own schedule."""
 
+import argparse
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import models_lape  # noqa: F401  (registers the models)
 from figures.checkpoints import load_model
 from training.models import build_published_teacher
 from training.optimisation import build_scheduler, epoch_of_schedule
-from training.options import OptimisationOptions
+from training.options import OptimisationOptions, config_text, saved_options
 
 DIGITS = ("--data-set", "DIGITS", "--batch-size", 256, "--epochs", 1, "--warmup-epochs", 0, "--device", "cpu")
 TINY = {"depth": 1, "embed_dim": 24, "num_heads": 3, "class_token": False, "fc_norm": False}
@@ -73,6 +74,19 @@ def test_what_contradicts_the_checkpoint_is_refused(
     assert call("--eval", "--resume", averaged / "checkpoint.pth", *flags) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert told in line
+
+
+def test_arguments_of_timms_training_that_are_options_here_come_as_such(tmp_path: Path) -> None:
+    model = timm.create_model(DEIT, img_size=16, num_classes=10, pe="rope_axial", rope_theta=9.0, **SMALL)
+    arguments = {**SMALL, "pe": "rope_axial", "rope_theta": 9.0, "drop_path_rate": 0.1}
+    args = argparse.Namespace(model=DEIT, img_size=16, model_kwargs=arguments)
+    torch.save({"state_dict": model.state_dict(), "args": args}, tmp_path / "timm.pth")
+    options = set_up(*DIGITS, "--finetune", tmp_path / "timm.pth").options
+    assert options.model.model_kwargs == SMALL
+    assert options.model.encoding["rope_theta"] == 9.0
+    recipe = tmp_path / "config.yaml"
+    recipe.write_text(config_text(saved_options(options), "main.py"))
+    assert set_up("--recipe", recipe).options.by_name() == {**options.by_name(), "recipe": str(recipe)}
 
 
 # ---- published weights

@@ -510,4 +510,4 @@ def test_without_its_two_paths_it_takes_those_of_the_source(
     (tmp_path / "result" / "deit_t_LaPE").mkdir(parents=True)
     save(tmp_path / "result" / "deit_t_LaPE" / "best_checkpoint.pth", "learnable", "LaPE")
     assert main([]) == 0
-    assert (tmp_path / "visualize" / "similarity" / "similarity.png").exists()
+    assert (tmp_path / "visualize" / "similarity" / "PE_token_sim.png").exists()

@@ -149,7 +149,7 @@ def test_each_flag_is_read_with_dashes_and_with_underscores(name: str) -> None:
         "mixup_mode": ["pair"],
         "sched": ["tanh"],
     }
-    values |= {"distillation_type": ["soft"], "pin_mem": [], "fast_crop": []}
+    values |= {"distillation_type": ["soft"], "pin_mem": [], "fast_crop": [], "model_kwargs": ["depth=1"]}
     value = values.get(name, [] if isinstance(PARSER.defaults[name], bool) else ["1"])
     assert PARSER.read([dashes, *value]) == PARSER.read([underscores, *value])
     assert PARSER.read([dashes, *value]).keys() == {name}
@@ -235,7 +235,7 @@ def test_a_bad_recipe_is_refused_in_one_line_by_file_and_option(tmp_path: Path, 
 
 
 def test_an_unknown_recipe_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nothing.*deit, digits, vit2d_cifar"):
+    with pytest.raises(FileNotFoundError, match=r"nothing.*deit, digits, lape, vit2d_cifar"):
         find_recipe("nothing")
     with pytest.raises(FileNotFoundError, match="gone"):
         find_recipe(str(tmp_path / "gone.yaml"))

@@ -44,6 +44,7 @@ from training.models import (
 )
 from training.optimisation import highest_rate, images_per_update, learning_rate
 from training.options import (
+    OWN_FLAGS,
     DataOptions,
     OptionParser,
     Options,
@@ -368,7 +369,7 @@ def resolve_options(
         ValueError: an unknown name, or an option that contradicts the checkpoint; names both values.
     """
     given, recipe, description, start = map(spell_out_names, (given, recipe, description, start))
-    fixed = {name: description[name] for name in FIXED if name in description}
+    fixed = {name: description[name] for name in FIXED if description.get(name) is not None}
     may_change = {"input_size"} if given.get("eval") else set()
     for name in (fixed.keys() & given.keys()) - may_change:
         if given[name] != fixed[name]:
@@ -399,6 +400,10 @@ def spell_out_names(values: dict[str, Any]) -> dict[str, Any]:
         ValueError: no such encoding or option, or two values of one option.
     """
     values = in_our_names(values)
+    if values.get("model_kwargs"):  # of a foreign checkpoint they may hold what are options of their own here
+        elsewhere = {*all_options(), *OWN_FLAGS}
+        arguments = {name: value for name, value in values["model_kwargs"].items() if name not in elsewhere}
+        values["model_kwargs"] = arguments or None
     name, _, tag = str(values.get("model", "")).partition(".")
     if tag:
         if values.get("pretrained") is None:

@@ -77,6 +77,8 @@ def test_every_option_is_read_somewhere() -> None:
                 case ast.Attribute(value=ast.Name(id=section) | ast.Attribute(attr=section), attr=name, ctx=ast.Load()):
                     if section in SECTIONS or section == "wanted":
                         read.add(name)
+                case ast.Constant(value=str(name)) if name in PARSER.defaults:
+                    read.add(name)  # by getattr, or of what was given
     assert PARSER.defaults.keys() - read == all_options().keys()  # which training/models.py reads as these very names
 
 

@@ -17,7 +17,7 @@ from lape_vit.joins import JOINS
 
 DPI = 130
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
-MARKERS = ("o", "s", "^", "D", "v")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LOOKS: dict[str, tuple[Any, str]] = dict(zip(JOINS, zip(cycle(LINES), cycle(MARKERS)), strict=False))
 """Line style and marker of each join."""
 MANY = 30

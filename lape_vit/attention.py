@@ -20,10 +20,10 @@ from lape_vit.places import Places
 class Attention(timm.layers.Attention):
     """timm's self-attention, in which an :class:`AttentionEncoding` may turn q and k and add its terms."""
 
-    if TYPE_CHECKING:  # as attributes of the class they would hide a module of the name
+    if TYPE_CHECKING:  # as an attribute of the class it would hide a module of the name
         encoding: AttentionEncoding | None
-        trained_tokens: int | None
-        """Where it is set, logits are multiplied by log(N) / log(trained_tokens) (https://arxiv.org/abs/2202.12172)."""
+    trained_tokens: int | None = None
+    """Where it is set, logits are multiplied by log(N) / log(trained_tokens) (https://arxiv.org/abs/2202.12172)."""
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, N, D) to q, k and v, each (B, h, N, d), before any encoding."""

@@ -77,8 +77,12 @@ def test_every_option_is_read_somewhere() -> None:
                 case ast.Attribute(value=ast.Name(id=section) | ast.Attribute(attr=section), attr=name, ctx=ast.Load()):
                     if section in SECTIONS or section == "wanted":
                         read.add(name)
-                case ast.Constant(value=str(name)) if name in PARSER.defaults:
-                    read.add(name)  # by getattr, or of what was given
+                case ast.DictComp(
+                    value=ast.Call(func=ast.Name(id="getattr")), generators=[ast.comprehension(iter=named)]
+                ):
+                    read |= {name.value for name in ast.walk(named) if isinstance(name, ast.Constant)}
+                case ast.Constant(value=str(flag)) if flag in PARSER.flags:
+                    read.add(PARSER.flags[flag])  # before the others are read
     assert PARSER.defaults.keys() - read == all_options().keys()  # which training/models.py reads as these very names
 
 

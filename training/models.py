@@ -175,7 +175,7 @@ def build_model(
     for side, multiple in zip(to_2tuple(wanted.input_size), patch, strict=True):
         if side % multiple:  # timm would leave the rest of the image out
             raise ValueError(f"--input-size {side} is no multiple of the {multiple} pixels of {wanted.model}'s patches")
-    own = {"pe": model.pe, "join_type": model.join_type, "global_pool": model.global_pool}
+    own = {"pe": model.pe, "join_type": model.join_type}
     return model, options.changed(**own, **model.pe_options)
 
 
@@ -335,15 +335,15 @@ def build_own_teacher(name: str, path: str, data_set: str, classes: Sequence[str
     return teacher
 
 
-def describe_model(options: Options, images: ImageSettings, classes: Sequence[str]) -> dict[str, Any]:
-    """What it takes to build the model and to prepare its images, as plain data."""
+def describe_model(built: Any, options: Options, images: ImageSettings, classes: Sequence[str]) -> dict[str, Any]:
+    """What it takes to build the model of these options once more and to prepare its images, as plain data."""
     model, data = options.model, options.data
     return {
         "model": model.model,
         "pe": model.pe,
         "join_type": model.join_type,
         **{name: value for name, value in model.encoding.items() if value is not None},
-        "global_pool": model.global_pool,
+        "global_pool": built.global_pool,
         **({"model_kwargs": dict(model.model_kwargs)} if model.model_kwargs else {}),
         "num_classes": len(classes),
         "classes": list(classes),

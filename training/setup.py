@@ -159,7 +159,7 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Setup:
         model.set_input_size(img_size=to_2tuple(options.model.input_size))
     if start:
         load_what_fits(model, start, str(options.run.finetune), options.data.data_set, classes)
-    described = describe_model(options, images, classes)
+    described = describe_model(model, options, images, classes)
     carry_data_config(model, described)
     setup = Setup(
         options,

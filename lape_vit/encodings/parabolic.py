@@ -16,7 +16,7 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
     """x as a sum of two parts: its first 8 bits, exact in bfloat16, and the rest, through which the gradient flows."""
     # Not by a cast to bfloat16 and back, which torch.compile leaves out.
     constant = x.detach()
-    unit = torch.exp2(constant.abs().clamp(min=1e-30).log2().floor() - 7)
+    unit = 2.0 ** (constant.abs().clamp(min=1e-30).log2().floor() - 7)
     first = (constant / unit).round() * unit
     return first, x - first
 

@@ -19,12 +19,11 @@ from functools import partial
 from typing import Any
 
 import timm
-from timm.layers import Mlp, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from torch import Tensor, nn
 
-from lape_vit import VisionTransformer, encodings, from_timm, warm_start
-from lape_vit.compact import CompactConvolutionalTransformer, ViTLite
+from lape_vit import encodings, from_timm, warm_start
+from lape_vit.compact import CompactConvolutionalTransformer, CompactMlp, CompactVisionTransformer, ViTLite
 from lape_vit.convert import KERNEL, grid_of, unwrap_names
 from lape_vit.timm_models import TIMMS_CLASSES
 
@@ -37,25 +36,6 @@ TIMMS_POS_EMBED = {"", "none", "learn"}
 """What timm's own argument ``pos_embed`` says; anything else is taken for ``pe``."""
 OF_FEATURES = {"features_only", "out_indices", "feature_cls"}
 """timm's arguments that wrap a model which is built, so that it hands out features."""
-
-
-class CompactMlp(Mlp):
-    """timm's MLP with dropout at its end only."""
-
-    def __init__(self, *args: Any, drop: float = 0.0, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "drop": (0.0, drop)})
-
-
-class CompactVisionTransformer(VisionTransformer):
-    """A ViT whose convolution and class token start as its linear layers do: truncated normal of deviation 0.02."""
-
-    def init_weights(self, *args: Any, **kwargs: Any) -> None:
-        super().init_weights(*args, **kwargs)
-        trunc_normal_(self.patch_embed.proj.weight, std=0.02)
-        if self.patch_embed.proj.bias is not None:
-            nn.init.zeros_(self.patch_embed.proj.bias)
-        if self.cls_token is not None:
-            trunc_normal_(self.cls_token, std=0.02)
 
 
 LITE = {

@@ -23,10 +23,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import models_lape
 from benchmarks.timing import MemoryMeter, Timings, alternate, describe_machine, matmul_flops
 from comparison.plan import sort_pairs
 from comparison.tables import NAMES, Pair
+from lape_vit.compact import CompactMlp
 from lape_vit.encodings import ENCODINGS
 from lape_vit.joins import JOINS, legal_joins
 from runtime.logs import start_logging
@@ -45,7 +45,7 @@ def timms_compact(**kwargs: Any) -> nn.Module:
         no_embed_class=True,
         pos_drop_rate=0.1,
         proj_drop_rate=0.1,
-        mlp_layer=models_lape.CompactMlp,
+        mlp_layer=CompactMlp,
         **kwargs,
     )
 

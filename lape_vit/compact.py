@@ -1,12 +1,34 @@
-"""The compact transformers of Hassani et al. (2021), https://arxiv.org/abs/2104.05704: ViT-Lite and CCT."""
+"""Small transformers for small images: the compact ViT in which 2D encodings were compared, ViT-Lite and CCT.
+
+ViT-Lite and CCT are of Hassani et al. (2021), https://arxiv.org/abs/2104.05704.
+"""
 
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import PatchEmbed, trunc_normal_
+from timm.layers import Mlp, PatchEmbed, trunc_normal_
 from torch import Tensor, nn
 
 from lape_vit.vit import VisionTransformer
+
+
+class CompactMlp(Mlp):
+    """timm's MLP with dropout at its end only."""
+
+    def __init__(self, *args: Any, drop: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "drop": (0.0, drop)})
+
+
+class CompactVisionTransformer(VisionTransformer):
+    """A ViT whose convolution and class token start as its linear layers do: truncated normal of deviation 0.02."""
+
+    def init_weights(self, *args: Any, **kwargs: Any) -> None:
+        super().init_weights(*args, **kwargs)
+        trunc_normal_(self.patch_embed.proj.weight, std=0.02)
+        if self.patch_embed.proj.bias is not None:
+            nn.init.zeros_(self.patch_embed.proj.bias)
+        if self.cls_token is not None:
+            trunc_normal_(self.cls_token, std=0.02)
 
 
 class ViTLite(VisionTransformer):

@@ -71,7 +71,7 @@ def mixed_frequencies(model: Any) -> Tensor | None:
 def as_vision_transformer(model: Any) -> VisionTransformer:
     """An Eva's parts, put together to timm's VisionTransformer; without its rotations.
 
-    The parts are shared with the Eva, but for q's and v's biases, which become one with a bias of zeros for k.
+    The parts are shared with the Eva. Only q's and v's biases become one new bias, with zeros for k.
 
     Raises:
         ValueError: its blocks are of another kind, or its heads share keys.

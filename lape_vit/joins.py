@@ -76,7 +76,7 @@ class Join(nn.Module):
         return 1
 
     def forward(self, places: Places, like: Tensor, pos_embed: Tensor | None) -> Terms:
-        """What is added, and where. It does not depend on the images, but for their places.
+        """What is added, and where. It depends on the places of the patches, not on the images.
 
         Args:
             like: has the dtype of the model.

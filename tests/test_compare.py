@@ -1,4 +1,4 @@
-"""The command line `compare.py`: what it starts, stops, goes on with, refuses and writes."""
+"""The command line `compare.py`: what it starts, stops, continues, refuses and writes."""
 
 import csv
 import json
@@ -190,7 +190,7 @@ def test_every_job_on_gpus_has_one_of_those_that_are_visible(monkeypatch: pytest
     assert all("CUDA_VISIBLE_DEVICES" not in place for place in [*environments(2, "cpu"), *environments(2, "cuda:1")])
 
 
-# ---- what fails, stops and goes on
+# ---- what fails, stops and continues
 
 
 @pytest.mark.parametrize(

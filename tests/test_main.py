@@ -1026,3 +1026,43 @@ def test_two_processes_train_together_and_evaluate_exactly(tmp_path: Path, recip
     assert alone["count"] == tiny_run.NUM_VAL
     assert (row["test_acc1"], row["test_acc5"]) == (alone["acc1"], alone["acc5"])
     assert row["test_loss"] == pytest.approx(alone["loss"], abs=1e-6)
+
+
+# ---- places
+
+
+def test_places_move_in_training_alone(tmp_path: Path, recipe: Path) -> None:
+    moves = ("--pos-shift", "0.5", "--pos-jitter", "1.5", "--pos-rescale", "2")
+    run = set_up("--recipe", recipe, "--pe", "rope_axial", *moves)
+    drawn = run.model.augment_places
+    assert (drawn.shift, drawn.jitter, drawn.rescale) == (0.5, 1.5, 2.0)
+    assert call("--recipe", recipe, "--pe", "rope_axial", *moves, "--epochs", 1, "--output_dir", tmp_path) == 0
+    assert not set_up("--eval", "--resume", tmp_path / "checkpoint.pth").model.augment_places.is_on
+
+
+def test_places_of_an_encoding_that_rounds_do_not_move(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--recipe", recipe, "--pe", "relative", "--pos-shift", "0.5") == 2
+    assert "pe='relative': it does not read places between cells" in refused(capsys)
+
+
+def test_an_evaluation_at_another_size_may_keep_the_trained_grid_and_sharpen_attention(
+    tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("--recipe", recipe, "--pe", "rope", "--epochs", 1, "--output_dir", tmp_path) == 0
+    checkpoint = tmp_path / "checkpoint.pth"
+    at_size = ("--eval", "--resume", checkpoint, "--input-size", 24)
+    model = set_up(*at_size, "--reference-grid", "--log-n").model
+    assert model.reference_grid == (4, 4)
+    assert {block.attn.trained_tokens for block in model.blocks} == {model.num_prefix_tokens + 16}
+    plain = set_up(*at_size).model
+    assert (plain.reference_grid, plain.blocks[0].attn.trained_tokens) == (None, None)
+    assert call("--eval", "--resume", checkpoint, "--log-n") == 2
+    assert "--log-n is of an evaluation at another size" in refused(capsys)
+
+
+def test_the_list_of_encodings_says_what_each_takes_and_adds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--list-encodings", "--model", "vit_compact_patch4_32") == 0
+    rows = {line.split("|")[1].strip(): line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line}
+    assert rows.keys() >= ENCODINGS.keys()
+    assert [cell.strip() for cell in rows["learnable"][2:5]] == ["absolute", "", "8,192"]
+    assert "rope_theta=100.0" in rows["rope_axial"][3]

@@ -4,11 +4,13 @@ import io
 from typing import Any
 
 import pytest
+import timm
 import torch
 from timm.optim import get_optimizer_info, list_optimizers
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import models_lape  # noqa: F401  registers the models
 from training.optimisation import build_optimizer
 from training.options import OptimisationOptions
 from training.state import restore_optimizer
@@ -80,3 +82,15 @@ def test_options_that_were_changed_are_those_of_the_resumed_optimizer(opt: str) 
         restore_optimizer(resumed, saved(before.state_dict()))
         for group, changed in zip(resumed.param_groups, expected.param_groups, strict=True):
             assert {**group, "params": []} == {**changed, "params": []}
+
+
+def test_muon_leaves_every_parameter_of_positions_to_its_fallback() -> None:
+    """A table of positions has the shape of a matrix, but it is none of a linear map."""
+    model = timm.create_model("vit_compact_patch4_32", pe="learnable+relative+peg", join_type="LaPE", depth=1)
+    optimizer = build_optimizer(OptimisationOptions(opt="muon"), model, 1e-3)
+    of_fallback = {id(one) for group in optimizer.param_groups if group.get("use_fallback") for one in group["params"]}
+    parameters = dict(model.named_parameters())
+    spared = [name for name in model.no_weight_decay() if name in parameters]
+    assert {"pos_embed", "blocks.0.attn.encoding.key_x"} <= {*spared}
+    assert [name for name in spared if id(parameters[name]) not in of_fallback] == []
+    assert id(parameters["blocks.0.mlp.fc1.weight"]) not in of_fallback

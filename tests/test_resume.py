@@ -24,6 +24,7 @@ import training.state
 ROOT = Path(__file__).resolve().parents[1]
 RICH = (
     *("--model-ema", "--model-ema-decay", 0.9, "--mixup", 0.8, "--drop-path", 0.2, "--reprob", 0.5),
+    *("--pos-shift", 0.2, "--pos-jitter", 1.3, "--pos-rescale", 1.5),
     *("--join-type", "LaPE", "--sched-on-updates", "--device", "cpu", "--epochs", 3),
 )
 UPDATES = 4  # per epoch

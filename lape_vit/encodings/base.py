@@ -108,23 +108,19 @@ class Encoding(nn.Module):
         """Names of this module's own parameters that an optimiser must not decay."""
         return set()
 
-    def compute(
-        self,
-        formula: Callable[[Places, torch.dtype], Tensor],
-        places: Places,
-        like: Tensor,
-        reads_parameters: bool = True,
-    ) -> Tensor:
-        """``formula(places, like.dtype)``; kept for a whole grid, where the formula depends on no parameter.
+    def compute(self, formula: Callable[[Places, torch.dtype], Tensor], places: Places, like: Tensor) -> Tensor:
+        """``formula(places, like.dtype)``, which is kept as by :meth:`fixed` where the module has no parameters."""
+        if next(self.parameters(), None) is None:
+            return self.fixed(formula, places, like)
+        return formula(places, like.dtype)
+
+    def fixed(self, formula: Callable[[Places, torch.dtype], Tensor], places: Places, like: Tensor) -> Tensor:
+        """``formula(places, like.dtype)`` of a formula that reads no parameter; kept for a whole grid.
 
         Nothing is kept while a model is compiled, exported or traced, nor with stand-ins of tensors.
-
-        Args:
-            reads_parameters: False for a formula of a module that has parameters, where it reads none of them.
         """
-        is_fixed = places.is_whole and not (reads_parameters and next(self.parameters(), None) is not None)
         is_ordinary = type(like) in (Tensor, nn.Parameter)
-        if not (is_fixed and is_ordinary) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if not (places.is_whole and is_ordinary) or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return formula(places, like.dtype)
         key = (places.grid, places.device, like.dtype)
         entry = self.kept.entries.get(formula.__name__)

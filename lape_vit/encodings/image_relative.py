@@ -90,7 +90,7 @@ class IRPE(AttentionEncoding):
 
     def term(self, q: Tensor, k: Tensor, places: Places) -> Tensor:
         """What the logits gain, not yet scaled: (B, h, N, N)."""
-        buckets = self.compute(self.buckets, places, q, reads_parameters=False)
+        buckets = self.fixed(self.buckets, places, q)
         assert self.key_table is not None
         term = of_pairs(q @ self.key_table.T.to(q.dtype), buckets)
         if self.query_table is None:
@@ -110,7 +110,7 @@ class IRPE(AttentionEncoding):
         """On values: v is widened by marks, and so is k, by which the term of the logits needs no place of its own."""
         if self.value_table is None:
             return q, k, v
-        marks = self.compute(self.marks, places, q, reads_parameters=False)
+        marks = self.fixed(self.marks, places, q)
         of_marks = F.pad(self.term(q, k, places), (0, marks.shape[1] - marks.shape[0]))
         marks = marks.expand(q.shape[0], q.shape[1], -1, -1)
         return torch.cat([q, of_marks], dim=-1), torch.cat([k, marks], dim=-1), torch.cat([v, marks], dim=-1)
@@ -118,7 +118,7 @@ class IRPE(AttentionEncoding):
     def narrow(self, x: Tensor, places: Places) -> Tensor:
         if self.value_table is None:
             return x
-        buckets = self.compute(self.buckets, places, x, reads_parameters=False)
+        buckets = self.fixed(self.buckets, places, x)
         weights = x[..., self.head_dim : self.head_dim + buckets.shape[-1]]
         of_buckets = sum_over_pairs(weights, buckets)
         return x[..., : self.head_dim] + of_buckets @ self.value_table.to(x.dtype)

@@ -86,7 +86,7 @@ class Parabolic(AttentionEncoding):
         return torch.stack([-xx * one, -xy * one, -yy * one, linear_x, linear_y, constant], dim=-1)
 
     def widen(self, q: Tensor, k: Tensor, v: Tensor, read: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
-        monomials = self.compute(self.monomials, places, q, reads_parameters=False)
+        monomials = self.fixed(self.monomials, places, q)
         first, rest = split(self.coefficients(read, monomials))
         of_query = torch.cat([first, rest, first, rest], dim=-1).to(q.dtype)
         first, rest = split(monomials)

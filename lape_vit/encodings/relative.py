@@ -97,14 +97,14 @@ class Relative(AttentionEncoding):
         return torch.cat([F.pad(table_x, (0, half)), F.pad(table_y, (half, 0))]).to(like.dtype)
 
     def widen(self, q: Tensor, k: Tensor, v: Tensor, read: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
-        buckets, marks = self.compute(self.buckets, places, q), self.compute(self.marks, places, q)
+        buckets, marks = self.fixed(self.buckets, places, q), self.fixed(self.marks, places, q)
         of_buckets = q.transpose(1, 2) @ self.vectors(self.key_x, self.key_y, q).T  # in the order of q's memory
         of_marks = torch.einsum("bihm,bime->bhie" if places.differs_by_image else "bihm,ime->bhie", of_buckets, buckets)
         marks = marks.expand(q.shape[0], q.shape[1], -1, -1)
         return torch.cat([q, of_marks], dim=-1), torch.cat([k, marks], dim=-1), torch.cat([v, marks], dim=-1)
 
     def narrow(self, x: Tensor, places: Places) -> Tensor:
-        buckets = self.compute(self.buckets, places, x)
+        buckets = self.fixed(self.buckets, places, x)
         values, gathered = x.split([self.head_dim, buckets.shape[-1]], dim=-1)
         of_buckets = torch.einsum("bhie,bime->bihm" if places.differs_by_image else "bhie,ime->bihm", gathered, buckets)
         return values + (of_buckets @ self.vectors(self.value_x, self.value_y, x)).transpose(1, 2)

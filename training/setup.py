@@ -380,6 +380,8 @@ def resolve_options(
     recipe, model = for_model(built, recipe), for_model(built, model)
     pe = {**recipe, **model, **fixed, **given}.get("pe")
     beneath = {**for_encoding(pe, recipe), **for_encoding(pe, model)}
+    if not given.get("eval"):  # a run that continues saves what was asked of the pool, as before, not what was built
+        fixed.pop("global_pool", None)
     values = {**parser.defaults, **beneath, **fixed, **given}
     if values["resume"] and not values["eval"] and values["output_dir"] is None:
         values["output_dir"] = str(Path(values["resume"]).parent)

@@ -46,7 +46,7 @@ class TrainSampler(Sampler[tuple[int, int, int]]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
-        """Yield the order of `epoch` without this process's `first` images, none of which is read."""
+        """Yield the order of `epoch` after this process's `first` images, which are skipped without a read."""
         self.order.set_epoch(epoch)
         self.epoch = epoch
         self.first = first

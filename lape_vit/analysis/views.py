@@ -78,7 +78,7 @@ def mean_by_offset(values: Tensor, grid: Grid) -> Tensor:
 
 
 def merge_equal_heads(values: Tensor) -> Tensor:
-    """(h, ...) as it is, or its first as (1, ...) where all heads are the same."""
+    """Values of all heads (h, ...); the first head's alone (1, ...) where all heads are equal."""
     return values[:1] if values.shape[0] > 1 and torch.equal(values, values[:1].expand_as(values)) else values
 
 

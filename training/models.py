@@ -158,8 +158,14 @@ def build_model(
         OSError: weights that cannot be loaded.
     """
     wanted = options.model
-    names = ("model", "pe", "join_type", "global_pool", "model_kwargs")
-    description = {**{name: getattr(wanted, name) for name in names}, "input_size": input_size}
+    description = {
+        "model": wanted.model,
+        "pe": wanted.pe,
+        "join_type": wanted.join_type,
+        "global_pool": wanted.global_pool,
+        "model_kwargs": wanted.model_kwargs,
+        "input_size": input_size,
+    }
     rates: dict[str, Any] = {"drop_rate": wanted.drop, "drop_path_rate": wanted.drop_path}
     rates = {name: value for name, value in rates.items() if value is not None}
     moves = {name: getattr(options.augmentation, name) for name in ("pos_shift", "pos_jitter", "pos_rescale")}

@@ -67,6 +67,8 @@ class Attention(timm.layers.Attention):
         if self.fused_attn and not is_trained_on_cpu(bias):
             if bias is not None:
                 attn_mask, is_causal = mask_logits(bias, attn_mask, is_causal), False
+                # Of this very shape: on a CPU torch's fused attention takes no other without loss.
+                attn_mask = attn_mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
             dropout = self.attn_drop.p if self.training else 0.0
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=scale

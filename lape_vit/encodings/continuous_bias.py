@@ -11,7 +11,7 @@ from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
 
 from lape_vit.encodings.base import AttentionEncoding, LayerSpec
-from lape_vit.encodings.relative_bias import offset_grid, offset_index
+from lape_vit.encodings.relative_bias import bias_of_pairs, offset_grid
 from lape_vit.places import Places
 
 
@@ -79,4 +79,4 @@ class ContinuousBias(AttentionEncoding):
         height, width = places.grid
         x, y = Places(offset_grid(places.grid), device=places.device).coordinates()
         table = self.bias_of(x - (width - 1), y - (height - 1))
-        return table[offset_index(places.grid, x.device)].permute(2, 0, 1)
+        return bias_of_pairs(table, places.grid)

@@ -85,7 +85,7 @@ class RelativeBias(AttentionEncoding):
         grid, offsets = queries.grid, offset_grid(queries.grid)
         table = resize_grid(self.table[None], offset_grid(self.grid), offsets)[0]
         if queries.is_whole and keys.is_whole:
-            return table[offset_index(grid, table.device)].permute(2, 0, 1)
+            return bias_of_pairs(table, grid)
         (x, y), (key_x, key_y) = queries.coordinates(), keys.coordinates()
         dx = x[..., :, None] - key_x[..., None, :] + grid[1] - 1
         dy = y[..., :, None] - key_y[..., None, :] + grid[0] - 1
@@ -116,3 +116,9 @@ def offset_index(grid: Grid, device: torch.device) -> Tensor:
     columns = x[:, None] - x[None, :] + width - 1
     index = rows[:, None, :, None] * (2 * width - 1) + columns[None, :, None, :]
     return index.flatten(2, 3).flatten(0, 1)
+
+
+def bias_of_pairs(table: Tensor, grid: Grid) -> Tensor:
+    """The entry of each pair of cells (h, H*W, H*W) of a table of offsets (O, h)."""
+    index = offset_index(grid, table.device)
+    return table.T.contiguous().index_select(1, index.flatten()).view(-1, *index.shape)

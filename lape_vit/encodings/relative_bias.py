@@ -121,4 +121,4 @@ def offset_index(grid: Grid, device: torch.device) -> Tensor:
 def bias_of_pairs(table: Tensor, grid: Grid) -> Tensor:
     """The entry of each pair of cells (h, H*W, H*W) of a table of offsets (O, h)."""
     index = offset_index(grid, table.device)
-    return table.T.contiguous().index_select(1, index.flatten()).view(-1, *index.shape)
+    return table.T.contiguous().index_select(1, index.flatten()).unflatten(1, index.shape)

@@ -23,6 +23,7 @@ from rich.console import Console
 from torch import nn
 
 from engine import evaluate, train_one_epoch
+from lape_vit.checkpoints import in_our_names
 from lape_vit.encodings import all_options
 from loading.images import UnreadableImageError
 from loading.shards import DamagedShardError
@@ -38,7 +39,6 @@ from training.folder import CHECKPOINTS, last_checkpoint
 from training.models import count_parameters, encoding_table
 from training.options import build_parser, saved_options, with_dashes
 from training.setup import Setup, set_up
-from training.sources import in_our_names
 from training.state import Training
 
 _logger = getLogger(__name__)

@@ -70,7 +70,7 @@ def test_the_wheel_states_version_python_and_needs(metadata: Message) -> None:
     assert (metadata["Name"], metadata["Version"]) == ("lape-vit", lape_vit.__version__)
     assert metadata["Requires-Python"] == ">=3.10"
     needs = {need.name: need for need in map(Requirement, metadata.get_all("Requires-Dist", []))}
-    assert needs == {name: requirements("requirements.txt")[name] for name in ("torch", "timm")}
+    assert needs == {name: requirements("requirements.txt")[name] for name in ("torch", "timm", "safetensors")}
 
 
 def test_pre_commit_and_make_run_the_same_ruff() -> None:

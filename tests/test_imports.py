@@ -23,7 +23,6 @@ NAMES = {*encodings.names(), *encodings.ALIASES, *JOINS} - {""}
 EVERYDAY = {"none"}
 """Names that options of other things share: a fault only in a comparison of what ``POSITION`` recognises."""
 POSITION = re.compile(r"\bpe\b|pos_embed|encoding|join")
-COMMANDS = ("main", "compare", "similarity_visualize", "demo")
 LIBRARIES = ("torch", "torchvision", "timm", "argparse")
 
 BENEATH: dict[str, tuple[str, ...]] = {
@@ -43,9 +42,10 @@ BENEATH: dict[str, tuple[str, ...]] = {
     "analysis": ("vit",),
     "checkpoints": (),
     "images": (),
+    "export": ("images",),
     "models_lape": ("analysis", "compact", "convert", "timm_models"),
     "from_checkpoint": ("checkpoints", "models_lape"),
-    "lape_vit": ("from_checkpoint", "images"),
+    "lape_vit": ("export", "from_checkpoint"),
     "runtime": (),
     "options": ("runtime",),
     "loading": ("options",),
@@ -59,7 +59,7 @@ BENEATH: dict[str, tuple[str, ...]] = {
     "benchmarks": ("commands",),
 }
 """Layer: the layers directly beneath it. A module may import its own layer and all that lies beneath."""
-COMMANDS = ("main", "compare", "similarity_visualize")
+COMMANDS = ("main", "compare", "predict", "similarity_visualize")
 
 
 def layer_of(module: str) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -164,6 +165,28 @@ def test_the_library_alone_loads_and_registers_nothing_before(saved: tuple[Path,
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.stdout.strip() == saved[1].pe, run.stderr
+
+
+# ---- the page
+
+
+def test_what_the_page_shows_works_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "photos").mkdir(parents=True)
+    model = timm.create_model(COMPACT, pe="learnable", join_type="LaPE", num_classes=2, img_size=16, **SMALL)
+    description = {"model": COMPACT, "pe": "learnable", "join_type": "LaPE", "model_kwargs": SMALL, "num_classes": 2}
+    description |= {"classes": ["cat", "dog"], "input_size": 16}
+    save_checkpoint(Path("runs/photos/best_checkpoint.pth"), {"model": model.state_dict(), "description": description})
+    torch.save(timm.create_model(DEIT, pe="learnable", join_type="LaPE").state_dict(), "original.pth")
+    monkeypatch.setattr(
+        timm.models, "push_to_hf_hub", lambda model, to: timm.models.save_for_hf(model, Path("hub") / to)
+    )
+    page = (ROOT / "docs" / "python.md").read_text().replace("hf-hub:", "local-dir:hub/")
+    shown: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, shown)
+    assert (shown["model"].pe, shown["model"].join_type, shown["names"]) == ("learnable", "LaPE", ("cat", "dog"))
+    assert_equal(dict(lape_vit.load("hub/you/photos").state_dict()), dict(model.state_dict()))
 
 
 # ---- what is refused

@@ -11,6 +11,7 @@ from test_recipes import PARSER, resolve
 from torch.distributed.run import get_args_parser
 
 import compare
+import predict
 import similarity_visualize
 from comparison.plan import make_plan
 from training.optimisation import images_per_update, learning_rate
@@ -18,7 +19,7 @@ from training.options import Options
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAM = r"(main\.py|train\.sbatch|compare\.py|similarity_visualize\.py|benchmarks\.\w+)"
+PROGRAM = r"(main\.py|train\.sbatch|compare\.py|predict\.py|similarity_visualize\.py|benchmarks\.\w+)"
 
 
 def commands(page: Path) -> list[str]:
@@ -85,6 +86,8 @@ def test_every_command_is_understood(command: str) -> None:
         assert make_plan(*compare.read_options(given)).runs
     elif program == "similarity_visualize.py":
         assert similarity_visualize.build_parser().parse_args(given)
+    elif program == "predict.py":
+        assert predict.build_parser().parse_args(given[: given.index(">")] if ">" in given else given)
     else:
         assert PARSER.read(given)
 

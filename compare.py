@@ -18,7 +18,7 @@ from comparison.forecast import forecast
 from comparison.jobs import FAILED, Job, alone_in, environments, run_jobs
 from comparison.paired import write_paired
 from comparison.pictures import draw_comparison
-from comparison.plan import Plan, make_plan
+from comparison.plan import ALL, Plan, make_plan
 from comparison.screen import Screen
 from comparison.sizes import PLAIN, WAYS, check_ways, evaluations, write_sizes
 from comparison.tables import NAMES, heading, outcomes, table_rows, write_tables
@@ -88,9 +88,11 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--pe", "--pos-embed", nargs="+", required=True, metavar="NAME", help="positional encodings")
+    add("--pe", "--pos-embed", nargs="+", required=True, metavar="NAME",
+        help=f"positional encodings, or {ALL} for every one without sums")
     add("--join-type", nargs="+", default=[Basic.name], metavar="NAME",
-        help=f"how an absolute encoding reaches the layers; illegal pairs are named and skipped; default: {Basic.name}")
+        help=f"how an absolute encoding reaches the layers, or {ALL}; illegal pairs are named and skipped; default: "
+             f"{Basic.name}")
     add("--seeds", nargs="+", type=whole(), default=[0], metavar="N", help="a run each; default: 0")
     add("--output-dir", required=True, metavar="DIR",
         help="receives a folder per run, table.md, table.csv, compare.png and, with two seeds or more, paired.md and "

@@ -3,7 +3,6 @@
 import re
 import shlex
 import subprocess
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from test_recipes import PARSER, resolve
 from torch.distributed.run import get_args_parser
 
 import compare
+from benchmarks import options
 from comparison.plan import make_plan
 from training.optimisation import images_per_update, learning_rate
 from training.options import Options
@@ -58,7 +58,7 @@ def test_every_command_is_understood(command: str) -> None:
     program, arguments = re.fullmatch(f".*{PROGRAM}(.*)", command).groups()  # type: ignore[union-attr]
     given = shlex.split(arguments, comments=True)
     if program.startswith("benchmarks."):
-        assert import_module(program).command_line().parse_args(given)
+        assert getattr(options, f"{program.removeprefix('benchmarks.')}_parser")().parse_args(given)
     else:
         assert make_plan(*compare.read_options(given)).runs if program == "compare.py" else PARSER.read(given)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from runtime.distributed import World
+from runtime.world import World
 from training.checkpoint import is_ours
 from training.folder import CHECKPOINTS
 from training.losses import build_loss

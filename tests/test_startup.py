@@ -18,7 +18,7 @@ FILES = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]
 COMMANDS = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in sorted(FILES)
-    if '__name__ == "__main__"' in path.read_text() and path.name != "demo.py"  # which has no options
+    if '__name__ == "__main__"' in path.read_text()
 ]
 PAIRS = ("--pe", "learnable", "--output-dir", "nowhere")
 

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from comparison.forecast import forecast
 from comparison.jobs import FAILED, Job, alone_in, environments, run_jobs
+from comparison.paired import write_paired
 from comparison.pictures import draw_comparison
 from comparison.plan import Plan, make_plan
 from comparison.screen import Screen
@@ -147,6 +148,7 @@ def write_results(plan: Plan, failures: dict[str, str]) -> None:
     """Write the tables and, once a run has finished, the picture."""
     found = outcomes(plan)
     write_tables(plan, found, failures)
+    write_paired(plan, found)
     if any(found.values()):
         with atomic_write(plan.folder / "compare.png") as file:
             draw_comparison(found, heading(plan), file)

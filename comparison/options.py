@@ -46,8 +46,8 @@ def build_parser() -> Parser:
         help="how an absolute encoding reaches the layers; illegal pairs are named and skipped; default: basic")
     add("--seeds", nargs="+", type=whole(), default=[0], metavar="N", help="a run each; default: 0")
     add("--output-dir", required=True, metavar="DIR",
-        help="receives a folder per run, table.md, table.csv and compare.png; runs of other calls in it, made with the "
-             "same options, are in the tables too")
+        help="receives a folder per run, table.md, table.csv, compare.png and, with two seeds or more, paired.md and "
+             "paired.csv; runs of other calls in it, made with the same options, are in the tables too")
     add("--jobs", type=whole(1), default=1, metavar="N",
         help="runs at a time: they share out the cores and, unless --num-workers is given, the processes that load "
              "data; with several GPUs each run has one; default: 1")

@@ -88,7 +88,11 @@ def test_help_needs_no_torch(run: Callable[..., "subprocess.CompletedProcess[str
 @pytest.mark.parametrize(
     ("command", "argv", "message"),
     [
-        *((command, ("--wrong-flag",), "--wrong-flag") for command in COMMANDS if command != "compare"),
+        *(
+            (command, ("--wrong-flag",), "--wrong-flag")
+            for command in COMMANDS
+            if command not in ("compare", "predict")
+        ),
         ("main", ("--epochs", "x"), "main.py: error: argument --epochs: expected a whole number"),
         ("main", ("--epochs",), "main.py: error: argument --epochs: expected one argument"),
         ("main", ("--cpb-hidden", "x"), "main.py: error: argument --cpb-hidden: expected a whole number"),

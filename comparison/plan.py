@@ -10,15 +10,17 @@ from typing import Any
 
 import yaml
 
+from comparison.options import ALL
 from lape_vit.encodings import all_options, canonical_name, names, resolve
 from lape_vit.joins import JOINS, legal_joins
-from runtime.distributed import World, pick_device
+from runtime.distributed import pick_device
+from runtime.world import World
+from training.command_line import parser_of_main
 from training.folder import CHECKPOINTS, read_log
 from training.options import (
     MOST_WORKERS,
     OptionParser,
     Options,
-    build_parser,
     config_text,
     flag_of,
     saved_options,
@@ -27,18 +29,6 @@ from training.setup import pick_recipe, read_given, resolve_device_options, reso
 
 _logger = getLogger(__name__)
 
-NOT_HERE = {
-    "seed": "compare.py sets it for each run: give --seeds",
-    "resume": "compare.py continues the runs in --output_dir by itself",
-    "auto_resume": "compare.py continues the runs in --output_dir by itself",
-    "start_epoch": "compare.py continues the runs in --output_dir by itself",
-    "eval": "compare.py evaluates by itself, at other sizes by --sizes",
-    "eval_ema": "compare.py evaluates by itself, at other sizes by --sizes",
-    **dict.fromkeys(("world_size", "dist_url", "init_timeout"), "each run of compare.py is one process"),
-}
-"""Options of `main.py` that belong to one run."""
-ALL = "all"
-"""In place of names: all that there are, without sums; pairs that are not legal are then left out without a word."""
 VARIED = {"pe", "join_type", "seed", *all_options()}
 """Options in which the runs of a comparison differ."""
 HARMLESS = {
@@ -144,10 +134,8 @@ def make_plan(args: argparse.Namespace, rest: Sequence[str]) -> Plan:
     Raises:
         ValueError, OSError: an unknown flag, encoding or join, no legal pair, or a folder with runs of other options.
     """
-    parser = build_parser(all_options())
+    parser = parser_of_main()
     given = read_given(parser, rest)
-    for name in NOT_HERE.keys() & given.keys():
-        raise ValueError(f"{flag_of(name)} is for a single run: {NOT_HERE[name]}")
     joins = spelled_out(args.join_type, JOINS)
     legal, illegal = sort_pairs(with_options(args), joins)
     if ALL in args.join_type:

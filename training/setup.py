@@ -23,19 +23,18 @@ from datasets import (
     default_recipe,
 )
 from lape_vit.checkpoints import average_of, description_of, in_our_names, is_ours
-from lape_vit.encodings import all_options, by_family, resolve
+from lape_vit.encodings import all_options, resolve
 from lape_vit.from_checkpoint import carry_data_config, load_weights, spelled_for
-from lape_vit.joins import JOINS
 from loading.images import ImageSettings
 from loading.shards import runs_commands
 from runtime import distributed
-from runtime.distributed import World
-from runtime.download import is_url
 from runtime.files import write_text
 from runtime.logs import LoopDisplay
 from runtime.process import Runtime
 from runtime.seeding import seed_everything
+from runtime.world import World
 from training.checkpoint import load_checkpoint
+from training.command_line import parser_of_main, read_flags
 from training.events import Events
 from training.folder import find_checkpoint, open_output_dir, read_log
 from training.models import (
@@ -58,14 +57,12 @@ from training.options import (
     OptionParser,
     Options,
     RunOptions,
-    build_parser,
     config_text,
     describe,
     find_recipe,
     flag_of,
     read_recipe,
     saved_options,
-    with_dashes,
 )
 from training.state import Training, build_training, restore_progress, restore_state
 
@@ -89,8 +86,6 @@ FOR_EVALUATION = (
     "eval_crop_ratio",
 )
 """Options that evaluation takes over from the training, to repeat what the training measured."""
-CHOOSES_DATA = {"data_set", "recipe", "resume", "auto_resume", "finetune"}
-"""Options that choose a data set, or that no code base without a choice of data sets has."""
 OF_ONE_DATA_SET = ("data_path", "eval_data_path", "inat_category", "where_task", "where_cell")
 """Options that mean nothing, or something else, to another data set."""
 SLOW_AVERAGE = 0.1
@@ -128,7 +123,7 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Setup:
     Raises:
         ValueError, OSError: something is wrong with the input; the message says what, where, and what to do.
     """
-    parser = build_parser(all_options(), {"pe": by_family(), "join_type": ", ".join(JOINS)})
+    parser = parser_of_main()
     given = read_given(parser, argv)
     if given.get("auto_resume"):
         checkpoint = find_checkpoint(given)
@@ -265,44 +260,14 @@ def classes_of_model(options: Options, classes: list[str], description: dict[str
 
 
 def read_given(parser: OptionParser, argv: Sequence[str]) -> dict[str, Any]:
-    """The options that a command line names, with the data set's own name.
+    """The options that a command line names, as `read_flags` reads them, with the data set's own name.
 
     Raises:
-        ValueError: an unknown flag, an illegal value, or flags that contradict each other.
+        ValueError: an unknown flag or data set, an illegal value, or flags that contradict each other.
     """
-    given = parser.read(argv)
-    if any(with_dashes(word).partition("=")[0] == "--pos-embed" for word in argv) and not CHOOSES_DATA & given.keys():
-        raise ValueError(
-            "--pos_embed without a data set means CIFAR-10 in its source, and ImageNet here: add --data-set CIFAR10 or "
-            "--data-set IMNET"
-        )
-    if given.get("finetune") == "huggingface":
-        raise ValueError(
-            "--finetune huggingface: give the file, "
-            "--finetune https://huggingface.co/naver-ai/NAME/resolve/main/pytorch_model.bin#sha256=HASH"
-        )
-    if given.get("eval") and "resume" not in given and "finetune" in given:  # as RoPE-ViT evaluates
-        given["resume"] = given.pop("finetune")
-    starts = {name for name in ("finetune", "pretrained", "resume") if given.get(name) is not None}
-    if given.get("eval") and not {"resume", "pretrained"} & starts:
-        raise ValueError("--eval needs --resume FILE, the checkpoint to evaluate, or --pretrained")
-    if given.get("eval_ema") and not given.get("eval"):
-        raise ValueError("--eval-ema says what --eval evaluates: give both")
-    for name in ("reference_grid", "log_n"):
-        if given.get(name) and not ("input_size" in given and given.get("eval")):
-            raise ValueError(f"{flag_of(name)} is of an evaluation at another size: give --eval and --input-size, too")
+    given = read_flags(parser, argv)
     if "data_set" in given:
         given["data_set"] = canonical_data_set(given["data_set"])
-    if "pretrained" in starts and (others := starts - {"pretrained"}):
-        raise ValueError(f"--pretrained and {flag_of(min(others))} both say what to start from: give one of them")
-    if {"finetune", "resume"} <= starts:
-        raise ValueError("--finetune starts a run and --resume continues one: give one of them")
-    if "start_epoch" in given and ("resume" in given or given.get("auto_resume")):
-        raise ValueError("--start-epoch is for a run that starts; --resume continues where its checkpoint was")
-    if is_url(given.get("resume", "")) and not given.get("eval") and "output_dir" not in given:
-        raise ValueError(f"--resume {given['resume']} needs --output_dir DIR, where the training continues")
-    if given.get("eval") and given.get("tensorboard"):
-        raise ValueError("--tensorboard shows how a training goes: leave it out with --eval")
     return given
 
 

@@ -22,12 +22,13 @@ from comparison.screen import Screen
 from comparison.sizes import PLAIN, WAYS, check_ways, evaluations, write_sizes
 from comparison.tables import NAMES, heading, outcomes, table_rows, write_tables
 from datasets import build_dataset
+from diagnosis.runs import diagnose_runs
 from lape_vit.encodings import all_options
 from lape_vit.joins import Basic
 from runtime.distributed import world_from_environment
 from runtime.files import atomic_write
 from runtime.interrupt import Interrupted, defer_interrupts
-from runtime.logs import end_in_one_line, start_logging
+from runtime.logs import LoopDisplay, end_in_one_line, start_logging
 from runtime.tables import print_table
 from training.options import WIDTH, Parser, encoding_option, flag_of, whole
 from training.setup import image_settings
@@ -102,6 +103,9 @@ def build_parser() -> Parser:
     add("--size-ways", nargs="+", choices=tuple(WAYS), default=[PLAIN], metavar="WAY",
         help=f"how to evaluate at the sizes: {', '.join(WAYS)}; on a reference grid, attention reads places in the "
              f"cells of the trained grid, and log-n sharpens attention over more tokens; default: {PLAIN}")
+    add("--diagnose", action="store_true",
+        help="measure what every trained model knows of where its patches are, and whether it uses it, as diagnose.py "
+             "does, at --sizes too: tables and pictures in DIR/diagnosis")
     add("--dry-run", action="store_true",
         help="show the plan and the time that it takes, from some steps of each pair, and write nothing; CIFAR, which "
              "that needs, is downloaded if it is not there")
@@ -154,7 +158,7 @@ def open_data(plan: Plan) -> None:
 
 
 def compare(plan: Plan, args: argparse.Namespace, console: Console) -> int:
-    """Train what is left, evaluate at other sizes, write it all down; 1 if something failed."""
+    """Train what is left, evaluate at other sizes, diagnose, write it all down; 1 if something failed."""
     todo = [run for run in plan.runs if not run.is_finished()]
     jobs = [
         Job(run.name, run, [*run.argv, "--output-dir", str(run.folder), "--auto-resume"], run.folder, run.is_finished)
@@ -172,6 +176,10 @@ def compare(plan: Plan, args: argparse.Namespace, console: Console) -> int:
     show_results(plan, console)
     if args.sizes:
         evaluate(plan, args, where, console, failures)
+    if args.diagnose:
+        folder, failed = diagnose_runs(plan, args.sizes, args.size_ways, LoopDisplay(console))
+        failures |= failed
+        _logger.info("%s: diagnosis.md, diagnosis.csv, diagnosis.json and pictures", folder)
     for name, reason in failures.items():
         _end(f"{name} failed: {reason}", 1)
     return 1 if failures else 0

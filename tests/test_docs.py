@@ -11,13 +11,14 @@ from test_recipes import PARSER, resolve
 from torch.distributed.run import get_args_parser
 
 import compare
+import diagnose
 from comparison.plan import make_plan
 from training.optimisation import images_per_update, learning_rate
 from training.options import Options
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-PROGRAM = r"(main\.py|train\.sbatch|compare\.py|benchmarks\.\w+)"
+PROGRAM = r"(main\.py|train\.sbatch|compare\.py|diagnose\.py|benchmarks\.\w+)"
 
 
 def commands(page: Path) -> list[str]:
@@ -59,6 +60,8 @@ def test_every_command_is_understood(command: str) -> None:
     given = shlex.split(arguments, comments=True)
     if program.startswith("benchmarks."):
         assert import_module(program).command_line().parse_args(given)
+    elif program == "diagnose.py":
+        assert diagnose.read_options(given)
     else:
         assert make_plan(*compare.read_options(given)).runs if program == "compare.py" else PARSER.read(given)
 

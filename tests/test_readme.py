@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import compare
+import diagnose
 import similarity_visualize
 from comparison.plan import make_plan
 from lape_vit.encodings import all_options
@@ -65,7 +66,7 @@ def test_the_tests_of_the_registry_hold_for_the_added_encoding(extended: Path) -
 
 
 def test_every_command_line_offers_the_added_encoding(extended: Path) -> None:
-    for command in ("main.py", "compare.py", "similarity_visualize.py"):
+    for command in ("main.py", "compare.py", "diagnose.py", "similarity_visualize.py"):
         assert "fading" in run_in(extended, command, "--help")
     data = ("--data-set", "DIGITS", "--output_dir", "unused", "--dry-run")
     printed = run_in(extended, "compare.py", "--pe", "fading", "--seeds", "0", *data)
@@ -93,6 +94,8 @@ def test_every_command_is_understood(command: str) -> None:
         assert build_parser(all_options()).read(shlex.split(arguments))
     elif program == "compare.py":
         assert make_plan(*compare.read_options(shlex.split(arguments))).runs
+    elif program == "diagnose.py":
+        assert diagnose.read_options(shlex.split(arguments))
     else:
         assert program == "similarity_visualize.py"
         assert similarity_visualize.build_parser().parse_args(shlex.split(arguments))

@@ -4,14 +4,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from logging import getLogger
 
-from comparison.sizes import WAYS, takes
+from comparison.options import WAYS
+from comparison.sizes import takes
 from diagnosis.subjects import Subject, short_name
 from lape_vit.analysis.diagnosis import AtSize, Diagnosis, at_size, diagnose
 
 _logger = getLogger(__name__)
-
-IMAGES = 1000
-"""Test images that are looked at by default, at most: the half of them fits probes, the other half judges."""
 
 
 def measure(subject: Subject, images: int, sizes: Sequence[int] = (), ways: Sequence[str] = ()) -> Diagnosis:

@@ -6,15 +6,14 @@ from pathlib import Path
 
 from comparison.plan import Plan, Run
 from comparison.sizes import takes
-from diagnosis.measure import IMAGES, measure
+from diagnosis.measure import measure
+from diagnosis.options import IMAGES
 from diagnosis.pictures import write_pictures
 from diagnosis.subjects import open_subject
 from diagnosis.tables import read_records, write_tables
 from lape_vit.analysis.diagnosis import Diagnosis
-from lape_vit.encodings import all_options
 from runtime.files import write_text
 from runtime.logs import LoopDisplay
-from training.options import build_parser
 
 HERE = ("data_path", "eval_data_path", "device", "num_workers")
 """Options of a call that say where its data and its device are, and not what was trained."""
@@ -35,13 +34,13 @@ def diagnose_runs(
         Interrupted: a signal came; what was measured before is kept.
         OSError: something cannot be written.
     """
-    parser, records, failures = build_parser(all_options()), [], {}
+    records, failures = [], {}
     given = {name: plan.common[name] for name in HERE if plan.common[name] is not None}
     for run in plan.finished():
         record = known_record(run, sizes, ways)
         if record is None:
             try:
-                subject = open_subject(parser, given, str(run.best_checkpoint), display)
+                subject = open_subject(given, str(run.best_checkpoint), display)
                 record = measure(subject, IMAGES, sizes, ways)
             except (ValueError, OSError) as error:
                 failures[f"the diagnosis of {run.name}"] = " ".join(str(error).split())

@@ -12,24 +12,23 @@ from timm.layers import to_2tuple
 from torch import Tensor
 from torch.utils.data import Subset
 
-from datasets import DATA_SETS, build_dataset, build_loader
+from datasets import DATA_SETS, build_dataset, build_loader, canonical_data_set
 from lape_vit.analysis.diagnosis import Batch
-from lape_vit.convert import unwrap_names
+from lape_vit.checkpoints import average_of, description_of
+from lape_vit.from_checkpoint import count_classes, load_weights, spelled_for
 from loading.images import Images, ImageSettings
 from loading.shards import Shards
-from runtime.distributed import World
 from runtime.interrupt import Interrupted, noted_signal
 from runtime.logs import LoopDisplay
 from runtime.process import Runtime
-from training.checkpoint import description_of, load_checkpoint, load_weights
-from training.models import build_model, log_match, match_classes, pretrained_cfg, spelled_for, weights_of
-from training.options import OptionParser, Options
+from runtime.world import World
+from training.checkpoint import load_checkpoint
+from training.command_line import parser_of_main
+from training.models import build_model, log_match, match_classes, pretrained_cfg
+from training.options import Options
 from training.setup import image_settings, resolve_given, start_process
 
 _logger = getLogger(__name__)
-
-HEADS = ("head.weight", "head.fc.weight", "classifier.fc.weight", "heads.head.weight")
-"""Names of the weight of a classifier, which says how many classes a checkpoint has that does not tell."""
 
 
 @dataclass(frozen=True)
@@ -172,20 +171,19 @@ def split(images: Images, count: int) -> tuple[Images, Images]:
     return fitted, held_out
 
 
-def open_subject(
-    parser: OptionParser, given: Mapping[str, Any], checkpoint_path: str | None, display: LoopDisplay
-) -> Subject:
+def open_subject(given: Mapping[str, Any], checkpoint_path: str | None, display: LoopDisplay) -> Subject:
     """A model by the options given, as `main.py --eval` would evaluate it.
 
     Args:
-        parser: of `main.py`.
-        given: its options that the command line names.
+        given: options of `main.py` that the command line names.
         checkpoint_path: of a checkpoint, ours or another's; None for weights that timm publishes.
 
     Raises:
         ValueError, OSError: what `main.py` refuses; but classes that are not the data set's only cost the accuracy.
     """
-    given = {"batch_size": 32, "amp_dtype": "float32", **given, "eval": True}
+    parser, given = parser_of_main(), {"batch_size": 32, "amp_dtype": "float32", **given, "eval": True}
+    if "data_set" in given:
+        given["data_set"] = canonical_data_set(given["data_set"])
     checkpoint: dict[str, Any] = {}
     if checkpoint_path is not None:
         checkpoint = load_checkpoint(checkpoint_path)
@@ -200,10 +198,10 @@ def open_subject(
         source, num_classes = f"{options.model.model}.{cfg.tag}" if cfg.tag else options.model.model, cfg.num_classes
         weights = None
     else:
-        source, tag, weights = checkpoint_path, None, unwrap_names(weights_of(checkpoint, options.run))
-        num_classes = description.get("num_classes") or len(
-            next((weights[head] for head in HEADS if head in weights), ())
-        )
+        source, tag = checkpoint_path, None
+        is_average = options.run.eval_ema
+        weights = average_of(checkpoint, source, "--eval-ema") if is_average else checkpoint["model"]
+        num_classes = count_classes(weights, {**description, "model": options.model.model})
     is_labelled = check_classes(options, description, num_classes, source)
 
     built_at: Any = description.get("input_size", options.model.input_size)

@@ -246,7 +246,7 @@ def test_compare_diagnoses_its_runs_over_their_seeds(
     assert (tmp_path / "out" / "diagnosis" / "none_basic.png").exists()
 
     opened = []
-    monkeypatch.setattr("diagnosis.runs.open_subject", lambda *args: opened.append(args[2]) or open_subject(*args))
+    monkeypatch.setattr("diagnosis.runs.open_subject", lambda *args: opened.append(args[1]) or open_subject(*args))
     checkpoints = [str(run.best_checkpoint) for run in plan.runs]
     for sizes, expected in (([], checkpoints[2:]), ([16], checkpoints), ([16], checkpoints[2:])):
         opened.clear()

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -503,7 +503,7 @@ class OptionParser(Parser):
             return f": {known_instead}"
         known = get_close_matches(flag.partition("=")[0], self.flags)
         hint = f"did you mean {' or '.join(known)}?" if known else "leave it out;"
-        return f": {hint} main.py --help lists all"
+        return f": {hint} {self.prog} --help lists all"
 
 
 def with_dashes(token: str) -> str:
@@ -518,19 +518,25 @@ def flag_of(name: str) -> str:
 
 
 def build_parser(
-    encoding_options: Mapping[str, tuple[type, Sequence[str]]], names: Mapping[str, str] | None = None
+    encoding_options: Mapping[str, tuple[type, Sequence[str]]],
+    names: Mapping[str, str] | None = None,
+    only: Container[str] | None = None,
 ) -> OptionParser:
     """All options of `main.py`, in sections.
 
     Args:
         encoding_options: of the positional encodings: each one's type, and the encodings that take it.
         names: what the help of an option lists, by the option's name.
+        only: the names of the options that another command takes, beside those of encodings; default: all.
     """
     names = names or {}
     parser = OptionParser()
     for title, section in SECTIONS.items():
+        taken = [one for one in options_of(section) if only is None or one.name in only]
+        if not taken:
+            continue
         add = parser.section(title)
-        for one in options_of(section):
+        for one in taken:
             about = one.metadata
             kinds = (one.type, *get_args(one.type))
             kind: type = bool if bool in kinds else Mapping if Mapping[str, Any] in kinds else str

@@ -22,12 +22,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from figures import attention, comparison, positions
+from figures import comparison
 from figures.checkpoints import FLAGS, load_model
 from figures.explore import explore_page
-from figures.positions import Positions
 from lape_vit import VisionTransformer
 from lape_vit.analysis.attention_maps import attention_maps, why_no_split
+from lape_vit.drawing import attention, positions
+from lape_vit.drawing.positions import Positions
 from lape_vit.encodings import all_options
 from lape_vit.images import image_transform, pixels_of
 from loading.images import read_image

@@ -18,9 +18,9 @@ Measured = dict[Pair, dict[int, list[float]]]
 """Accuracies over seeds, per cent, by pair and size."""
 
 
-def takes(run: Run, way: str) -> bool:
-    """Whether a run's encoding can be evaluated in this way: a reference grid is for real places in attention."""
-    resolved = resolve(run.pe)
+def takes(pe: str, way: str) -> bool:
+    """Whether an encoding can be evaluated in this way: a reference grid is for real places in attention."""
+    resolved = resolve(pe)
     reads_real_places = all(part.reads_real_places for part in resolved.parts)
     return "--reference-grid" not in WAYS[way] or (resolved.attention is not None and reads_real_places)
 
@@ -28,13 +28,13 @@ def takes(run: Run, way: str) -> bool:
 def check_ways(plan: Plan, ways: Sequence[str]) -> None:
     """Raise ValueError where no run can be evaluated in one of the ways."""
     for way in ways:
-        if not any(takes(run, way) for run in plan.all_runs):
+        if not any(takes(run.pe, way) for run in plan.all_runs):
             raise ValueError(f"--size-ways {way}: none of the encodings reads places between cells in attention")
 
 
 def evaluations(plan: Plan, sizes: Sequence[int], ways: Sequence[str]) -> list[Job]:
     """The evaluations of finished runs that are not there yet."""
-    wanted = [(run, size, way) for run in plan.finished() for way in ways if takes(run, way) for size in sizes]
+    wanted = [(run, size, way) for run in plan.finished() for way in ways if takes(run.pe, way) for size in sizes]
     return [evaluation(plan, *one) for one in wanted if not is_evaluated(*one)]
 
 
@@ -61,10 +61,10 @@ def is_evaluated(run: Run, size: int, way: str) -> bool:
 
 def measured(plan: Plan, sizes: Sequence[int], way: str) -> Measured:
     """The results that are there."""
-    found: Measured = {run.pair: {size: [] for size in sizes} for run in plan.all_runs if takes(run, way)}
+    found: Measured = {run.pair: {size: [] for size in sizes} for run in plan.all_runs if takes(run.pe, way)}
     for run in plan.finished():
         for size in sizes:
-            if takes(run, way) and is_evaluated(run, size, way):
+            if takes(run.pe, way) and is_evaluated(run, size, way):
                 found[run.pair][size].append(json.loads(result_of(run, size, way).read_text())["acc1"])
     return found
 

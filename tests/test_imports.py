@@ -57,11 +57,12 @@ BENEATH: dict[str, tuple[str, ...]] = {
     "setup": ("datasets", "training", "lape_vit"),
     "figures": ("setup",),
     "comparison": ("engine", "setup"),
-    "commands": ("comparison", "figures"),
+    "diagnosis": ("comparison",),
+    "commands": ("diagnosis", "figures"),
     "benchmarks": ("commands",),
 }
 """Layer: the layers directly beneath it. A module may import its own layer and all that lies beneath."""
-COMMANDS = ("main", "compare", "predict", "similarity_visualize")
+COMMANDS = ("main", "compare", "diagnose", "predict", "similarity_visualize")
 
 
 def layer_of(module: str) -> str:

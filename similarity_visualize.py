@@ -25,11 +25,12 @@ from torch import Tensor
 
 from datasets import DATA_SETS
 from figures import attention, comparison, positions
-from figures.checkpoints import FLAGS, full_name, load_model
+from figures.checkpoints import FLAGS, full_name, load_model, load_published
 from figures.explore import explore_page
 from figures.positions import Positions
 from lape_vit import VisionTransformer
 from lape_vit.analysis.attention_maps import attention_maps, why_no_split
+from lape_vit.analysis.timm_attention import timm_attention
 from lape_vit.encodings import all_options
 from loading.images import ImageSettings, read_image
 from loading.transforms import build_transform
@@ -68,7 +69,8 @@ def build_parser() -> Parser:
     """All options of this command; each flag in the spelling with `-` and the one with `_`."""
     parser = Parser(
         prog="similarity_visualize.py",
-        usage="%(prog)s [--ckpt_path FILE | --compare FILE FILE ...] [--save_dir DIR] [options]",
+        usage="%(prog)s [--ckpt_path FILE | --model_name NAME --pretrained [TAG] | --compare FILE FILE ...] "
+        "[--save_dir DIR] [options]",
         description="Draw what every layer of a checkpoint sees of positions.",
         allow_abbrev=False,
     )
@@ -76,6 +78,13 @@ def build_parser() -> Parser:
     source.add_argument("--ckpt_path", "--ckpt-path", metavar="FILE", default=CHECKPOINT,
         help="a checkpoint: ours, an original's, or timm's (.pth or .safetensors); default, as in LaPE's code: "
         f"{CHECKPOINT}")  # fmt: skip
+    source.add_argument(
+        "--pretrained",
+        nargs="?",
+        const="",
+        metavar="TAG",
+        help="in place of a checkpoint, the weights that timm publishes for --model_name, by default or under this tag",
+    )
     source.add_argument("--compare", nargs="+", metavar="FILE",
         help="two checkpoints or more: their sheets side by side, and curves over depth")  # fmt: skip
     add = parser.add_argument
@@ -88,8 +97,8 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("for a checkpoint that does not say what model it holds")
     add = group.add_argument
     add("--model_name", "--model-name", dest="model", metavar="NAME",
-        help="a model of models_lape, one of timm with a table pos_embed, or deit_{t,s,b}[_distill]_{basic,LaPE}"
-    )  # fmt: skip
+        help="a model of models_lape, one of timm with a table pos_embed, rotations or a bias by offset, or "
+        "deit_{t,s,b}[_distill]_{basic,LaPE}")  # fmt: skip
     add("--pe", metavar="NAME", help="its positional encoding; default: the model's own")
     add("--join-type", "--join_type", metavar="NAME", help="how that reaches the layers; default: the model's own")
     add("--input-size", "--input_size", type=size, metavar="S", help="side of its images, or HEIGHT,WIDTH, in pixels; "
@@ -109,7 +118,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.compare is not None and len(args.compare) < 2:
         raise ValueError("--compare takes two checkpoints or more; one alone is drawn by --ckpt_path")
     if args.compare is not None and args.image is not None:
-        raise ValueError("--image draws one checkpoint: give it by --ckpt_path, not --compare")
+        raise ValueError("--image draws one checkpoint: give it by --ckpt_path or --pretrained, not --compare")
     if args.model is not None:
         args.model, join_type = full_name(args.model)
         args.join_type = args.join_type or join_type
@@ -143,7 +152,8 @@ class Checkpoint:
 
 def draw(args: argparse.Namespace) -> None:
     """Everything that the options ask for, into the folder that they name, which is made if need be."""
-    checkpoints = [read(path, args) for path in args.compare or [args.ckpt_path]]
+    given = [None] if args.pretrained is not None else args.compare or [args.ckpt_path]
+    checkpoints = [read(path, args) for path in given]
     maps = [over_image(checkpoint, args.image) for checkpoint in checkpoints if args.image]
     shown = [checkpoint.positions for checkpoint in checkpoints]
     for positions_of_one in shown:
@@ -166,14 +176,17 @@ def draw(args: argparse.Namespace) -> None:
         save_values(folder / "attention.npz", attention.raw_values(seen))
 
 
-def read(path: str, args: argparse.Namespace) -> Checkpoint:
-    """A checkpoint and what there is to see of it.
+def read(path: str | None, args: argparse.Namespace) -> Checkpoint:
+    """A checkpoint, or without a path the published weights, and what there is to see of them.
 
     Raises:
         ValueError, OSError: no checkpoint, one that does not fit the flags, a token outside its grid.
     """
     flags = {name: getattr(args, name) for name in (*FLAGS, *all_options())}
-    model, description = load_model(path, flags)
+    if path is None:
+        model, description, path = load_published(args.pretrained, flags)
+    else:
+        model, description = load_model(path, flags)
     shown = positions.measure(model, path, description["model"], args.token)
     if args.token is not None and not shown.uses_token and args.image is None and not args.html:
         _logger.warning("--token: what pe=%r shows is alike for every patch", shown.pe)
@@ -184,16 +197,17 @@ def over_image(checkpoint: Checkpoint, file: str) -> attention.TokenAttention:
     """What the chosen patch attends to on an image, prepared as in evaluation.
 
     Raises:
-        ValueError, OSError: no image, or a model of timm's own.
+        ValueError, OSError: no image, or a model of timm's own that does not hand out its attention.
     """
-    model = checkpoint.model
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(f"--image: for models of models_lape; {checkpoint.description['model']} is timm's own")
-    reason = why_no_split(model)
+    model, shown = checkpoint.model, checkpoint.positions
+    ours = isinstance(model, VisionTransformer)
+    reason = why_no_split(model) if ours else f"{shown.model} is timm's own"
     if reason is not None:
         _logger.info("--image: attention is drawn without a position part, for %s", reason)
     image, pixels = prepare(model, checkpoint.description, file)
-    return attention.of_token(checkpoint.positions, file, pixels, attention_maps(model, image[None]))
+    if ours:
+        return attention.of_token(shown, file, pixels, attention_maps(model, image[None]))
+    return attention.of_timm(shown, file, pixels, timm_attention(model, image[None], attention.place_of(shown)))
 
 
 def prepare(model: Any, description: dict[str, Any], file: str) -> tuple[Tensor, Tensor]:
@@ -204,7 +218,8 @@ def prepare(model: Any, description: dict[str, Any], file: str) -> tuple[Tensor,
         transform = build_transform(False, evaluation_settings(description), is_small)
         mean, std = description["mean"], description["std"]
     else:
-        config = timm.data.resolve_data_config({"input_size": (3, *model.patch_embed.img_size)}, model=model)
+        input_size = timm.models.get_model_input_config(model)["input_size"]
+        config = timm.data.resolve_data_config({"input_size": (3, *input_size[1:])}, model=model)
         transform = timm.data.create_transform(**config)
         mean, std = config["mean"], config["std"]
     image: Tensor = transform(picture)

@@ -9,11 +9,11 @@ import timm
 from timm.layers import to_2tuple
 
 from lape_vit import VisionTransformer, from_timm
-from lape_vit.analysis.timm_positions import timm_grid
+from lape_vit.analysis.timm_positions import check_drawable
 from lape_vit.convert import unwrap_names
 from lape_vit.encodings import all_options, canonical_name
 from training.checkpoint import carry_data_config, description_of, load_checkpoint, load_weights
-from training.models import build_described, is_of_models_lape, spelled_for
+from training.models import build_described, build_pretrained, is_of_models_lape, pretrained_cfg, spelled_for
 from training.options import flag_of
 from training.sources import in_our_names
 
@@ -53,19 +53,11 @@ def load_model(path: str, flags: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
     """
     checkpoint = load_checkpoint(path)
     description = complete(description_of(checkpoint), flags, path)
-    name = description["model"]
-    said = [option for option in ("pe", "join_type", *all_options()) if option in description]
-    if not timm.is_model(name):
-        raise ValueError(f"unknown {FLAGS['model']} {name!r}: it is neither a model of models_lape nor one of timm")
-    if said and not is_of_models_lape(name):
-        raise ValueError(f"{', '.join(map(flag_for, said))}: for models of models_lape; {name} is timm's own")
+    name, said = description["model"], check_model(description)
     stored, heads = unwrap_names(checkpoint["model"]), ("head.weight", "head.fc.weight", "classifier.fc.weight")
-    model = build_described(description, len(next((stored[key] for key in heads if key in stored), ())))
-    if not isinstance(model, VisionTransformer):
-        try:
-            model = from_timm(model)
-        except ValueError:  # a table can be seen all the same
-            timm_grid(model)
+    model = ours_or_drawable(
+        build_described(description, len(next((stored[key] for key in heads if key in stored), ())))
+    )
     state_dict = spelled_for(model, stored)
     own = {key: str(getattr(model, key)) for key in ("pe", "join_type") if hasattr(model, key)}
     load_weights(model, state_dict, path, f"{name} ({', '.join(own.values())})" if own else name)
@@ -74,6 +66,62 @@ def load_model(path: str, flags: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
         _logger.info("%s does not say all of its model: %s, as timm builds it", path, taken)
     carry_data_config(model, description)
     return model.eval(), description
+
+
+def load_published(tag: str, flags: Mapping[str, Any]) -> tuple[Any, dict[str, Any], str]:
+    """The model that the flags name, with the weights that timm publishes for it; as :func:`load_model`.
+
+    Args:
+        tag: of the weights; empty for the model's default, or where the name says it: NAME.TAG.
+
+    Returns:
+        The model and its description as of :func:`load_model`, and the full name of the weights.
+
+    Raises:
+        ValueError, OSError: no model's name, or one that timm has no such weights for, weights that cannot be loaded, a
+            model whose positions cannot be seen.
+    """
+    if flags.get("model") is None:
+        raise ValueError(f"--pretrained needs {FLAGS['model']} NAME: the model whose weights timm publishes")
+    name, _, of_name = flags["model"].partition(".")
+    if tag and of_name and tag != of_name:
+        raise ValueError(f"--pretrained {tag} contradicts {FLAGS['model']} {name}.{of_name}")
+    description = complete({}, {**flags, "model": name}, "--pretrained")
+    check_model(description)
+    cfg = pretrained_cfg(name, tag or of_name)
+    ours_or_drawable(build_described(description, 0, device="meta"))  # before the weights are downloaded
+    model = ours_or_drawable(build_pretrained(description, tag or of_name, cfg.num_classes))
+    return model.eval(), description, f"{name}.{cfg.tag}"
+
+
+def check_model(description: Mapping[str, Any]) -> list[str]:
+    """What a description says of positions, by the options' names.
+
+    Raises:
+        ValueError: the name of its model is unknown, or the model takes none of these options.
+    """
+    name = description["model"]
+    said = [option for option in ("pe", "join_type", *all_options()) if option in description]
+    if not timm.is_model(name):
+        raise ValueError(f"unknown {FLAGS['model']} {name!r}: it is neither a model of models_lape nor one of timm")
+    if said and not is_of_models_lape(name):
+        raise ValueError(f"{', '.join(map(flag_for, said))}: for models of models_lape; {name} is timm's own")
+    return said
+
+
+def ours_or_drawable(model: Any) -> Any:
+    """The model as one of ours if it can be, else as it is.
+
+    Raises:
+        ValueError: it cannot be, and has nothing to see.
+    """
+    if isinstance(model, VisionTransformer):
+        return model
+    try:
+        return from_timm(model)
+    except ValueError:  # some positions of timm's own models can be seen all the same
+        check_drawable(model)
+        return model
 
 
 def complete(description: Mapping[str, Any], flags: Mapping[str, Any], path: str) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """Tiny models in float64, and images for them, that the tests of the library share."""
 
+from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import models_lape  # noqa: F401  registers the models
@@ -89,6 +92,18 @@ def disturb(model: Any, seed: int = 0) -> Any:
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.add_(0.3 * noise.to(parameter.dtype))
     return model
+
+
+def leave_as_downloaded(full_name: str, state: dict[str, Tensor], hub: Path, patch: pytest.MonkeyPatch) -> None:
+    """Put weights where a download of those that timm publishes under NAME.TAG leaves them, and the network out of
+    reach."""
+    repository = hub / f"models--timm--{full_name}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123456789")
+    (repository / "snapshots" / "0123456789").mkdir(parents=True)
+    save_file(state, repository / "snapshots" / "0123456789" / "model.safetensors")
+    patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
+    patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 def norm1_reads_content_alone(model: Any) -> bool:

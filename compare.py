@@ -16,6 +16,7 @@ from rich.console import Console
 
 from comparison.forecast import forecast
 from comparison.jobs import FAILED, Job, alone_in, environments, run_jobs
+from comparison.paired import write_paired
 from comparison.pictures import draw_comparison
 from comparison.plan import Plan, make_plan
 from comparison.screen import Screen
@@ -92,8 +93,8 @@ def build_parser() -> Parser:
         help=f"how an absolute encoding reaches the layers; illegal pairs are named and skipped; default: {Basic.name}")
     add("--seeds", nargs="+", type=whole(), default=[0], metavar="N", help="a run each; default: 0")
     add("--output-dir", required=True, metavar="DIR",
-        help="receives a folder per run, table.md, table.csv and compare.png; runs of other calls in it, made with the "
-             "same options, are in the tables too")
+        help="receives a folder per run, table.md, table.csv, compare.png and, with two seeds or more, paired.md and "
+             "paired.csv; runs of other calls in it, made with the same options, are in the tables too")
     add("--jobs", type=whole(1), default=1, metavar="N",
         help="runs at a time: they share out the cores and, unless --num-workers is given, the processes that load "
              "data; with several GPUs each run has one; default: 1")
@@ -208,6 +209,7 @@ def write_results(plan: Plan, failures: dict[str, str]) -> None:
     """Write the tables and, once a run has finished, the picture."""
     found = outcomes(plan)
     write_tables(plan, found, failures)
+    write_paired(plan, found)
     if any(found.values()):
         with atomic_write(plan.folder / "compare.png") as file:
             draw_comparison(found, heading(plan), file)

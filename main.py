@@ -23,6 +23,7 @@ from rich.console import Console
 from torch import nn
 
 from engine import evaluate, train_one_epoch
+from lape_vit.checkpoints import in_our_names
 from lape_vit.encodings import all_options
 from loading.images import UnreadableImageError
 from loading.shards import DamagedShardError
@@ -38,7 +39,6 @@ from training.folder import CHECKPOINTS, last_checkpoint
 from training.models import count_parameters, encoding_table
 from training.options import build_parser, saved_options, with_dashes
 from training.setup import Setup, set_up
-from training.sources import in_our_names
 from training.state import Training
 
 _logger = getLogger(__name__)
@@ -105,16 +105,19 @@ def list_encodings(argv: Sequence[str], console: Console) -> int:
 def evaluate_checkpoint(setup: Setup) -> int:
     """Evaluate the model, show the result, and write `eval.json`."""
     result = evaluate_model(setup, setup.model, "test")
-    _logger.info("* Acc@1 %.3f Acc@5 %.3f loss %.3f", result["acc1"], result["acc5"], result["loss"])
+    top5 = f" Acc@5 {result['acc5']:.3f}" if "acc5" in result else ""
+    _logger.info("* Acc@1 %.3f%s loss %.3f", result["acc1"], top5, result["loss"])
     if setup.output_dir is not None:
         write_text(setup.output_dir / "eval.json", json.dumps(result) + "\n")
     return 0
 
 
 def evaluate_model(setup: Setup, model: nn.Module, title: str) -> dict[str, float]:
-    """Evaluate `model` on the test images."""
+    """Evaluate `model` on the test images; of five classes or fewer, the best five guesses have no accuracy."""
     times = 1 if setup.options.data.dist_eval else setup.runtime.world.size
     result = evaluate(model, setup.test_loader, times * setup.num_test_images, setup.runtime, title)
+    if setup.description["num_classes"] <= 5:
+        del result["acc5"]
     return {**result, "count": setup.num_test_images}
 
 
@@ -193,17 +196,18 @@ def row_of_log(
     row = {"epoch": training.epoch + 1, "train_loss": trained["loss"], "train_lr": trained["lr"]}
     row |= {"skipped_steps": training.progress.skipped, "skipped_images": distributed.sum_over_ranks(skipped).item()}
     for name, result in tested.items():
-        row |= {f"{name}_{key}": result[key] for key in ("loss", "acc1", "acc5")}
+        row |= {f"{name}_{key}": result[key] for key in ("loss", "acc1", "acc5") if key in result}
     row |= {"n_parameters": count_parameters(setup.model), "seconds": time.monotonic() - start}
     return row | {key: trained[key] for key in ("images_per_second", "waiting_share")}
 
 
 def summarise(row: dict[str, Any], epochs: int) -> str:
     """A row of `log.txt` for the eye."""
+    top5 = f"  acc@5 {row['test_acc5']:.2f} %" if "test_acc5" in row else ""
     ema = f" (average {row['test_ema_acc1']:.2f} %)" if "test_ema_acc1" in row else ""
     return (
         f"epoch {row['epoch']}/{epochs}  train loss {row['train_loss']:.4f}  test loss {row['test_loss']:.4f}  "
-        f"acc@1 {row['test_acc1']:.2f} %{ema}  acc@5 {row['test_acc5']:.2f} %  lr {row['train_lr']:.2e}  "
+        f"acc@1 {row['test_acc1']:.2f} %{ema}{top5}  lr {row['train_lr']:.2e}  "
         f"{row['seconds']:.1f} s, {100 * row['waiting_share']:.0f} % waiting for data"
     )
 

@@ -22,10 +22,10 @@ import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from torch import Tensor, nn
 
-from lape_vit import encodings, from_timm, warm_start
+from lape_vit import encodings
 from lape_vit.compact import CompactConvolutionalTransformer, CompactMlp, CompactVisionTransformer, ViTLite
-from lape_vit.convert import KERNEL, grid_of, unwrap_names
-from lape_vit.timm_models import TIMMS_CLASSES
+from lape_vit.convert import KERNEL, grid_of, unwrap_names, warm_start
+from lape_vit.timm_models import TIMMS_CLASSES, from_timm
 
 __all__: list[str] = []  # register_model adds each entrypoint
 _logger = logging.getLogger(__name__)

@@ -18,12 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm.data
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from datasets import DATA_SETS
 from figures import attention, comparison, positions
 from figures.checkpoints import FLAGS, full_name, load_model, load_published
 from figures.explore import explore_page
@@ -32,10 +29,10 @@ from lape_vit import VisionTransformer
 from lape_vit.analysis.attention_maps import attention_maps, why_no_split
 from lape_vit.analysis.timm_attention import timm_attention
 from lape_vit.encodings import all_options
-from loading.images import ImageSettings, read_image
-from loading.transforms import build_transform
+from lape_vit.images import image_transform, pixels_of
+from loading.images import read_image
 from runtime.logs import end_in_one_line, start_logging
-from training.options import AugmentationOptions, DataOptions, Parser, encoding_option, flag_of
+from training.options import Parser, encoding_option, flag_of
 
 _logger = getLogger(__name__)
 
@@ -204,33 +201,16 @@ def over_image(checkpoint: Checkpoint, file: str) -> attention.TokenAttention:
     reason = why_no_split(model) if ours else f"{shown.model} is timm's own"
     if reason is not None:
         _logger.info("--image: attention is drawn without a position part, for %s", reason)
-    image, pixels = prepare(model, checkpoint.description, file)
+    image, pixels = prepare(model, file)
     if ours:
         return attention.of_token(shown, file, pixels, attention_maps(model, image[None]))
     return attention.of_timm(shown, file, pixels, timm_attention(model, image[None], attention.place_of(shown)))
 
 
-def prepare(model: Any, description: dict[str, Any], file: str) -> tuple[Tensor, Tensor]:
+def prepare(model: Any, file: str) -> tuple[Tensor, Tensor]:
     """An image as the model reads it (3, height, width), and as the eye does (height, width, 3) in [0, 1]: upright."""
-    picture = read_image(str(Path(file).expanduser()), upright=True)
-    if "eval_crop_ratio" in description:  # ours
-        is_small = DATA_SETS[description["data_set"]].small
-        transform = build_transform(False, evaluation_settings(description), is_small)
-        mean, std = description["mean"], description["std"]
-    else:
-        input_size = timm.models.get_model_input_config(model)["input_size"]
-        config = timm.data.resolve_data_config({"input_size": (3, *input_size[1:])}, model=model)
-        transform = timm.data.create_transform(**config)
-        mean, std = config["mean"], config["std"]
-    image: Tensor = transform(picture)
-    return image, (image.permute(1, 2, 0) * torch.tensor(std) + torch.tensor(mean)).clamp(0, 1)
-
-
-def evaluation_settings(description: dict[str, Any]) -> ImageSettings:
-    """How evaluation prepares the images of one of our checkpoints."""
-    data = DataOptions(**{name: description[name] for name in ("data_set", "interpolation", "eval_crop_ratio")})
-    size = description["input_size"]
-    return ImageSettings(data, AugmentationOptions(), size, description["mean"], description["std"])
+    image = image_transform(model)(read_image(str(Path(file).expanduser()), upright=True))
+    return image, pixels_of(model, image)
 
 
 def write(folder: Path, file_format: str, pictures: Iterable[tuple[str, Figure]]) -> None:

@@ -32,6 +32,10 @@ class Attention(timm.layers.Attention):
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).unbind(2)
         return self.q_norm(q.transpose(1, 2)), self.k_norm(k.transpose(1, 2)), v.transpose(1, 2)
 
+    def temperature(self, num_tokens: int) -> float:
+        """What the logits of N tokens are multiplied by: 1 unless ``trained_tokens`` is set."""
+        return 1.0 if self.trained_tokens is None else math.log(num_tokens) / math.log(self.trained_tokens)
+
     def forward(  # type: ignore[override]  # it needs the places, too
         self, x: Tensor, places: Places, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
@@ -62,7 +66,7 @@ class Attention(timm.layers.Attention):
             is_causal = bool(is_causal)
         scale = self.scale
         if self.trained_tokens is not None:
-            temperature = math.log(q.shape[2]) / math.log(self.trained_tokens)
+            temperature = self.temperature(q.shape[2])
             scale, bias = scale * temperature, None if bias is None else bias * temperature
         if self.fused_attn and not is_trained_on_cpu(bias):
             if bias is not None:

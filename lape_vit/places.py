@@ -94,6 +94,12 @@ class Places(NamedTuple):
         x, y = self.coordinates()
         return self._replace(x=x + dx, y=y + dy)
 
+    def wrapped(self) -> "Places":
+        """The same where opposite sides of the grid meet: a place outside it comes in on the other side."""
+        height, width = self.grid
+        x, y = self.coordinates()
+        return self._replace(x=(x + 0.5) % width - 0.5, y=(y + 0.5) % height - 0.5)
+
     def scaled(self, by_x: float | Tensor, by_y: float | Tensor) -> "Places":
         """All distances from the centre of the grid multiplied by (by_x, by_y)."""
         x, y = self.coordinates()

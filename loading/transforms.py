@@ -191,7 +191,7 @@ def _eval_transform(settings: ImageSettings, is_small: bool) -> Compose:
         raise ValueError(f"--eval-crop-ratio {data.eval_crop_ratio} is no part of the image: give a number in (0, 1]")
     height, width = size = to_2tuple(settings.input_size)
     mode = InterpolationMode(data.interpolation)
-    if is_small or max(size) <= 32:
+    if takes_whole_image(size, is_small):
         crop: list[Callable] = [Resize(size, mode)]  # changes no pixel of an image of that size
     elif height == width:
         crop = [Resize(int(height / data.eval_crop_ratio), mode), CenterCrop(size)]
@@ -199,6 +199,11 @@ def _eval_transform(settings: ImageSettings, is_small: bool) -> Compose:
         around = [int(side / data.eval_crop_ratio) for side in size]
         crop = [ResizeKeepRatio(around, interpolation=data.interpolation), CenterCrop(size)]
     return Compose([Compose(crop), Compose([Normalise(settings.mean, settings.std)])])
+
+
+def takes_whole_image(input_size: int | Sequence[int], is_small: bool) -> bool:
+    """Whether evaluation resizes an image to the model's input, and crops nothing; see `build_transform`."""
+    return is_small or max(to_2tuple(input_size)) <= 32
 
 
 def _check_choice(flag: str, value: str, choices: Sequence[str]) -> None:

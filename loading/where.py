@@ -186,7 +186,7 @@ class Where(Dataset):
         noise = random.integers(256, size=(len(cells) - len(self.marks), self.cell, self.cell, 1), dtype=np.uint8)
         places = self.task.draw_places(label, random)  # after the noise, which cannot depend on the label
         cells[places] = self.marks
-        cells[np.setdiff1d(np.arange(len(cells)), places)] = noise
+        cells[np.delete(np.arange(len(cells)), places)] = noise
         rows = cells.reshape(height, width, self.cell, self.cell, 3).swapaxes(1, 2)
         return rows.reshape(*self.size, 3)
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from comparison import forecast
 from comparison.jobs import FAILED, FINISHED, RUNNING, Job
+from comparison.paired import holm, write_paired
 from comparison.pictures import LOOKS, colours_of, draw_comparison, draw_sizes
 from comparison.plan import Plan, Run
 from comparison.screen import Screen
@@ -131,6 +132,55 @@ def test_averaged_weights_have_a_column_where_there_are_some(tmp_path: Path) -> 
     finish_all(plan)
     (line,) = table_rows(plan, outcomes(plan))
     assert "best of averaged weights (%)" not in line
+
+
+def test_pairs_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    flags = ("--pe", "none", "learnable", "--join-type", "basic", "LaPE", *QUICK, "--epochs", 1, "--seeds", 0, 1, 2, 3)
+    plan = plan_of(*flags, "--output_dir", tmp_path)
+    of_none = [50.0, 60.0, 40.0, 55.0]
+    more = {
+        ("none", "basic"): [0.0] * 4,
+        ("learnable", "basic"): [1.0, 2.0, 3.0],
+        ("learnable", "LaPE"): [3.0, 4.0, 5.0],
+    }
+    for run in plan.runs:
+        if run.seed < len(more[run.pair]):
+            finish(run, [row(1, of_none[run.seed] + more[run.pair][run.seed])])
+    write_paired(plan, outcomes(plan))
+    found = {
+        (one["pe"], one["join_type"], one["baseline_pe"], one["baseline_join_type"]): one
+        for one in table_of(tmp_path / "paired.csv")
+    }
+    assert list(found) == [
+        ("learnable", "basic", "none", "basic"),
+        ("learnable", "LaPE", "learnable", "basic"),
+        ("learnable", "LaPE", "none", "basic"),
+    ]
+    first, second, third = found.values()
+    assert [one["seeds"] for one in found.values()] == ["0 1 2"] * 3
+    assert float(first["difference_mean"]) == pytest.approx(2)
+    assert float(first["difference_std"]) == pytest.approx(1)
+    assert float(first["p"]) == pytest.approx(0.0741799, abs=1e-6)  # t = 2 sqrt(3) with two degrees of freedom
+    assert float(second["difference_mean"]) == pytest.approx(2)
+    assert second["p"] == ""
+    assert float(third["p"]) == pytest.approx(0.0202041, abs=1e-6)  # t = 4 sqrt(3)
+    assert float(third["p_corrected"]) == pytest.approx(2 * float(third["p"]))
+    assert float(first["p_corrected"]) == pytest.approx(float(first["p"]))
+    text = (tmp_path / "paired.md").read_text()
+    assert "of 2 comparisons" in text
+    assert "+4.00 ± 1.00" in text
+
+
+def test_one_seed_is_not_tested(tmp_path: Path) -> None:
+    plan = plan_of("--pe", "none", "learnable", *QUICK, "--epochs", 1, "--output_dir", tmp_path)
+    finish_all(plan)
+    write_paired(plan, outcomes(plan))
+    assert not (tmp_path / "paired.md").exists()
+
+
+def test_holms_correction_never_changes_the_order() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.6]) == pytest.approx([1.0, 1.0])
 
 
 def test_finished_runs_of_earlier_calls_are_in_the_table_in_the_order_of_the_registries(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The commands of `docs/` are understood, and their arithmetic is right."""
+"""The commands of the README and of `docs/` are understood, and their arithmetic is right."""
 
 import re
 import shlex
@@ -11,13 +11,15 @@ from test_recipes import PARSER, resolve
 from torch.distributed.run import get_args_parser
 
 import compare
+import predict
+import similarity_visualize
 from comparison.plan import make_plan
 from training.optimisation import images_per_update, learning_rate
 from training.options import Options
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
-PROGRAM = r"(main\.py|train\.sbatch|compare\.py|benchmarks\.\w+)"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAM = r"(main\.py|train\.sbatch|compare\.py|predict\.py|similarity_visualize\.py|benchmarks\.\w+)"
 
 
 def commands(page: Path) -> list[str]:
@@ -42,15 +44,36 @@ def test_every_module_that_the_map_names_is_there() -> None:
 
 
 ALL = [command for page in PAGES for command in commands(page)]
-TOLD = [command for command in ALL if "#" in command]
+TOLD = [command for command in ALL if "images per update" in command]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_page_has_commands_and_its_links_lead_somewhere(page: Path) -> None:
-    assert commands(page)
+over_pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+
+
+@over_pages
+def test_the_links_of_every_page_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(((?!https)[^)#]+)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
-    assert f"(docs/{page.name})" in (ROOT / "README.md").read_text()
+
+
+def test_the_index_shows_every_page_and_the_readme_too() -> None:
+    index, readme = (ROOT / "docs" / "index.md").read_text(), (ROOT / "README.md").read_text()
+    names = {page.name for page in PAGES} - {"README.md", "index.md"}
+    assert [name for name in sorted(names) if f"({name})" not in index or f"(docs/{name})" not in readme] == []
+
+
+@over_pages
+def test_every_page_fits_120_columns_but_for_tables_and_links(page: Path) -> None:
+    lines = page.read_text().splitlines()
+    assert [
+        line for line in lines if len(line) > 120 and not line.startswith(("|", "![")) and " " in line.strip()
+    ] == []
+
+
+def test_the_readme_fits_150_lines_of_120_columns() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    assert max(map(len, lines)) <= 120
 
 
 @pytest.mark.parametrize("command", ALL)
@@ -59,8 +82,14 @@ def test_every_command_is_understood(command: str) -> None:
     given = shlex.split(arguments, comments=True)
     if program.startswith("benchmarks."):
         assert import_module(program).command_line().parse_args(given)
+    elif program == "compare.py":
+        assert make_plan(*compare.read_options(given)).runs
+    elif program == "similarity_visualize.py":
+        assert similarity_visualize.build_parser().parse_args(given)
+    elif program == "predict.py":
+        assert predict.build_parser().parse_args(given[: given.index(">")] if ">" in given else given)
     else:
-        assert make_plan(*compare.read_options(given)).runs if program == "compare.py" else PARSER.read(given)
+        assert PARSER.read(given)
 
 
 @pytest.mark.parametrize("command", TOLD)

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.models import get_model_input_config
-from timm.models._manipulate import group_parameters
+from timm.models import get_model_input_config, group_parameters
 from torch import Tensor
 
 from tests.models import FAMILIES, PAIRS, sizes_of

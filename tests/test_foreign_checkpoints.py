@@ -11,14 +11,17 @@ import safetensors.torch
 import timm
 import tiny_run
 import torch
-from timm.data import resolve_data_config
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
 from tiny_run import call, set_up
 from torch import Tensor
 
+import lape_vit
 import training.models
 from figures.checkpoints import load_model
+from lape_vit.checkpoints import description_of
 from tests.models import COMPACT, disturb
-from training.checkpoint import description_of, load_checkpoint
+from training.checkpoint import load_checkpoint
 from training.options import Options
 
 PAIR = {"pe": "learnable", "join_type": "LaPE"}
@@ -220,11 +223,25 @@ def test_a_model_of_a_checkpoint_says_how_its_images_are_prepared(tmp_path: Path
             "std": run.description["std"],
             "input_size": [3, *SIZE],
             "interpolation": "bilinear",
-            "crop_pct": 0.75,
-            "crop_mode": "center",
+            "crop_pct": 1.0,  # evaluation takes them whole
+            "crop_mode": "squash",
         }
         assert model.pretrained_cfg["num_classes"] == 10
         assert list(model.pretrained_cfg["label_names"]) == run.description["classes"]
+
+
+@pytest.mark.parametrize("size", ["48", "48,72", "16"])
+def test_timm_prepares_an_image_for_a_loaded_model_as_evaluation_does(size: str, tmp_path: Path, recipe: Path) -> None:
+    flags = ("--recipe", recipe, "--model", COMPACT, "--eval-crop-ratio", 0.75, "--input-size", size)
+    run = set_up(*flags)
+    content = {"format": "lape-vit", "version": 1, "model": run.model.state_dict(), "description": run.description}
+    torch.save(content, tmp_path / "file.pth")
+    transform = create_transform(**resolve_data_config(model=lape_vit.load(tmp_path / "file.pth")))
+    images, _ = next(iter(run.test_loader))
+    files = sorted((Path(run.options.data.data_path) / "val").rglob("*.png"))
+    for image, path in zip(images, files, strict=False):
+        with Image.open(path) as picture:
+            assert torch.equal(transform(picture.convert("RGB")), image)
 
 
 def prepared(model: Any) -> dict[str, Any]:

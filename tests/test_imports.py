@@ -23,7 +23,6 @@ NAMES = {*encodings.names(), *encodings.ALIASES, *JOINS} - {""}
 EVERYDAY = {"none"}
 """Names that options of other things share: a fault only in a comparison of what ``POSITION`` recognises."""
 POSITION = re.compile(r"\bpe\b|pos_embed|encoding|join")
-COMMANDS = ("main", "compare", "similarity_visualize", "demo")
 LIBRARIES = ("torch", "torchvision", "timm", "argparse")
 
 BENEATH: dict[str, tuple[str, ...]] = {
@@ -41,22 +40,26 @@ BENEATH: dict[str, tuple[str, ...]] = {
     "convert": ("vit", "eva"),
     "timm_models": ("vit", "eva"),
     "analysis": ("vit",),
-    "lape_vit": ("analysis", "compact", "convert", "timm_models"),
-    "models_lape": ("lape_vit",),
+    "checkpoints": (),
+    "images": (),
+    "export": ("images",),
+    "models_lape": ("analysis", "compact", "convert", "timm_models"),
+    "from_checkpoint": ("checkpoints", "models_lape"),
+    "lape_vit": ("export", "from_checkpoint"),
     "runtime": (),
     "options": ("runtime",),
     "loading": ("options",),
-    "training": ("options",),
+    "training": ("checkpoints", "options"),
     "datasets": ("loading",),
     "engine": ("training",),
-    "setup": ("datasets", "training", "models_lape"),
+    "setup": ("datasets", "training", "lape_vit"),
     "figures": ("setup",),
     "comparison": ("engine", "setup"),
     "commands": ("comparison", "figures"),
     "benchmarks": ("commands",),
 }
 """Layer: the layers directly beneath it. A module may import its own layer and all that lies beneath."""
-COMMANDS = ("main", "compare", "similarity_visualize")
+COMMANDS = ("main", "compare", "predict", "similarity_visualize")
 
 
 def layer_of(module: str) -> str:
@@ -218,10 +221,12 @@ def tree_of(root: Path, files: dict[str, str]) -> Path:
         "lape_vit/vit.py": "from lape_vit import attention, encodings, joins",
         "lape_vit/analysis/__init__.py": "from lape_vit import vit",
         "lape_vit/convert.py": "import lape_vit.vit",
-        "models_lape.py": "import lape_vit",
+        "lape_vit/checkpoints.py": "",
+        "lape_vit/from_checkpoint.py": "from lape_vit import checkpoints\nimport models_lape",
+        "models_lape.py": "import lape_vit.convert",
         "loading/images.py": "",
         "training/__init__.py": "",
-        "training/losses.py": "",
+        "training/losses.py": "from lape_vit.checkpoints import is_ours",
         "engine.py": "from training import losses",
         "datasets.py": "",
         "figures/__init__.py": "",
@@ -296,6 +301,8 @@ def test_a_tree_that_keeps_the_rules_has_no_faults(tmp_path: Path) -> None:
         ("lape_vit/vit.py", "from lape_vit import convert_checkpoint"),
         ("lape_vit/vit.py", "import lape_vit.convert as convert"),
         ("lape_vit/convert.py", "import models_lape"),
+        ("lape_vit/checkpoints.py", "from lape_vit import convert"),
+        ("models_lape.py", "from lape_vit.from_checkpoint import load"),
         ("lape_vit/convert.py", "def load():\n    from training.losses import device"),
         ("lape_vit/analysis/views.py", "import datasets"),
         ("models_lape.py", "import main"),

@@ -69,8 +69,16 @@ def test_the_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path) -> No
 def test_the_wheel_states_version_python_and_needs(metadata: Message) -> None:
     assert (metadata["Name"], metadata["Version"]) == ("lape-vit", lape_vit.__version__)
     assert metadata["Requires-Python"] == ">=3.10"
-    needs = {need.name: need for need in map(Requirement, metadata.get_all("Requires-Dist", []))}
-    assert needs == {name: requirements("requirements.txt")[name] for name in ("torch", "timm")}
+    needs = list(map(Requirement, metadata.get_all("Requires-Dist", [])))
+    always = {need.name: need for need in needs if need.marker is None}
+    assert always == {name: requirements("requirements.txt")[name] for name in ("torch", "timm", "safetensors")}
+
+
+def test_an_extra_asks_for_what_the_checkout_does(metadata: Message) -> None:
+    known = {**requirements("requirements.txt"), **requirements("requirements-dev.txt")}
+    needs = [need for need in map(Requirement, metadata.get_all("Requires-Dist", [])) if need.marker is not None]
+    assert needs
+    assert [need.name for need in needs if need.specifier != known[need.name].specifier] == []
 
 
 def test_pre_commit_and_make_run_the_same_ruff() -> None:

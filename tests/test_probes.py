@@ -5,11 +5,15 @@ import torch
 from torch import Tensor, nn
 
 from lape_vit.analysis.probes import (
+    Found,
+    FoundSums,
     PlaceSums,
     patch_tokens,
     permute_contents,
     probe_places,
+    ranked,
     remove_position,
+    similarity_by_distance,
 )
 from lape_vit.places import Places
 from tests.models import CCT, DISTILLED, disturb, sizes_of, tiny
@@ -176,3 +180,50 @@ def test_probing_leaves_the_model_as_it_was() -> None:
     before = model(JUDGE)
     probe_places(model, [FIT], [JUDGE])
     assert torch.equal(model(JUDGE), before)
+
+
+def test_tokens_that_are_more_alike_the_nearer_they_are_have_a_correlation_of_minus_one() -> None:
+    places = torch.stack(Places((1, 6)).coordinates(), dim=-1)
+    alike = 1 - places[:, :1].sub(places[:, 0]).abs() / 10
+    assert similarity_by_distance(alike, places) == pytest.approx(-1)
+    assert similarity_by_distance(-alike, places) == pytest.approx(1)
+    assert similarity_by_distance(torch.ones(6, 6, dtype=torch.float64), places) == 0
+
+
+def test_equal_values_share_the_mean_of_their_ranks() -> None:
+    assert ranked(torch.tensor([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1, 3.5, 2]
+
+
+def found_in(tokens: Tensor, grid: tuple[int, int]) -> Found:
+    places = torch.stack(Places(grid).coordinates(), dim=-1)
+    sums = PlaceSums()
+    sums.add(tokens, places)
+    judged = FoundSums(sums.fit())
+    for part in tokens.split(3):
+        judged.add(part, places)
+    return judged.found()
+
+
+def test_the_share_of_position_is_the_part_of_the_variance_that_places_fix() -> None:
+    generator = torch.Generator().manual_seed(0)
+    of_places = torch.randn(1, 12, 5, generator=generator, dtype=torch.float64)
+    of_images = torch.randn(400, 12, 5, generator=generator, dtype=torch.float64)
+    assert found_in(of_places.expand(4, -1, -1), (3, 4)).share == pytest.approx(1)
+    assert found_in(of_images + 7, (3, 4)).share == pytest.approx(0, abs=0.01)
+    part = of_places.var(dim=1).sum() / (of_places.var(dim=1).sum() + 5)
+    assert found_in(of_places + of_images, (3, 4)).share == pytest.approx(part.item(), abs=0.05)
+
+
+def test_the_share_of_the_plane_is_the_variance_that_goes_with_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(50, 12, 6, generator=generator, dtype=torch.float64)
+    places = torch.stack(Places((3, 4)).coordinates(), dim=-1)
+    tokens[..., :2] += places
+    sums = PlaceSums()
+    sums.add(tokens, places)
+    left = remove_position(tokens, sums.fit())
+
+    def variance(features: Tensor) -> Tensor:
+        return features.flatten(0, 1).var(dim=0).sum()
+
+    assert found_in(tokens, (3, 4)).plane_share == pytest.approx((1 - variance(left) / variance(tokens)).item())

@@ -1,8 +1,7 @@
-"""What the README shows works as it stands."""
+"""What the README and the page on encodings show works as it stands."""
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -11,17 +10,11 @@ from typing import Any
 
 import pytest
 
-import compare
-import similarity_visualize
-from comparison.plan import make_plan
-from lape_vit.encodings import all_options
-from training.options import build_parser
-
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-PLUGIN, ENCODING, REGISTRY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
-COMMANDS = [line.split("#")[0].strip() for line in SHELL.splitlines() if ".py" in line]
+README, ENCODINGS = ((ROOT / page).read_text() for page in ("README.md", "docs/encodings.md"))
+PYTHON = r"```python\n(.*?)```"
+(PLUGIN,) = re.findall(PYTHON, README, re.DOTALL)
+ENCODING, REGISTRY = re.findall(PYTHON, ENCODINGS, re.DOTALL)
 
 
 def test_the_plugin_runs() -> None:
@@ -41,7 +34,7 @@ def run_in(folder: Path, *command: str) -> str:
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the tree with the encoding that the README adds: one file, and one line in the registry."""
+    """A copy of the tree with the encoding that `docs/encodings.md` adds: one file, and one line in the registry."""
     folder = tmp_path_factory.mktemp("extended") / "tree"
     kept_out = shutil.ignore_patterns(".*", "__pycache__", "runs", "data", "golden*", "*.png")
     shutil.copytree(ROOT, folder, ignore=kept_out)
@@ -84,15 +77,3 @@ print(model.pe, *views, round(views["bias_offsets"].values[0][0, 0, 7].item(), 6
     printed = run_in(extended, "-c", script).split()
     assert printed[:4] == ["learnable+fading(slope=0.2)", "similarity", "bias", "bias_offsets"]
     assert float(printed[4]) == pytest.approx(-0.2 * 13**0.5, abs=1e-5)  # two rows up, three columns right
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_is_understood(command: str) -> None:
-    program, arguments = re.fullmatch(r"(?:python|torchrun \S+) (\w+\.py) (.*)", command).groups()  # type: ignore[union-attr]
-    if program == "main.py":
-        assert build_parser(all_options()).read(shlex.split(arguments))
-    elif program == "compare.py":
-        assert make_plan(*compare.read_options(shlex.split(arguments))).runs
-    else:
-        assert program == "similarity_visualize.py"
-        assert similarity_visualize.build_parser().parse_args(shlex.split(arguments))

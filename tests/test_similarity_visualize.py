@@ -202,13 +202,13 @@ def test_an_image_is_prepared_as_the_checkpoint_says(tmp_path: Path) -> None:
     save(tmp_path / "plain.pth", "learnable", "LaPE")
     checkpoint = torch.load(tmp_path / "plain.pth")
     preparation = {"mean": [0.1] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "eval_crop_ratio": 1.0}
-    checkpoint["description"] |= {"data_set": "CIFAR10", **preparation}
+    checkpoint["description"] |= {"data_set": "CIFAR10", "crop_mode": "squash", **preparation}
     torch.save(checkpoint, tmp_path / "checkpoint.pth")
     photograph(tmp_path / "image.png")
     with Image.open(tmp_path / "image.png") as image:
         expected = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)) / 255
-    model, description = load_model(str(tmp_path / "checkpoint.pth"), {})
-    normalised, pixels = similarity_visualize.prepare(model, description, str(tmp_path / "image.png"))
+    model, _ = load_model(str(tmp_path / "checkpoint.pth"), {})
+    normalised, pixels = similarity_visualize.prepare(model, str(tmp_path / "image.png"))
     np.testing.assert_allclose(pixels, expected, atol=1e-6)
     np.testing.assert_allclose(normalised.permute(1, 2, 0), (expected - 0.1) / 0.5, atol=1e-5)
 
@@ -216,12 +216,12 @@ def test_an_image_is_prepared_as_the_checkpoint_says(tmp_path: Path) -> None:
     exif[ExifTags.Base.Orientation] = 3  # upside down
     with Image.open(tmp_path / "image.png") as image:
         image.rotate(180).save(tmp_path / "turned.png", exif=exif)
-    _, upright = similarity_visualize.prepare(model, description, str(tmp_path / "turned.png"))
+    _, upright = similarity_visualize.prepare(model, str(tmp_path / "turned.png"))
     np.testing.assert_allclose(upright, pixels, atol=1e-6)
 
     deep = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    _, grey = similarity_visualize.prepare(model, description, str(tmp_path / "deep.png"))
+    _, grey = similarity_visualize.prepare(model, str(tmp_path / "deep.png"))
     np.testing.assert_allclose(grey[..., 0] * 255, deep >> 8, atol=1e-3)
 
 

@@ -10,12 +10,12 @@ import pytest
 import main
 import similarity_visualize
 import training.setup
+from lape_vit.checkpoints import MODELS
 from lape_vit.encodings import all_options
 from loading.transforms import build_transform
 from training.models import build_model
 from training.optimisation import build_criterion, build_mixup
 from training.options import Options, build_parser
-from training.sources import MODELS
 
 PARSER = build_parser(all_options())
 LINES = (Path(__file__).parent / "sources.tsv").read_text().splitlines()

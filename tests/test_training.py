@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 import main
 from engine import evaluate
 from lape_vit.encodings import all_options
+from lape_vit.from_checkpoint import load_weights
 from runtime import distributed, interrupt, logs
 from runtime.distributed import World, check_size, pick_device, world_from_environment
 from runtime.files import atomic_write
@@ -30,7 +31,7 @@ from runtime.logs import LoopDisplay, clock
 from runtime.process import Runtime
 from runtime.seeding import seed_everything
 from runtime.tables import print_table
-from training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from training.checkpoint import load_checkpoint, save_checkpoint
 from training.curves import draw_curves
 from training.folder import read_log
 from training.optimisation import (

@@ -5,7 +5,8 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-from training.checkpoint import is_ours, load_checkpoint
+from lape_vit.checkpoints import is_ours
+from training.checkpoint import load_checkpoint
 from training.options import RunOptions
 
 _logger = getLogger(__name__)

@@ -1,8 +1,7 @@
-"""The models of a run: from its options or from a checkpoint, to train and to evaluate, to teach, and to draw."""
+"""The models of a run: from its options, from what timm publishes, from a checkpoint to start from, and to teach."""
 
 import re
 from collections.abc import Mapping, Sequence
-from inspect import signature
 from logging import getLogger
 from typing import Any, NamedTuple, cast
 
@@ -10,23 +9,22 @@ import timm
 import torch
 from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg
-from torch import Tensor, nn
+from torch import nn
 
 import models_lape  # noqa: F401  (registers the models)
 from datasets import DATA_SETS
-from lape_vit import VisionTransformer, convert_checkpoint, from_timm, warm_start
-from lape_vit.convert import grid_of, unwrap_names
-from lape_vit.encodings import ENCODINGS, FAMILIES, all_options
+from lape_vit import VisionTransformer, from_timm, warm_start
+from lape_vit.checkpoints import description_of
+from lape_vit.convert import grid_of
+from lape_vit.encodings import ENCODINGS, FAMILIES
+from lape_vit.from_checkpoint import build_described, is_of_models_lape, load_weights, spelled_for
 from loading.classes import name_differences, order_of_classes
 from loading.images import ImageSettings
-from training.checkpoint import description_of, load_checkpoint, load_weights
-from training.options import AugmentationOptions, Options, RunOptions
+from loading.transforms import takes_whole_image
+from training.checkpoint import load_checkpoint
+from training.options import AugmentationOptions, Options
 
 _logger = getLogger(__name__)
-
-
-NOT_OF_MODEL = {*signature(timm.create_model).parameters, "features_only", "out_indices", "in_chans"}
-"""Keywords that say what to load or to return, and not what the model is; images have three channels."""
 
 
 def check_name(name: str) -> None:
@@ -38,40 +36,6 @@ def check_name(name: str) -> None:
     if not is_of_models_lape(name):
         known = timm.list_models(module="models_lape")
         raise ValueError(f"unknown --model {name!r}: choose from {', '.join(known)}")
-
-
-def is_of_models_lape(name: str) -> bool:
-    """Whether a model is one of this project, and not of timm alone."""
-    return name in timm.list_models(module="models_lape")
-
-
-def build_described(description: Mapping[str, Any], num_classes: int, **others: Any) -> Any:
-    """The model that a description names, with its encoding, join and input size, and with random weights.
-
-    Args:
-        description: `model`, a name of this project or of timm, and what else is known: `pe`, `join_type`, options of
-            encodings, `input_size`; None where the model decides.
-        others: what `timm.create_model` takes besides.
-
-    Raises:
-        ValueError: something that the model does not take.
-    """
-    name, size = description["model"], description.get("input_size")
-    known = ("pe", "join_type", "global_pool", *all_options())
-    arguments = description.get("model_kwargs") or {}
-    if refused := NOT_OF_MODEL & arguments.keys():
-        raise ValueError(f"--model-kwargs {', '.join(sorted(refused))}: leave it out, main.py decides it")
-    build = arguments | {option: description[option] for option in known if description.get(option) is not None}
-    cfg = get_pretrained_cfg(name)
-    if size is not None and (is_of_models_lape(name) or (cfg is not None and cfg.fixed_input_size)):
-        build["img_size"] = to_2tuple(size)
-    try:
-        return timm.create_model(name, num_classes=num_classes, **{**build, **others})
-    except Exception as error:  # what arguments do inside timm can fail in any way
-        if not (isinstance(error, TypeError) or arguments or "global_pool" in build):
-            raise
-        said = ", ".join(f"{option}={value}" for option, value in build.items())
-        raise ValueError(f"{name} cannot be built with {said}: {str(error) or type(error).__name__}") from error
 
 
 def pretrained_cfg(name: str, tag: str, flag: str = "--pretrained") -> Any:
@@ -116,12 +80,6 @@ def log_nameless(model: Any, num_classes: int) -> None:
         _logger.info("the weights of %s name no classes: equal numbers are taken for equal classes", name)
 
 
-def spelled_for(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a checkpoint under the names that a model gives them."""
-    is_ours = isinstance(model, VisionTransformer)
-    return convert_checkpoint(dict(state_dict), model) if is_ours else unwrap_names(dict(state_dict))
-
-
 def encoding_table(model: str) -> tuple[list[dict[str, str]], tuple[str, ...]]:
     """A row for each encoding: family, options with their defaults, parameters that it adds to a model, and source.
 
@@ -163,6 +121,8 @@ def build_model(
         OSError: weights that cannot be loaded.
     """
     wanted = options.model
+    if (channels := (wanted.model_kwargs or {}).get("in_chans", 3)) != 3:
+        raise ValueError(f"--model-kwargs in_chans={channels}: leave it out, images have three channels here")
     description = {
         "model": wanted.model,
         "pe": wanted.pe,
@@ -189,18 +149,6 @@ def build_model(
             raise ValueError(f"--input-size {side} is no multiple of the {multiple} pixels of {wanted.model}'s patches")
     own = {"pe": model.pe, "join_type": model.join_type}
     return model, options.changed(**own, **model.pe_options)
-
-
-def weights_of(checkpoint: dict[str, Any], run: RunOptions) -> dict[str, Any]:
-    """The weights of a checkpoint, or their average for `--eval-ema`.
-
-    Raises:
-        ValueError: it has no average.
-    """
-    weights = checkpoint.get("model_ema") if run.eval_ema else checkpoint["model"]
-    if weights is None:
-        raise ValueError(f"{run.resume} holds no averaged weights: leave --eval-ema out")
-    return weights
 
 
 class ClassMatch(NamedTuple):
@@ -352,6 +300,7 @@ def build_own_teacher(name: str, path: str, data_set: str, classes: Sequence[str
 def describe_model(built: Any, options: Options, images: ImageSettings, classes: Sequence[str]) -> dict[str, Any]:
     """What it takes to build the model of these options once more and to prepare its images, as plain data."""
     model, data = options.model, options.data
+    is_whole = takes_whole_image(images.input_size, DATA_SETS[data.data_set].small)
     return {
         "model": model.model,
         "pe": model.pe,
@@ -366,7 +315,8 @@ def describe_model(built: Any, options: Options, images: ImageSettings, classes:
         "mean": list(images.mean),
         "std": list(images.std),
         "interpolation": data.interpolation,
-        "eval_crop_ratio": data.eval_crop_ratio,
+        "eval_crop_ratio": 1.0 if is_whole else data.eval_crop_ratio,
+        "crop_mode": "squash" if is_whole else "center",  # timm's names
     }
 
 

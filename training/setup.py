@@ -13,7 +13,9 @@ import torch
 from timm.layers import to_2tuple
 
 from datasets import DATA_SETS, REPEATS, ImageLoader, build_dataset, build_loader, canonical_data_set
+from lape_vit.checkpoints import average_of, description_of, in_our_names, is_ours
 from lape_vit.encodings import all_options, by_family, resolve
+from lape_vit.from_checkpoint import carry_data_config, load_weights, spelled_for
 from lape_vit.joins import JOINS
 from loading.images import ImageSettings
 from loading.shards import runs_commands
@@ -24,7 +26,7 @@ from runtime.files import write_text
 from runtime.logs import LoopDisplay
 from runtime.process import Runtime
 from runtime.seeding import seed_everything
-from training.checkpoint import carry_data_config, description_of, is_ours, load_checkpoint, load_weights
+from training.checkpoint import load_checkpoint
 from training.events import Events
 from training.folder import find_checkpoint, open_output_dir, read_log
 from training.models import (
@@ -39,8 +41,6 @@ from training.models import (
     log_match,
     match_classes,
     pretrained_cfg,
-    spelled_for,
-    weights_of,
 )
 from training.optimisation import highest_rate, images_per_update, learning_rate
 from training.options import (
@@ -58,7 +58,6 @@ from training.options import (
     saved_options,
     with_dashes,
 )
-from training.sources import in_our_names
 from training.state import Training, build_training, restore_progress, restore_state
 
 _logger = getLogger(__name__)
@@ -151,8 +150,9 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Setup:
         )
     if checkpoint:
         name = f"{options.model.model} with {options.model.pe} and {options.model.join_type}"
-        weights = spelled_for(model, weights_of(checkpoint, options.run))
-        load_weights(model, weights, given["resume"], name)
+        path = given["resume"]
+        weights = average_of(checkpoint, path, "--eval-ema") if options.run.eval_ema else checkpoint["model"]
+        load_weights(model, spelled_for(model, weights), path, name)
         if options.model.reference_grid or options.model.log_n:
             grid = model.patch_embed.grid_size if options.model.reference_grid else None
             model.extrapolate(reference_grid=grid, log_n=options.model.log_n)

@@ -1,9 +1,8 @@
-"""What the commands of the source code bases say that is said otherwise here: their flags, and their models' names."""
+"""Flags of the source code bases that are said otherwise here; their models' names: `lape_vit.checkpoints`."""
 
 import re
 import shlex
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 STARTER = {
     "--nodes": "--nodes={}",
@@ -20,41 +19,6 @@ INSTEAD = {
     "--load-model": "type --resume FILE, the checkpoint to continue from",
 }
 """Other flags of the sources that have no counterpart, and what to do."""
-
-LAYER_SCALE = {"init_values": 1e-4}
-"""Of the models named `_LS`; those of timm, with which DeiT III's weights are fine-tuned, start at 1e-6."""
-MODELS: dict[str, dict[str, Any]] = {
-    f"deit_{name}_LS": {"model": f"deit3_{name}_224", "model_kwargs": LAYER_SCALE}
-    for name in ("small_patch16", "medium_patch16", "base_patch16", "large_patch16", "huge_patch14")
-}
-MODELS |= {
-    f"rope_{kind}_{ape}deit_{size}_patch16_LS": {
-        **MODELS[f"deit_{size}_patch16_LS"],
-        "pe": f"{'learnable+' if ape else ''}rope_{kind}",
-    }
-    for kind in ("axial", "mixed")
-    for ape in ("", "ape_")
-    for size in ("small", "base", "large")
-}
-"""Models of DeiT III's code and of RoPE-ViT's, by their names there: the options that make them here."""
-
-
-def in_our_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """These options, with a model that has a source's name spelt out: the model, its encoding, and its arguments.
-
-    Raises:
-        ValueError: another encoding than the name's.
-    """
-    known = MODELS.get(values.get("model", ""))
-    if known is None:
-        return dict(values)
-    pe = values.get("pe")
-    if pe is not None and known.get("pe", pe) != pe:
-        raise ValueError(
-            f"--pe {pe} contradicts --model {values['model']}, which has {known['pe']}: give --model {known['model']}"
-        )
-    arguments = {**known["model_kwargs"], **(values.get("model_kwargs") or {})}
-    return {**values, **known, "model_kwargs": arguments}
 
 
 def advice(flag: str, words: Sequence[str], takes: Collection[str]) -> str | None:

@@ -78,15 +78,16 @@ def attention_maps(model: Model, image: Tensor) -> list[LayerAttention]:
 
 
 def logits(attn: Attention, read: Tensor, places: Places) -> Tensor:
-    """The logits of tokens (1, N, D), as attention computes them: (1, h, N, N)."""
+    """The logits of tokens (B, N, D), as attention computes them: (B, h, N, N)."""
     q, k, _ = attn.project(read)
+    temperature = attn.temperature(read.shape[1])
     if attn.encoding is None:
-        return attn.scale * q @ k.mT
+        return temperature * (attn.scale * q @ k.mT)
     q, k = attn.encoding.rotate(q, k, places)
     bias = attn.encoding.logits_bias(q, k, places)
     if "widen" in attn.encoding.overridden:
         q, k, _ = attn.encoding.widen(q, k, k, read, places)
-    return attn.scale * q @ k.mT + (0 if bias is None else bias)
+    return temperature * (attn.scale * q @ k.mT + (0 if bias is None else bias))
 
 
 def split_logits(attn: Attention, content: Tensor, read: Tensor, places: Places) -> tuple[Tensor, Tensor]:
@@ -99,5 +100,5 @@ def split_logits(attn: Attention, content: Tensor, read: Tensor, places: Places)
         read: the same with positions, (1, N, D).
     """
     q_content, k_content, _ = attn.project(content)
-    of_content = (attn.scale * q_content @ k_content.mT)[0]
+    of_content = attn.temperature(content.shape[1]) * (attn.scale * q_content @ k_content.mT)[0]
     return of_content, logits(attn, read, places)[0] - of_content

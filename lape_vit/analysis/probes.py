@@ -8,15 +8,14 @@ Shapes: B batch, M = H*W patches, D embedding width.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from lape_vit.analysis.passes import Pass, grid_of_images, observe
 from lape_vit.analysis.positions import Model
-from lape_vit.attention import Block
 from lape_vit.places import Places
 
 RIDGE = 1e-6
@@ -92,52 +91,108 @@ class PlaceSums:
 
 @dataclass(frozen=True)
 class Found:
-    """What a probe finds on images that it was not fitted to.
+    """What tokens tell of their places, on images that the probe was not fitted to.
 
     Attributes:
         probe: as fitted.
         r2: part of the variance of x and y together that it explains: 1 if it finds all places, about 0 if none; below
             0 where the mean place would be the better guess.
         error: mean distance from the true place, in patches.
+        similarity: Spearman's rank correlation, over all pairs of different places, of the mean cosine similarity of
+            the tokens there with their distance: -1 where nearer tokens are always more alike, 0 where distance does
+            not matter (spatial similarity distance correlation, https://arxiv.org/abs/2606.00124).
+        share: part of the tokens' variance that is between places: how much of a token is fixed by its place, whatever
+            the image. Estimated without bias, so that chance gives 0 on the average (the adjusted R^2 of an analysis
+            of variance by places).
+        plane_share: part of the tokens' variance in the plane that :func:`remove_position` removes.
     """
 
     probe: PlaceProbe
     r2: float
     error: float
+    similarity: float
+    share: float
+    plane_share: float
 
 
 @dataclass
-class ErrorSums:
-    """Sums over the errors of a probe.
+class FoundSums:
+    """Sums over tokens and over the errors of a probe, from which :class:`Found` is made.
 
     Attributes:
-        sums: number of tokens, their distances from the true place, the squares of these, and the squared distances of
-            the true places from the mean place: (4,), float64; None before the first tokens.
+        images: how many there were.
+        places: (x, y) of each patch, (M, 2); None before the first images.
+        sums: in float64: of the distances from the true place, the squares of these, and the squared distances of the
+            true places from the mean place, (3,); of the cosine similarities of the tokens at each two places, (M, M);
+            of the tokens at each place, less the probe's mean, (M, D); and of the squared lengths of these tokens, and
+            of their parts in the probe's plane, (2,).
     """
 
     probe: PlaceProbe
-    sums: Tensor | None = None
+    images: int = 0
+    places: Tensor | None = None
+    sums: tuple[Tensor, ...] = ()
 
     def add(self, features: Tensor, places: Tensor) -> None:
-        """Add tokens (B, M, D) at (x, y) `places` (M, 2)."""
-        places = places.to(features.device, torch.float64).expand(len(features), -1, -1)
+        """Add tokens (B, M, D) at (x, y) `places` (M, 2), which are the same in every call."""
+        self.places = places = places.to(features.device, torch.float64)
         squares = (self.probe(features) - places).square().sum(dim=-1)
-        spread = (places - self.probe.centre).square().sum()
-        count = torch.full_like(spread, squares.numel())
-        self.sums = torch.stack([count, squares.sqrt().sum(), squares.sum(), spread]) + (
-            0 if self.sums is None else self.sums
+        spread = len(features) * (places - self.probe.centre).square().sum()
+        directions = F.normalize(features, dim=-1).transpose(0, 1).flatten(1)
+        deviation = features.double() - self.probe.mean
+        added = (
+            torch.stack([squares.sqrt().sum(), squares.sum(), spread]),
+            (directions @ directions.mT).double(),
+            deviation.sum(dim=0),
+            torch.stack([deviation.square().sum(), (deviation @ self.probe.plane).square().sum()]),
         )
+        self.images += len(features)
+        self.sums = tuple(map(torch.add, self.sums, added)) if self.sums else added
 
     def found(self) -> Found:
         """The result for all tokens added.
 
         Raises:
-            ValueError: there are none.
+            ValueError: there are fewer than two images.
         """
-        if self.sums is None:
-            raise ValueError("no held-out images to judge the probes on")
-        count, distances, squares, spread = self.sums.tolist()
-        return Found(self.probe, 1 - squares / spread, distances / count)
+        if self.images < 2 or self.places is None:
+            raise ValueError("no held-out images to judge the probes on: give two or more")
+        errors, similarities, by_place, lengths = self.sums
+        distances, squares, spread = errors.tolist()
+        similarity = similarity_by_distance(similarities / self.images, self.places)
+        error = distances / (self.images * len(self.places))
+        return Found(self.probe, 1 - squares / spread, error, similarity, *self._shares(by_place, lengths))
+
+    def _shares(self, by_place: Tensor, lengths: Tensor) -> tuple[float, float]:
+        """The shares of the variance between places, and of that in the probe's plane."""
+        count, total = self.images * len(by_place), by_place.sum(dim=0)
+        of_all, of_plane = lengths.tolist()
+        variance = of_all - (total.square().sum() / count).item()
+        if variance <= torch.finfo(torch.float64).eps * of_all:  # all tokens are equal
+            return 0.0, 0.0
+        within = of_all - (by_place.square().sum() / self.images).item()
+        share = 1 - (within / (count - len(by_place))) / (variance / (count - 1))
+        return share, (of_plane - ((total @ self.probe.plane).square().sum() / count).item()) / variance
+
+
+def similarity_by_distance(similarities: Tensor, places: Tensor) -> float:
+    """Spearman's rank correlation of similarities (M, M) with distances, over pairs of different places (M, 2).
+
+    Similarities are rounded to six decimals, so that rounding alone makes no ranks; equal values share a rank.
+    """
+    first, second = torch.triu_indices(len(places), len(places), offset=1, device=places.device)
+    distances = (places[first] - places[second]).norm(dim=-1)
+    one, other = (
+        ranks - ranks.mean() for ranks in map(ranked, (similarities[first, second].round(decimals=6), distances))
+    )
+    lengths = one.norm() * other.norm()
+    return 0.0 if lengths == 0 else (one @ other / lengths).item()
+
+
+def ranked(values: Tensor) -> Tensor:
+    """The ranks of values (n,), from 1; equal values share the mean of theirs."""
+    _, places, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[places].double()
 
 
 @dataclass(frozen=True)
@@ -181,11 +236,11 @@ def probe_places(
     for tokens, places in _tokens_and_places(model, images, generator):
         for of_spot, features in zip(sums, tokens, strict=True):
             of_spot.add(features, places)
-    errors = [ErrorSums(of_spot.fit(ridge)) for of_spot in sums]
+    judged = [FoundSums(of_spot.fit(ridge)) for of_spot in sums]
     for tokens, places in _tokens_and_places(model, held_out, generator):
-        for at_spot, features in zip(errors, tokens, strict=True):
+        for at_spot, features in zip(judged, tokens, strict=True):
             at_spot.add(features, places)
-    found = [at_spot.found() for at_spot in errors]
+    found = [at_spot.found() for at_spot in judged]
     return [LayerPlaces(*pair) for pair in zip(found[::2], found[1::2], strict=True)]
 
 
@@ -194,23 +249,32 @@ def _tokens_and_places(
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
     """For each batch its `patch_tokens` and the places (M, 2) of the patches."""
     for images in batches:
-        grid = model.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
-        if grid[0] * grid[1] < 2:
-            raise ValueError("images of one patch have no places to find: give larger images")
-        places = torch.stack(Places(grid).coordinates(), dim=-1)
+        places = places_to_find(model, images)
+        grid = grid_of_images(model, images)
         yield patch_tokens(model, images if generator is None else permute_contents(images, grid, generator)), places
+
+
+def places_to_find(model: Model, images: Tensor) -> Tensor:
+    """(x, y) of each patch of images (B, C, height, width), in cells: (M, 2).
+
+    Raises:
+        ValueError: there is but one patch.
+    """
+    grid = grid_of_images(model, images)
+    if grid[0] * grid[1] < 2:
+        raise ValueError("images of one patch have no places to find: give larger images")
+    return torch.stack(Places(grid).coordinates(), dim=-1)
 
 
 def patch_tokens(model: Model, images: Tensor) -> list[Tensor]:
     """The patch tokens (B, M, D) that enter block 0, its attention, block 1, its attention, and so on."""
-    tokens: list[Tensor] = []
-    with ExitStack() as hooks:
-        for block in cast("Iterable[Block]", model.blocks):
-            for module in (block, block.attn):
-                handle = module.register_forward_pre_hook(lambda module, args: tokens.append(args[0]))
-                hooks.callback(handle.remove)
-        model.forward_features(images)
-    return [read[:, model.num_prefix_tokens :] for read in tokens]
+    return tokens_of_pass(observe(model, images), model.num_prefix_tokens)
+
+
+def tokens_of_pass(seen: Pass, num_prefix_tokens: int) -> list[Tensor]:
+    """The patch tokens of a pass, likewise."""
+    spots = [tokens for pair in zip(seen.inputs, seen.reads, strict=True) for tokens in pair]
+    return [tokens[:, num_prefix_tokens:] for tokens in spots]
 
 
 def permute_contents(images: Tensor, grid: tuple[int, int], generator: torch.Generator) -> Tensor:

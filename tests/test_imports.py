@@ -52,9 +52,9 @@ BENEATH: dict[str, tuple[str, ...]] = {
     "training": ("checkpoints", "options"),
     "datasets": ("loading",),
     "engine": ("training",),
-    "setup": ("datasets", "training", "lape_vit"),
+    "setup": ("datasets", "engine", "lape_vit"),
     "figures": ("setup",),
-    "comparison": ("engine", "setup"),
+    "comparison": ("setup",),
     "commands": ("comparison", "figures"),
     "benchmarks": ("commands",),
 }
@@ -77,7 +77,7 @@ def layer_of(module: str) -> str:
             return name if name in BENEATH else ""
         case ["training", "options" | "sources" | "catalogue" | "command_line"]:
             return "options"
-        case ["training", "setup" | "models"]:
+        case ["training", "setup" | "models" | "evaluation"]:
             return "setup"
         case [name] if name in COMMANDS:
             return "commands"

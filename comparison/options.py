@@ -8,6 +8,8 @@ from training.catalogue import encoding_options
 from training.command_line import check_command_line
 from training.options import WIDTH, Parser, encoding_option, flag_of, whole
 
+ALL = "all"
+"""In place of names: all that there are, without sums; pairs that are not legal are then left out without a word."""
 PLAIN = "plain"
 WAYS: dict[str, tuple[str, ...]] = {
     PLAIN: (),
@@ -41,9 +43,11 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--pe", "--pos-embed", nargs="+", required=True, metavar="NAME", help="positional encodings")
+    add("--pe", "--pos-embed", nargs="+", required=True, metavar="NAME",
+        help=f"positional encodings, or {ALL} for every one without sums")
     add("--join-type", nargs="+", default=["basic"], metavar="NAME",
-        help="how an absolute encoding reaches the layers; illegal pairs are named and skipped; default: basic")
+        help=f"how an absolute encoding reaches the layers, or {ALL}; illegal pairs are named and skipped; default: "
+             "basic")
     add("--seeds", nargs="+", type=whole(), default=[0], metavar="N", help="a run each; default: 0")
     add("--output-dir", required=True, metavar="DIR",
         help="receives a folder per run, table.md, table.csv, compare.png and, with two seeds or more, paired.md and "
@@ -56,6 +60,9 @@ def build_parser() -> Parser:
     add("--size-ways", nargs="+", choices=tuple(WAYS), default=[PLAIN], metavar="WAY",
         help=f"how to evaluate at the sizes: {', '.join(WAYS)}; on a reference grid, attention reads places in the "
              f"cells of the trained grid, and log-n sharpens attention over more tokens; default: {PLAIN}")
+    add("--diagnose", action="store_true",
+        help="measure what every trained model knows of where its patches are, and whether it uses it, as diagnose.py "
+             "does, at --sizes too: tables and pictures in DIR/diagnosis")
     add("--dry-run", action="store_true",
         help="show the plan and the time that it takes, from some steps of each pair, and write nothing; CIFAR, which "
              "that needs, is downloaded if it is not there")

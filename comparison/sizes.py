@@ -20,9 +20,9 @@ Measured = dict[Pair, dict[int, list[float]]]
 """Accuracies over seeds, per cent, by pair and size."""
 
 
-def takes(run: Run, way: str) -> bool:
-    """Whether a run's encoding can be evaluated in this way: a reference grid is for real places in attention."""
-    resolved = resolve(run.pe)
+def takes(pe: str, way: str) -> bool:
+    """Whether an encoding can be evaluated in this way: a reference grid is for real places in attention."""
+    resolved = resolve(pe)
     reads_real_places = all(part.reads_real_places for part in resolved.parts)
     return "--reference-grid" not in WAYS[way] or (resolved.attention is not None and reads_real_places)
 
@@ -30,7 +30,7 @@ def takes(run: Run, way: str) -> bool:
 def check_ways(plan: Plan, ways: Sequence[str]) -> None:
     """Raise ValueError where no run can be evaluated in one of the ways."""
     for way in ways:
-        if not any(takes(run, way) for run in plan.all_runs):
+        if not any(takes(run.pe, way) for run in plan.all_runs):
             raise ValueError(f"--size-ways {way}: none of the encodings reads places between cells in attention")
 
 
@@ -71,7 +71,7 @@ class Evaluation:
 
 def evaluations(run: Run, sizes: Sequence[int], ways: Sequence[str]) -> list[Evaluation]:
     """All of a run."""
-    return [Evaluation(run, size, way) for way in ways if takes(run, way) for size in sizes]
+    return [Evaluation(run, size, way) for way in ways if takes(run.pe, way) for size in sizes]
 
 
 def evaluation_jobs(plan: Plan, sizes: Sequence[int], ways: Sequence[str]) -> list[Job]:
@@ -91,11 +91,11 @@ def are_done(some: Sequence[Evaluation]) -> bool:
 
 def measured(plan: Plan, sizes: Sequence[int], way: str) -> Measured:
     """The results that are there."""
-    found: Measured = {run.pair: {size: [] for size in sizes} for run in plan.all_runs if takes(run, way)}
+    found: Measured = {run.pair: {size: [] for size in sizes} for run in plan.all_runs if takes(run.pe, way)}
     for run in plan.finished():
         for size in sizes:
             one = Evaluation(run, size, way)
-            if takes(run, way) and one.is_done():
+            if takes(run.pe, way) and one.is_done():
                 found[run.pair][size].append(json.loads(one.result.read_text())["acc1"])
     return found
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import compare
@@ -46,8 +47,8 @@ sys.exit(143 if stopped else 0)
 
 
 def write_main(path: Path, behaviour: str = "") -> Path:
-    """The stand-in, which starts with the statements of `behaviour`, in one line."""
-    path.write_text(MAIN.replace("(BEHAVIOUR)", behaviour or "pass"))
+    """The stand-in, which starts with the statements of `behaviour`."""
+    path.write_text(MAIN.replace("    (BEHAVIOUR)", indent(behaviour or "pass", " " * 4)))
     return path
 
 

@@ -43,9 +43,11 @@ BENEATH: dict[str, tuple[str, ...]] = {
     "checkpoints": (),
     "images": (),
     "export": ("images",),
+    "drawing": ("analysis",),
+    "plot": ("drawing", "images", "timm_models"),
     "models_lape": ("analysis", "compact", "convert", "timm_models"),
     "from_checkpoint": ("checkpoints", "models_lape"),
-    "lape_vit": ("export", "from_checkpoint"),
+    "lape_vit": ("export", "from_checkpoint", "plot"),
     "runtime": (),
     "options": ("runtime",),
     "loading": ("options",),
@@ -55,11 +57,12 @@ BENEATH: dict[str, tuple[str, ...]] = {
     "setup": ("datasets", "engine", "lape_vit"),
     "figures": ("setup",),
     "comparison": ("setup",),
-    "commands": ("comparison", "figures"),
+    "diagnosis": ("comparison",),
+    "commands": ("diagnosis", "figures"),
     "benchmarks": ("commands",),
 }
 """Layer: the layers directly beneath it. A module may import its own layer and all that lies beneath."""
-COMMANDS = ("main", "compare", "predict", "similarity_visualize")
+COMMANDS = ("main", "compare", "diagnose", "predict", "similarity_visualize")
 
 
 def layer_of(module: str) -> str:
@@ -316,6 +319,8 @@ def test_a_tree_that_keeps_the_rules_has_no_faults(tmp_path: Path) -> None:
         ("datasets.py", "import engine"),
         ("datasets.py", "import lape_vit"),
         ("figures/sheet.py", "import main"),
+        ("lape_vit/drawing/panels.py", "from figures import sheet"),
+        ("lape_vit/analysis/views.py", "from lape_vit.drawing import panels"),
         ("loading/images.py", "import datasets"),
         ("lape_vit/analysis/views.py", "from figures import sheet"),
         ("training/losses.py", "import figures"),

@@ -244,7 +244,7 @@ def test_a_bad_recipe_is_refused_in_one_line_by_file_and_option(tmp_path: Path, 
 
 
 def test_an_unknown_recipe_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nothing.*deit, digits, lape, vit2d_cifar"):
+    with pytest.raises(FileNotFoundError, match=r"nothing.*deit, digits, finetune, lape, vit2d_cifar"):
         find_recipe("nothing")
     with pytest.raises(FileNotFoundError, match="gone"):
         find_recipe(str(tmp_path / "gone.yaml"))

@@ -51,16 +51,17 @@ def read_flags(parser: OptionParser, argv: Sequence[str]) -> dict[str, Any]:
         )
     if given.get("eval") and "resume" not in given and "finetune" in given:  # as RoPE-ViT evaluates
         given["resume"] = given.pop("finetune")
-    if given.get("eval") and not {"resume", "pretrained"} & given.keys():
+    starts = {name for name in ("finetune", "pretrained", "resume") if given.get(name) is not None}
+    if given.get("eval") and not {"resume", "pretrained"} & starts:
         raise ValueError("--eval needs --resume FILE, the checkpoint to evaluate, or --pretrained")
     if given.get("eval_ema") and not given.get("eval"):
         raise ValueError("--eval-ema says what --eval evaluates: give both")
     for name in ("reference_grid", "log_n"):
         if given.get(name) and not ("input_size" in given and given.get("eval")):
             raise ValueError(f"{flag_of(name)} is of an evaluation at another size: give --eval and --input-size, too")
-    if "pretrained" in given and (others := {"finetune", "resume"} & given.keys()):
+    if "pretrained" in starts and (others := starts - {"pretrained"}):
         raise ValueError(f"--pretrained and {flag_of(min(others))} both say what to start from: give one of them")
-    if "finetune" in given and "resume" in given:
+    if {"finetune", "resume"} <= starts:
         raise ValueError("--finetune starts a run and --resume continues one: give one of them")
     if "start_epoch" in given and ("resume" in given or given.get("auto_resume")):
         raise ValueError("--start-epoch is for a run that starts; --resume continues where its checkpoint was")

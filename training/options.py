@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -161,9 +161,10 @@ class RunOptions:
     finetune: str | None = option(metavar="FILE",
         help="start from the weights of this checkpoint, of any size, encoding or join; model, encoding, join and size "
              "are the checkpoint's unless others are given; default: start from random weights")
-    pretrained: str | None = option(nargs="?", const="", metavar="TAG",
+    pretrained: str | None = option(nargs="?", const="", read=optional(str), metavar="TAG",
         help="start from the weights that timm publishes for --model, under this tag or that of --model NAME.TAG, else "
-             "under its default tag; what does not fit is left out, and said; default: start from random weights")
+             "under its default tag; what does not fit is left out, and said; none, the default of most recipes: start "
+             "from random weights")
     recipe: str | None = option(metavar="NAME", of_one_call=True,
         help="options from recipes/NAME.yaml, or from the .yaml file of this path; default: the data set's recipe")
     show_options: bool = option(default=False, of_one_call=True,
@@ -504,7 +505,7 @@ class OptionParser(Parser):
             return f": {known_instead}"
         known = get_close_matches(flag.partition("=")[0], self.flags)
         hint = f"did you mean {' or '.join(known)}?" if known else "leave it out;"
-        return f": {hint} main.py --help lists all"
+        return f": {hint} {self.prog} --help lists all"
 
 
 def with_dashes(token: str) -> str:
@@ -519,19 +520,25 @@ def flag_of(name: str) -> str:
 
 
 def build_parser(
-    encoding_options: Mapping[str, tuple[type, Sequence[str]]], names: Mapping[str, str] | None = None
+    encoding_options: Mapping[str, tuple[type, Sequence[str]]],
+    names: Mapping[str, str] | None = None,
+    only: Container[str] | None = None,
 ) -> OptionParser:
     """All options of `main.py`, in sections.
 
     Args:
         encoding_options: of the positional encodings: each one's type, and the encodings that take it.
         names: what the help of an option lists, by the option's name.
+        only: the names of the options that another command takes, beside those of encodings; default: all.
     """
     names = names or {}
     parser = OptionParser()
     for title, section in SECTIONS.items():
+        taken = [one for one in options_of(section) if only is None or one.name in only]
+        if not taken:
+            continue
         add = parser.section(title)
-        for one in options_of(section):
+        for one in taken:
             about = one.metadata
             kinds = (one.type, *get_args(one.type))
             kind: type = bool if bool in kinds else Mapping if Mapping[str, Any] in kinds else str

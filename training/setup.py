@@ -12,7 +12,16 @@ import timm
 import torch
 from timm.layers import to_2tuple
 
-from datasets import DATA_SETS, REPEATS, ImageLoader, build_dataset, build_loader, canonical_data_set
+from datasets import (
+    DATA_SETS,
+    FEW,
+    REPEATS,
+    ImageLoader,
+    build_dataset,
+    build_loader,
+    canonical_data_set,
+    default_recipe,
+)
 from lape_vit.checkpoints import average_of, description_of, in_our_names, is_ours
 from lape_vit.encodings import all_options, canonical_name, resolve
 from lape_vit.from_checkpoint import carry_data_config, load_weights, spelled_for
@@ -133,6 +142,7 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Setup:
         images = image_settings(options, description)
     test_set, classes = build_dataset(False, images, description.get("classes"))
     check_number_of_classes(options.data, len(classes))
+    tell_default_recipe(given, options.run, options.model.model)
     if checkpoint:
         classes = classes_of_model(options, classes, description)
     seed_everything(options.run.seed)  # every process makes the same model
@@ -272,13 +282,45 @@ def resolve_given(
     """
     recipe = pick_recipe(parser, given, checkpoint)
     for one, other in (("finetune", "pretrained"), ("pretrained", "finetune")):
-        if one in given:
+        if given.get(one) is not None:
             recipe = {**recipe, other: None}
+    if recipe.get("pretrained") is not None and "pretrained" not in given:
+        given, recipe = resolve_pretrained(given, recipe)
     finetune = None if checkpoint else {**recipe, **given}.get("finetune")
     start = load_checkpoint(finetune) if finetune else {}
     options = resolve_options(parser, given, recipe, description_of(checkpoint), description_of(start))
     refuse_foreign_commands(options, given)
     return options, start
+
+
+def resolve_pretrained(given: dict[str, Any], recipe: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options given and those of a recipe that starts from timm's weights, for another model than the recipe's.
+
+    The recipe's tag is of its own model. One in `--model NAME.TAG` needs no `--pretrained` then, and a model of which
+    timm publishes no weights starts from random ones.
+    """
+    name, _, tag = str({**recipe, **in_our_names(given)}["model"]).partition(".")
+    if name == recipe.get("model") and not tag:
+        return given, recipe
+    if not timm.list_pretrained(f"{name}.*"):
+        return given, {**recipe, "pretrained": None}
+    return {**given, "pretrained": tag}, {**recipe, "pretrained": None}
+
+
+def tell_default_recipe(given: dict[str, Any], run: RunOptions, model: str) -> None:
+    """Say in one line that a folder of few images has a recipe of its own, and what it starts from."""
+    data_set = DATA_SETS[given.get("data_set", "")] if given.get("data_set") else None
+    if data_set is None or run.recipe != data_set.recipe_of_few or "recipe" in given or run.eval:
+        return
+    weights = f"timm's weights of {model}, a download the first time" if run.pretrained is not None else ""
+    start = run.finetune or weights or "random weights"
+    _logger.info(
+        "fewer than %s images to train: recipe %s, from %s; --recipe %s is for more",
+        f"{FEW:,}",
+        run.recipe,
+        start,
+        data_set.recipe,
+    )
 
 
 def start_events(training: Training, output_dir: Path | None) -> Events:
@@ -414,7 +456,7 @@ def pick_recipe(parser: OptionParser, given: dict[str, Any], checkpoint: dict[st
             saved |= dict.fromkeys(OF_ONE_DATA_SET)
         options = {name: saved[name] for name in FOR_EVALUATION if name in saved} if given.get("eval") else saved
         return {**options, "recipe": given["resume"]}
-    name = DATA_SETS[given.get("data_set", parser.defaults["data_set"])].recipe
+    name = default_recipe(given.get("data_set", parser.defaults["data_set"]), given.get("data_path"))
     said = {name: value for name, value in description_of(checkpoint).items() if name in FOR_EVALUATION}
     return {**read_recipe(parser, find_recipe(name)), **said, "recipe": name}
 

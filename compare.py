@@ -1,9 +1,10 @@
 """Train every legal pair of encodings and joins under one recipe, and compare: `python compare.py --help`."""
 
-from runtime.interrupt import end_on_ctrl_c, raise_on_ctrl_c
+from comparison.options import read_options
+from runtime.startup import start_command
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    end_on_ctrl_c("compare.py")
+    start_command("compare.py", read_options, "torch, timm and matplotlib")
 
 import argparse
 import sys
@@ -20,17 +21,13 @@ from comparison.paired import write_paired
 from comparison.pictures import draw_comparison
 from comparison.plan import Plan, make_plan
 from comparison.screen import Screen
-from comparison.sizes import PLAIN, WAYS, check_ways, evaluations, write_sizes
+from comparison.sizes import check_ways, evaluations, write_sizes
 from comparison.tables import NAMES, heading, outcomes, table_rows, write_tables
 from datasets import build_dataset
-from lape_vit.encodings import all_options
-from lape_vit.joins import Basic
-from runtime.distributed import world_from_environment
 from runtime.files import atomic_write
-from runtime.interrupt import Interrupted, defer_interrupts
+from runtime.interrupt import Interrupted, defer_interrupts, raise_on_ctrl_c
 from runtime.logs import end_in_one_line, start_logging
 from runtime.tables import print_table
-from training.options import WIDTH, Parser, encoding_option, flag_of, whole
 from training.setup import image_settings
 
 _logger = getLogger(__name__)
@@ -70,64 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 _end = partial(end_in_one_line, "compare.py")
-
-
-# ---- options
-
-
-# fmt: off
-def build_parser() -> Parser:
-    """The options of this command; all others go to `main.py`."""
-    parser = Parser(
-        prog="compare.py",
-        usage="%(prog)s --pe NAME ... --output_dir DIR [options] [options of main.py]",
-        description="Train every legal pair of encodings and joins with several seeds, and write tables and pictures.",
-        epilog="All other options go to main.py as they are: --data-set, --data-path, --recipe, --epochs and what else "
-               "python main.py --help lists. In flags, - and _ mean the same. The same command continues after a stop.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=WIDTH),
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--pe", "--pos-embed", nargs="+", required=True, metavar="NAME", help="positional encodings")
-    add("--join-type", nargs="+", default=[Basic.name], metavar="NAME",
-        help=f"how an absolute encoding reaches the layers; illegal pairs are named and skipped; default: {Basic.name}")
-    add("--seeds", nargs="+", type=whole(), default=[0], metavar="N", help="a run each; default: 0")
-    add("--output-dir", required=True, metavar="DIR",
-        help="receives a folder per run, table.md, table.csv, compare.png and, with two seeds or more, paired.md and "
-             "paired.csv; runs of other calls in it, made with the same options, are in the tables too")
-    add("--jobs", type=whole(1), default=1, metavar="N",
-        help="runs at a time: they share out the cores and, unless --num-workers is given, the processes that load "
-             "data; with several GPUs each run has one; default: 1")
-    add("--sizes", nargs="+", type=whole(1), default=[], metavar="S",
-        help="evaluate every trained model at these sides of its input, too: sizes.md, sizes.csv and sizes.png")
-    add("--size-ways", nargs="+", choices=tuple(WAYS), default=[PLAIN], metavar="WAY",
-        help=f"how to evaluate at the sizes: {', '.join(WAYS)}; on a reference grid, attention reads places in the "
-             f"cells of the trained grid, and log-n sharpens attention over more tokens; default: {PLAIN}")
-    add("--dry-run", action="store_true",
-        help="show the plan and the time that it takes, from some steps of each pair, and write nothing; CIFAR, which "
-             "that needs, is downloaded if it is not there")
-    group = parser.add_argument_group("options of encodings, which go to those that take them")
-    for name, (kind, encodings) in all_options().items():
-        group.add_argument(flag_of(name), **encoding_option(kind, encodings))
-    return parser
-# fmt: on
-
-
-def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options of this command, and the rest of the command line.
-
-    Raises:
-        ValueError: an illegal value.
-    """
-    args, rest = build_parser().parse_known_args(argv)
-    for flag, values in (("--seeds", args.seeds), ("--sizes", args.sizes), ("--size-ways", args.size_ways)):
-        if len(set(values)) < len(values):
-            raise ValueError(f"{flag} names one thing twice")
-    if args.size_ways != [PLAIN] and not args.sizes:
-        raise ValueError("--size-ways says how --sizes evaluates: give both")
-    if world_from_environment().size > 1:
-        raise ValueError("compare.py starts its runs itself, by --jobs: start it by python, not by torchrun")
-    return args, rest
 
 
 # ---- the work

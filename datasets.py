@@ -19,7 +19,7 @@ from torch.utils.data import DistributedSampler
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from loading.classes import order_of_classes
-from loading.folders import open_folders
+from loading.folders import has_fewer_images, open_folders
 from loading.images import Batching, Images, ImageSettings, LabelledImages, read_image, read_pixels
 from loading.inaturalist import open_inaturalist
 from loading.loader import ImageLoader
@@ -28,6 +28,9 @@ from loading.shards import Shards, open_shards, share_of_shards
 from loading.small import open_cifar, open_digits
 from loading.transforms import build_transform, crops_pixels
 from loading.where import CELL, open_where, refuse_moved_cells
+
+FEW = 100_000
+"""Images to train, below which a model that is trained already learns more than one from random weights."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class DataSet:
     mean: tuple[float, float, float]  # of the training images scaled to 0..1
     std: tuple[float, float, float]
     recipe: str  # the recipe used when none is named
+    recipe_of_few: str | None = None  # in its place where there are fewer than FEW images to train
     default_data_path: str | None = None
     small: bool = False  # images in memory, and so small that evaluation takes them whole
     has_categories: bool = False  # classes are of one of several taxonomic ranks, `open`'s argument `category`
@@ -48,7 +52,9 @@ class DataSet:
 # Upper case, without "-" or "_": what canonical_data_set reduces a name to.
 DATA_SETS: dict[str, DataSet] = {
     "IMNET": DataSet(open_folders, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, recipe="deit"),
-    "FOLDER": DataSet(open_folders, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, recipe="deit"),
+    "FOLDER": DataSet(
+        open_folders, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, recipe="deit", recipe_of_few="finetune"
+    ),
     **{
         name: DataSet(
             partial(open_inaturalist, year),
@@ -99,6 +105,14 @@ def canonical_data_set(name: str) -> str:
     if key not in DATA_SETS:
         raise ValueError(f"unknown --data-set {name!r}: choose from {', '.join(DATA_SETS)}")
     return key
+
+
+def default_recipe(name: str, data_path: str | None) -> str:
+    """The recipe of a data set, a key of `DATA_SETS`, where none is named; of a folder it depends on its images."""
+    data_set = DATA_SETS[name]
+    if data_set.recipe_of_few is not None and data_path is not None and has_fewer_images(data_path, FEW):
+        return data_set.recipe_of_few
+    return data_set.recipe
 
 
 def build_dataset(

@@ -3,10 +3,11 @@
 `python main.py --help` lists the options; `torchrun main.py` does the same work in several processes.
 """
 
-from runtime.interrupt import end_on_ctrl_c, raise_on_ctrl_c
+from runtime.startup import start_command
+from training.command_line import check_command_line, parser_of_main
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    end_on_ctrl_c("main.py")
+    start_command("main.py", check_command_line)
 
 import json
 import math
@@ -24,20 +25,19 @@ from torch import nn
 
 from engine import evaluate, train_one_epoch
 from lape_vit.checkpoints import in_our_names
-from lape_vit.encodings import all_options
 from loading.images import UnreadableImageError
 from loading.shards import DamagedShardError
 from runtime import distributed
-from runtime.distributed import World
 from runtime.files import atomic_write, write_text
-from runtime.interrupt import Interrupted, defer_interrupts
+from runtime.interrupt import Interrupted, defer_interrupts, raise_on_ctrl_c
 from runtime.logs import LoopDisplay, clock, end_in_one_line, start_logging
 from runtime.tables import print_table
+from runtime.world import World, world_from_environment
 from training.checkpoint import save_checkpoint
 from training.curves import draw_curves
 from training.folder import CHECKPOINTS, last_checkpoint
 from training.models import count_parameters, encoding_table
-from training.options import build_parser, saved_options, with_dashes
+from training.options import saved_options, with_dashes
 from training.setup import Setup, set_up
 from training.state import Training
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         the run, 130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1. All but 0 come with one line.
     """
     argv = sys.argv[1:] if argv is None else argv
-    world = distributed.world_from_environment()
+    world = world_from_environment()
     console = start_logging(world.is_main)
     display = LoopDisplay(console if world.is_main else None, world.size)
     try:
@@ -96,7 +96,7 @@ def _end(message: str, exit_code: int, world: World) -> int:
 
 def list_encodings(argv: Sequence[str], console: Console) -> int:
     """Print what each encoding is, takes and adds to the model of the command line."""
-    parser = build_parser(all_options())
+    parser = parser_of_main()
     model = {**parser.defaults, **in_our_names(parser.read(argv))}["model"]
     print_table(console, f"encodings, and the parameters that they add to {model}", *encoding_table(model))
     return 0

@@ -115,7 +115,8 @@ def load_model(args: argparse.Namespace) -> Any:
     """
     from lape_vit.from_checkpoint import load_described
     from lape_vit.images import data_config
-    from runtime.distributed import World, pick_device
+    from runtime.distributed import pick_device
+    from runtime.world import World
     from training.checkpoint import load_checkpoint
 
     device = pick_device(args.device, World())

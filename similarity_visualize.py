@@ -3,10 +3,11 @@
 What is drawn of each encoding: see :func:`lape_vit.analysis.positions.position_views`.
 """
 
-from runtime.interrupt import end_on_ctrl_c, raise_on_ctrl_c
+from figures.options import read_options
+from runtime.startup import start_command
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    end_on_ctrl_c("similarity_visualize.py")
+    start_command("similarity_visualize.py", read_options, "torch, timm and matplotlib")
 
 import argparse
 import sys
@@ -22,7 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from figures import attention, comparison, positions
-from figures.checkpoints import FLAGS, full_name, load_model, load_published
+from figures.checkpoints import FLAGS, load_model, load_published
 from figures.explore import explore_page
 from figures.positions import Positions
 from lape_vit import VisionTransformer
@@ -31,13 +32,12 @@ from lape_vit.analysis.timm_attention import timm_attention
 from lape_vit.encodings import all_options
 from lape_vit.images import image_transform, pixels_of
 from loading.images import read_image
+from runtime.interrupt import raise_on_ctrl_c
 from runtime.logs import end_in_one_line, start_logging
-from training.options import Parser, encoding_option, flag_of
 
 _logger = getLogger(__name__)
 
 DPI = 150
-CHECKPOINT, PICTURES = "result/deit_t_LaPE/best_checkpoint.pth", "visualize/similarity"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,82 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 _stop = partial(end_in_one_line, "similarity_visualize.py")
-
-
-# ---- options
-
-
-def build_parser() -> Parser:
-    """All options of this command; each flag in the spelling with `-` and the one with `_`."""
-    parser = Parser(
-        prog="similarity_visualize.py",
-        usage="%(prog)s [--ckpt_path FILE | --model_name NAME --pretrained [TAG] | --compare FILE FILE ...] "
-        "[--save_dir DIR] [options]",
-        description="Draw what every layer of a checkpoint sees of positions.",
-        allow_abbrev=False,
-    )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--ckpt_path", "--ckpt-path", metavar="FILE", default=CHECKPOINT,
-        help="a checkpoint: ours, an original's, or timm's (.pth or .safetensors); default, as in LaPE's code: "
-        f"{CHECKPOINT}")  # fmt: skip
-    source.add_argument(
-        "--pretrained",
-        nargs="?",
-        const="",
-        metavar="TAG",
-        help="in place of a checkpoint, the weights that timm publishes for --model_name, by default or under this tag",
-    )
-    source.add_argument("--compare", nargs="+", metavar="FILE",
-        help="two checkpoints or more: their sheets side by side, and curves over depth")  # fmt: skip
-    add = parser.add_argument
-    add("--save_dir", "--save-dir", default=PICTURES, metavar="DIR",
-        help=f"receives the pictures; default, as in LaPE's code: {PICTURES}")  # fmt: skip
-    add("--token", type=pair, metavar="ROW,COLUMN", help="the patch to draw alone, counted from 0; default: the centre")
-    add("--format", choices=("png", "pdf", "svg"), default="png", help="of the pictures; default: png")
-    add("--image", metavar="FILE", help="draw attention over this image too, as seen from the patch of --token")
-    add("--html", action="store_true", help="write explore.html, too: all of it on one page, to explore in a browser")
-    group = parser.add_argument_group("for a checkpoint that does not say what model it holds")
-    add = group.add_argument
-    add("--model_name", "--model-name", dest="model", metavar="NAME",
-        help="a model of models_lape, one of timm with a table pos_embed, rotations or a bias by offset, or "
-        "deit_{t,s,b}[_distill]_{basic,LaPE}")  # fmt: skip
-    add("--pe", metavar="NAME", help="its positional encoding; default: the model's own")
-    add("--join-type", "--join_type", metavar="NAME", help="how that reaches the layers; default: the model's own")
-    add("--input-size", "--input_size", type=size, metavar="S", help="side of its images, or HEIGHT,WIDTH, in pixels; "
-        "default: the model's own")  # fmt: skip
-    for name, (kind, encodings) in all_options().items():
-        add(flag_of(name), f"--{name}", **encoding_option(kind, encodings))
-    return parser
-
-
-def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, the model's short name spelt out.
-
-    Raises:
-        ValueError: flags that are unknown or do not go together.
-    """
-    args = build_parser().parse_args(argv)
-    if args.compare is not None and len(args.compare) < 2:
-        raise ValueError("--compare takes two checkpoints or more; one alone is drawn by --ckpt_path")
-    if args.compare is not None and args.image is not None:
-        raise ValueError("--image draws one checkpoint: give it by --ckpt_path or --pretrained, not --compare")
-    if args.model is not None:
-        args.model, join_type = full_name(args.model)
-        args.join_type = args.join_type or join_type
-    return args
-
-
-def pair(text: str) -> tuple[int, int]:
-    """`3,5`."""
-    first, _, second = text.partition(",")
-    if not (first.isdecimal() and second.isdecimal()):
-        raise argparse.ArgumentTypeError(f"expected two whole numbers such as 3,5, got {text!r}")
-    return int(first), int(second)
-
-
-def size(text: str) -> tuple[int, int]:
-    """`32`, or `32,48` for height and width."""
-    return pair(text if "," in text else f"{text},{text}")
 
 
 # ---- pictures

@@ -1,5 +1,6 @@
 """What ``make demo`` runs: the ordinary join and LaPE on real digits, trained, evaluated, compared and drawn."""
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -51,6 +52,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__).parse_args()
     try:
         main()
     except KeyboardInterrupt:

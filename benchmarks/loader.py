@@ -5,7 +5,12 @@
 All pipelines have DeiT's recipe. They take turns at each batch, so that what else the machine does slows all of them.
 """
 
-import argparse
+from benchmarks.options import loader_parser
+from runtime.startup import start_command
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    start_command("python -m benchmarks.loader", loader_parser().parse_args)
+
 import io
 import time
 from collections.abc import Callable, Sequence
@@ -26,13 +31,14 @@ from torchvision.transforms import Compose
 
 from benchmarks.timing import describe_machine
 from datasets import DATA_SETS
-from lape_vit.encodings import all_options
 from loading.images import ImageSettings, read_image, read_pixels
 from loading.transforms import Normalise, build_transform
+from runtime.interrupt import raise_on_ctrl_c
 from runtime.logs import start_logging
 from runtime.seeding import AUGMENTATION, CROP, seed_everything
 from runtime.tables import Row, print_table
-from training.options import Options, build_parser, find_recipe, read_recipe, whole
+from training.command_line import parser_of_main
+from training.options import Options, find_recipe, read_recipe
 
 SIZE = 224
 BATCH = 64
@@ -58,7 +64,7 @@ Pipeline = list[Pass]
 
 def recipe() -> ImageSettings:
     """DeiT's options on ImageNet."""
-    parser = build_parser(all_options())
+    parser = parser_of_main()
     options = Options.of({**parser.defaults, **read_recipe(parser, find_recipe("deit"))})
     imagenet = DATA_SETS["IMNET"]
     return ImageSettings(options.data, options.augmentation, SIZE, imagenet.mean, imagenet.std)
@@ -192,18 +198,9 @@ def write_photos(folder: Path, count: int) -> None:
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{number:03}.jpg", quality=90)
 
 
-def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description="How fast a core loads images.")
-    parser.add_argument("--data-path", type=Path, metavar="DIR", help="any folder of JPEGs; default: random ones")
-    parser.add_argument("--images", type=whole(1), metavar="N", help="that many of them; default: all")
-    parser.add_argument("--workers", type=whole(1), default=1, metavar="N", help="processes at a time; default: 1")
-    parser.add_argument("--repeats", type=whole(1), default=5, metavar="N", help="passes over the images; default: 5")
-    return parser
-
-
 def main() -> None:
     """Measure, and print a table of training and one of evaluation."""
-    parser = command_line()
+    parser = loader_parser()
     args = parser.parse_args()
     console = start_logging(is_main=True)
     with TemporaryDirectory() as temporary:
@@ -226,4 +223,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    raise_on_ctrl_c()
     main()

@@ -6,7 +6,12 @@ All models take turns, a step each; a ratio is the median of the ratios to the r
 its quartiles. A training step is forward, cross-entropy, backward and a step of fused AdamW.
 """
 
-import argparse
+from benchmarks.options import FORWARD, MODELS, models_parser
+from runtime.startup import start_command
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    start_command("python -m benchmarks.models", models_parser().parse_args)
+
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +34,7 @@ from comparison.tables import NAMES, Pair
 from lape_vit.compact import CompactMlp
 from lape_vit.encodings import ENCODINGS
 from lape_vit.joins import JOINS, legal_joins
+from runtime.interrupt import raise_on_ctrl_c
 from runtime.logs import start_logging
 from runtime.tables import Row, print_table
 
@@ -50,14 +56,10 @@ def timms_compact(**kwargs: Any) -> nn.Module:
     )
 
 
-TIMMS: dict[str, Callable[..., nn.Module]] = {
-    "deit_tiny_patch16_224": deit_tiny_patch16_224,
-    "deit_small_patch16_224": deit_small_patch16_224,
-    "vit_compact_patch4_32": timms_compact,
-}
-DEFAULT_MODELS = ["deit_tiny_patch16_224", "vit_compact_patch4_32"]
+TIMMS: dict[str, Callable[..., nn.Module]] = dict(
+    zip(MODELS, (deit_tiny_patch16_224, deit_small_patch16_224, timms_compact), strict=True)
+)
 NUM_CLASSES = 10
-FORWARD = 4
 
 
 def maker(name: str, pair: Pair | None) -> Callable[..., nn.Module]:
@@ -173,32 +175,8 @@ def compare_memory(name: str, compared: Sequence[Pair | None], reference: str, s
     return [f"{peaks[pair] / peaks[reference_of(pair, reference)]:.3f}" for pair in compared]
 
 
-def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", nargs="+", choices=TIMMS, default=DEFAULT_MODELS, help="default: all but DeiT-S")
-    parser.add_argument("--pe", nargs="+", metavar="NAME", help="encodings; default: all, without sums")
-    parser.add_argument("--join-type", nargs="+", metavar="NAME", help="joins, where they are legal; default: all")
-    parser.add_argument(
-        "--reference",
-        choices=("timm", *JOINS),
-        default="timm",
-        help="compare with timm's model, or with the same encoding under this join (default: timm)",
-    )
-    parser.add_argument("--batch-size", type=int, default=None, help="default: 16 of 224 x 224, 128 of 32 x 32")
-    parser.add_argument(
-        "--repeats",
-        type=int,
-        default=10,
-        help=f"training steps of each model, and {FORWARD} times as many forward ones (default: 10)",
-    )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="compile all models (default: eager)")
-    return parser
-
-
 def main() -> None:
-    parser = command_line()
+    parser = models_parser()
     args = parser.parse_args()
     try:
         pairs, _ = sort_pairs(args.pe or list(ENCODINGS), args.join_type or list(JOINS))
@@ -210,7 +188,7 @@ def main() -> None:
             f"--reference {args.reference} cannot carry {', '.join(dict.fromkeys(without))}: name others by --pe"
         )
     compared = [None, *pairs] if args.reference == "timm" else pairs
-    device = torch.device(args.device)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     console = start_logging(is_main=True)
     for name in args.model:
         batch_size = args.batch_size or (16 if name.endswith("224") else 128)
@@ -225,4 +203,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    raise_on_ctrl_c()
     main()

@@ -1,65 +1,82 @@
-"""How long a user waits: the import of the plugin next to timm's own, and `python main.py` to its first step.
+"""How long a user waits: for an import, for a command's answer and first line, and for the first step of a run.
 
 python -m benchmarks.startup [--repeats N]
 """
 
-import argparse
+from benchmarks.options import startup_parser
+from runtime.startup import start_command
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    start_command("python -m benchmarks.startup", startup_parser().parse_args)
+
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.timing import Timings, alternate, describe_machine
+from benchmarks.timing import alternate, describe_machine
+from runtime.interrupt import raise_on_ctrl_c
 from runtime.logs import start_logging
 from runtime.tables import print_table
 
 ROOT = Path(__file__).resolve().parent.parent
+TIMM = "import timm; timm.create_model('deit_tiny_patch16_224')"
 # The whole data set but a few images is one step.
-RUN = ("--data-set", "DIGITS", "--batch-size", "1400", "--epochs", "1", "--device", "cpu")
+RUN = ("main.py", "--data-set", "DIGITS", "--batch-size", "1400", "--epochs", "1", "--device", "cpu")
+COMMANDS = ("main.py", "compare.py", "similarity_visualize.py", "-m benchmarks.models")
 
 
 def run(*command: str) -> None:
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, check=False)
 
 
-def run_to_first_step() -> float:
-    """Seconds until the first line of progress of a run that is then stopped."""
+def run_until(first_words: str, command: Sequence[str]) -> None:
+    """Run a command until it prints a line that begins so, and stop it.
+
+    Raises:
+        RuntimeError: it printed none.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        command = [sys.executable, "main.py", *RUN, "--output_dir", folder]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        words = [sys.executable, *command, "--output_dir", folder]
+        with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
-                if line.startswith("epoch 1/1"):
-                    seconds = time.perf_counter() - start
+                if line.startswith(first_words):
                     process.kill()
-                    return seconds
-    raise RuntimeError("main.py ended before its first step")
-
-
-def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=7, help="of each (default: 7)")
-    return parser
+                    return
+    raise RuntimeError(f"{' '.join(command)} ended before a line that begins with {first_words!r}")
 
 
 def main() -> None:
-    args = command_line().parse_args()
+    args = startup_parser().parse_args()
     cpu = torch.device("cpu")
-    names = ["import timm", "import models_lape"]
-    timms, ours = alternate([lambda name=name: run("-c", name) for name in names], args.repeats, cpu)  # type: ignore[misc]
-    whole = Timings([run_to_first_step() for _ in range(args.repeats)])
-    first_step = f"python main.py {' '.join(RUN)}, to the first step"
-    of_timms = ("1", str(ours.ratio_to(timms)), f"{whole.median / timms.median:.1f}")
+    calls = {
+        "import timm": lambda: run("-c", "import timm"),
+        TIMM: lambda: run("-c", TIMM),
+        "import models_lape": lambda: run("-c", "import models_lape"),
+        f"python {' '.join(RUN)}, to its first line": lambda: run_until("", RUN),
+        "the same, to its first step": lambda: run_until("epoch 1/1", RUN),
+    }
+    for command in COMMANDS:
+        calls[f"python {command} --help"] = lambda command=command: run(*command.split(), "--help")  # type: ignore[misc]
+        calls[f"python {command} --wrong-flag"] = lambda command=command: run(*command.split(), "--wrong-flag")  # type: ignore[misc]
+    timings = dict(zip(calls, alternate(list(calls.values()), args.repeats, cpu), strict=True))
+    with_model = timings[TIMM]
     rows = [
-        {"what": what, "time": f"{sample.median:.2f} s", "time / import timm's": ratio}
-        for what, sample, ratio in zip((*names, first_step), (timms, ours, whole), of_timms, strict=True)
+        {
+            "what": what,
+            "median": f"{timing.median:.2f} s",
+            "least": f"{min(timing.seconds):.2f} s",
+            "time / timm's, with a model": str(timing.ratio_to(with_model)),
+        }
+        for what, timing in timings.items()
     ]
     print_table(start_logging(is_main=True), f"start; {describe_machine(cpu)}", rows, ("what",))
 
 
 if __name__ == "__main__":
+    raise_on_ctrl_c()
     main()

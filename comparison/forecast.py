@@ -13,9 +13,9 @@ from rich.console import Console
 from comparison.plan import Plan, Run, count_cores
 from comparison.tables import NAMES, heading
 from engine import evaluate, train_one_epoch
-from runtime.distributed import World
 from runtime.logs import Loop, LoopDisplay, clock
 from runtime.tables import Row, print_table
+from runtime.world import World
 from training.models import count_parameters
 from training.optimisation import images_per_update
 from training.setup import set_up

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
@@ -10,15 +10,17 @@ from typing import Any
 
 import yaml
 
+from comparison.options import ALL
 from lape_vit.encodings import all_options, canonical_name, names, resolve
 from lape_vit.joins import JOINS, legal_joins
-from runtime.distributed import World, pick_device
+from runtime.distributed import pick_device
+from runtime.world import World
+from training.command_line import parser_of_main
 from training.folder import CHECKPOINTS, read_log
 from training.options import (
     MOST_WORKERS,
     OptionParser,
     Options,
-    build_parser,
     config_text,
     flag_of,
     saved_options,
@@ -27,16 +29,6 @@ from training.setup import pick_recipe, read_given, resolve_device_options, reso
 
 _logger = getLogger(__name__)
 
-NOT_HERE = {
-    "seed": "compare.py sets it for each run: give --seeds",
-    "resume": "compare.py continues the runs in --output_dir by itself",
-    "auto_resume": "compare.py continues the runs in --output_dir by itself",
-    "start_epoch": "compare.py continues the runs in --output_dir by itself",
-    "eval": "compare.py evaluates by itself, at other sizes by --sizes",
-    "eval_ema": "compare.py evaluates by itself, at other sizes by --sizes",
-    **dict.fromkeys(("world_size", "dist_url", "init_timeout"), "each run of compare.py is one process"),
-}
-"""Options of `main.py` that belong to one run."""
 VARIED = {"pe", "join_type", "seed", *all_options()}
 """Options in which the runs of a comparison differ."""
 HARMLESS = {
@@ -142,18 +134,19 @@ def make_plan(args: argparse.Namespace, rest: Sequence[str]) -> Plan:
     Raises:
         ValueError, OSError: an unknown flag, encoding or join, no legal pair, or a folder with runs of other options.
     """
-    parser = build_parser(all_options())
+    parser = parser_of_main()
     given = read_given(parser, rest)
-    for name in NOT_HERE.keys() & given.keys():
-        raise ValueError(f"{flag_of(name)} is for a single run: {NOT_HERE[name]}")
-    legal, illegal = sort_pairs(with_options(args), args.join_type)
+    joins = spelled_out(args.join_type, JOINS)
+    legal, illegal = sort_pairs(with_options(args), joins)
+    if ALL in args.join_type:
+        illegal = []
     if "num_workers" not in {**pick_recipe(parser, given, {}), **given}:
         workers = min(MOST_WORKERS, max(1, count_cores() // args.jobs))
         rest = [*rest, "--num-workers", str(workers)]
 
     folder, runs = Path(args.output_dir).expanduser(), []
-    for pe, join_type in legal:
-        for seed in args.seeds:
+    for seed in args.seeds:  # so that a comparison that is stopped early has something of every pair
+        for pe, join_type in legal:
             argv = (*rest, "--pe", pe, "--join-type", join_type, "--seed", str(seed))
             options, saved = resolve_run(parser, argv)
             runs.append(Run(pe, join_type, seed, folder / f"{pe}_{join_type}_seed{seed}", saved, argv))
@@ -186,6 +179,11 @@ def sort_pairs(encodings: Sequence[str], joins: Sequence[str]) -> tuple[list[tup
     return legal, [pair for pair in pairs if pair not in legal]
 
 
+def spelled_out(words: Sequence[str], known: Iterable[str]) -> list[str]:
+    """The names with all known ones in place of `all`."""
+    return [name for word in words for name in (known if word == ALL else [word])]
+
+
 def with_options(args: argparse.Namespace) -> list[str]:
     """The encodings in their canonical form, each with those of the options given that it takes.
 
@@ -194,7 +192,7 @@ def with_options(args: argparse.Namespace) -> list[str]:
     """
     given = {name: getattr(args, name) for name in all_options() if getattr(args, name) is not None}
     encodings, taken = [], set()
-    for pe in args.pe:
+    for pe in spelled_out(args.pe, names()):
         try:
             own = given.keys() & resolve(pe).options().keys()
             encodings.append(canonical_name(pe, {name: given[name] for name in own}))

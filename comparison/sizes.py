@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison.jobs import Job
+from comparison.options import PLAIN, WAYS
 from comparison.pictures import draw_sizes
 from comparison.plan import Plan, Run
 from comparison.tables import NAMES, MeanAndDeviation, Pair, csv_text, failed, heading, mean_and_deviation
@@ -15,15 +16,6 @@ from runtime.tables import NOT_YET, markdown
 
 Measured = dict[Pair, dict[int, list[float]]]
 """Accuracies over seeds, per cent, by pair and size."""
-
-PLAIN = "plain"
-WAYS: dict[str, tuple[str, ...]] = {
-    PLAIN: (),
-    "reference-grid": ("--reference-grid",),
-    "log-n": ("--log-n",),
-    "reference-grid+log-n": ("--reference-grid", "--log-n"),
-}
-"""Ways to evaluate at another size, and their flags of `main.py`."""
 
 
 def takes(run: Run, way: str) -> bool:

@@ -1,6 +1,5 @@
 """The models of `similarity_visualize.py`: of checkpoints, with what the flags say of them."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,18 +20,6 @@ from training.options import flag_of
 
 FLAGS = {"model": "--model_name", "pe": "--pe", "join_type": "--join-type", "input_size": "--input-size"}
 """What a checkpoint may say of its model, and the flags for one that does not; each encoding's options besides."""
-SHORT_NAME = re.compile(r"deit_(?P<size>[tsb])(?P<distilled>_distill)?_(?P<join>basic|LaPE)")
-SIZES = {"t": "tiny", "s": "small", "b": "base"}
-
-
-def full_name(name: str) -> tuple[str, str | None]:
-    """The model's name and the join, from one of the original's short names such as `deit_t_distill_LaPE`; any other
-    name comes back as it is, without a join."""
-    short = SHORT_NAME.fullmatch(name)
-    if short is None:
-        return name, None
-    distilled = "_distilled" if short["distilled"] else ""
-    return f"deit_{SIZES[short['size']]}{distilled}_patch16_224", short["join"]
 
 
 def load_model(path: str, flags: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -65,11 +52,9 @@ def load_published(tag: str, flags: Mapping[str, Any]) -> tuple[Any, dict[str, A
         The model and its description as of :func:`load_model`, and the full name of the weights.
 
     Raises:
-        ValueError, OSError: no model's name, or one that timm has no such weights for, weights that cannot be loaded, a
-            model whose positions cannot be seen.
+        ValueError, OSError: a name that timm has no such weights for, weights that cannot be loaded, a model whose
+            positions cannot be seen.
     """
-    if flags.get("model") is None:
-        raise ValueError(f"--pretrained needs {FLAGS['model']} NAME: the model whose weights timm publishes")
     name, _, of_name = flags["model"].partition(".")
     if tag and of_name and tag != of_name:
         raise ValueError(f"--pretrained {tag} contradicts {FLAGS['model']} {name}.{of_name}")

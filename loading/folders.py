@@ -1,6 +1,7 @@
 """Image folders: a folder per class in train/ and in val/."""
 
 import os
+from itertools import islice
 from logging import getLogger
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def open_folders(is_train: bool, data_path: str | None, crop: Crop, read_file: R
         names = first_few([images.classes[label] for label in sorted(empty)])
         raise FileNotFoundError(f"no image in class folder {names} of {folder}: add images or remove the folder")
     return images, images.classes
+
+
+def has_fewer_images(data_path: str, number: int) -> bool:
+    """Whether `train/` holds fewer images than a number; also where there is no such folder."""
+    endings, folder = image_endings(), Path(data_path).expanduser() / "train"
+    names = (name for _, _, files in os.walk(folder, followlinks=True) for name in files)
+    images = (name for name in names if os.path.splitext(name)[1].lower() in endings)
+    return next(islice(images, number - 1, None), None) is None
 
 
 class _ClassFolders(ImageFolder):

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from logging import getLogger
 
@@ -12,31 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from runtime.world import World
+
 _logger = getLogger(__name__)
 
 
 UNSHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """What has to be 1 in the environment for torchrun's restarts: else the processes that it starts anew find in its store
 where those before them were, and look for each other there (https://github.com/pytorch/pytorch/issues/135712)."""
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among all: `rank` of `size`, and `local_rank` on its machine."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-
-def world_from_environment() -> World:
-    """What torchrun says in the environment; without it, the only process."""
-    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
-    return World(rank, size, local_rank)
 
 
 def check_size(wanted: int | None, world: World) -> None:
@@ -50,9 +32,6 @@ def check_size(wanted: int | None, world: World) -> None:
             f"--world-size {wanted}, but there are {world.size} process(es): start {wanted} by torchrun "
             f"--nproc_per_node=N, or set RANK, WORLD_SIZE and LOCAL_RANK for each"
         )
-
-
-_TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
 def pick_device(name: str | None, world: World) -> torch.device:

@@ -8,7 +8,6 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import urldefrag, urlsplit
 
-import torch
 from filelock import FileLock
 
 _logger = getLogger(__name__)
@@ -32,6 +31,8 @@ def fetch(url: str) -> Path:
         ValueError: no https: URL, none with a hash, or one whose file has another hash.
         OSError: it cannot be downloaded, or written.
     """
+    from torch import hub  # here, as a command line is checked before torch is loaded
+
     address, fragment = urldefrag(url)
     if urlsplit(address).scheme.lower() != "https":
         raise ValueError(f"{url} is refused: give an https: URL, or a file")
@@ -43,7 +44,7 @@ def fetch(url: str) -> Path:
             "more of what sha256sum prints for the right file"
         )
     digits = found[1].lower()
-    copy = Path(torch.hub.get_dir()) / "checkpoints" / (name if digits in name else f"{digits[:FEWEST_DIGITS]}-{name}")
+    copy = Path(hub.get_dir()) / "checkpoints" / (name if digits in name else f"{digits[:FEWEST_DIGITS]}-{name}")
     copy.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{copy}.lock"):
         if not (copy.is_file() and _sha256(copy).startswith(digits)):
@@ -52,9 +53,11 @@ def fetch(url: str) -> Path:
 
 
 def _download(address: str, copy: Path, digits: str) -> None:
+    from torch import hub
+
     _logger.info("%s: downloading it to %s", address, copy)
     try:
-        torch.hub.download_url_to_file(address, str(copy), hash_prefix=digits, progress=False)
+        hub.download_url_to_file(address, str(copy), hash_prefix=digits, progress=False)
     except (OSError, HTTPException) as error:
         if isinstance(error, HTTPError):
             error.close()  # it is the server's answer, too

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.distributed import World
 from runtime.logs import LoopDisplay
+from runtime.world import World
 
 
 @dataclass(frozen=True)

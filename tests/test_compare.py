@@ -18,7 +18,8 @@ import comparison.jobs
 import training.setup
 from comparison import forecast
 from comparison.jobs import Job, alone_in, environments
-from comparison.plan import HARMLESS, NOT_HERE, count_cores
+from comparison.options import NOT_HERE
+from comparison.plan import HARMLESS, count_cores
 from lape_vit.joins import JOINS, legal_joins, legal_pairs
 from tests import tiny_run
 from tests.fake_runs import calls_of, finish_all, plan_of, write_main

@@ -49,6 +49,16 @@ def test_the_options_of_a_run_are_those_that_main_py_saves(tmp_path: Path, pe: s
     assert lines_of(tmp_path / "saved" / "config.yaml")[2:] == config_text(run.options, "").splitlines()[2:]
 
 
+def test_all_stands_for_every_name_and_every_seed_has_every_pair_before_the_next(tmp_path: Path) -> None:
+    flags = ("--pe", "all", "2D_sin+peg", "--join-type", "all", "--seeds", 3, 5, *QUICK, "--output_dir", tmp_path)
+    plan = plan_of(*flags)
+    pairs = [*legal_pairs(), *(("2D_sin+peg", join) for join in legal_joins("2D_sin+peg"))]
+    assert [(run.pe, run.join_type, run.seed) for run in plan.runs] == [
+        (*pair, seed) for seed in (3, 5) for pair in pairs
+    ]
+    assert plan.illegal == []
+
+
 def test_dashes_and_underscores_mean_the_same(tmp_path: Path) -> None:
     words = ("--join-type", "LaPE", "--batch-size", 9, "--data-set", "DIGITS", "--output-dir", tmp_path)
     underscores = [str(word).replace("-", "_").replace("__", "--", 1) for word in words[:-1]]

@@ -75,7 +75,7 @@ def layer_of(module: str) -> str:
             return "encodings/*"
         case ["lape_vit", name, *_]:
             return name if name in BENEATH else ""
-        case ["training", "options" | "sources"]:
+        case ["training", "options" | "sources" | "catalogue" | "command_line"]:
             return "options"
         case ["training", "setup" | "models"]:
             return "setup"

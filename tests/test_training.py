@@ -24,13 +24,14 @@ from engine import evaluate
 from lape_vit.encodings import all_options
 from lape_vit.from_checkpoint import load_weights
 from runtime import distributed, interrupt, logs
-from runtime.distributed import World, check_size, pick_device, world_from_environment
+from runtime.distributed import check_size, pick_device
 from runtime.files import atomic_write
 from runtime.interrupt import defer_interrupts, noted_signal
 from runtime.logs import LoopDisplay, clock
 from runtime.process import Runtime
 from runtime.seeding import seed_everything
 from runtime.tables import print_table
+from runtime.world import World, world_from_environment
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.curves import draw_curves
 from training.folder import read_log
@@ -242,7 +243,7 @@ def test_a_bad_recipe_is_refused_in_one_line_by_file_and_option(tmp_path: Path, 
 
 
 def test_an_unknown_recipe_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nothing.*deit, digits, lape, vit2d_cifar"):
+    with pytest.raises(FileNotFoundError, match=r"nothing.*deit, digits, finetune, lape, vit2d_cifar"):
         find_recipe("nothing")
     with pytest.raises(FileNotFoundError, match="gone"):
         find_recipe(str(tmp_path / "gone.yaml"))

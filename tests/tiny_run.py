@@ -12,8 +12,8 @@ from PIL import Image
 
 import main
 import training.setup
-from runtime.distributed import World
 from runtime.logs import LoopDisplay
+from runtime.world import World
 
 CLASSES = ("circle", "square", "triangle")
 NUM_TRAIN, NUM_VAL = 16, 13  # per class, and a prime number in all

@@ -70,7 +70,8 @@ def build_pretrained(
         return build_described(description, num_classes, pretrained=True, pretrained_cfg=cfg, **others)
     except Exception as error:  # a download can fail in any way
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise OSError(f"{flag} {tag or name}: the weights of timm's cannot be loaded: {reason}") from error
+        instead = "; --pretrained none starts from random weights" if flag == "--pretrained" else ""
+        raise OSError(f"{flag} {tag or name}: the weights of timm's cannot be loaded: {reason}{instead}") from error
 
 
 def log_nameless(model: Any, num_classes: int) -> None:

@@ -12,21 +12,29 @@ import timm
 import torch
 from timm.layers import to_2tuple
 
-from datasets import DATA_SETS, REPEATS, ImageLoader, build_dataset, build_loader, canonical_data_set
+from datasets import (
+    DATA_SETS,
+    FEW,
+    REPEATS,
+    ImageLoader,
+    build_dataset,
+    build_loader,
+    canonical_data_set,
+    default_recipe,
+)
 from lape_vit.checkpoints import average_of, description_of, in_our_names, is_ours
-from lape_vit.encodings import all_options, by_family, resolve
+from lape_vit.encodings import all_options, resolve
 from lape_vit.from_checkpoint import carry_data_config, load_weights, spelled_for
-from lape_vit.joins import JOINS
 from loading.images import ImageSettings
 from loading.shards import runs_commands
 from runtime import distributed
-from runtime.distributed import World
-from runtime.download import is_url
 from runtime.files import write_text
 from runtime.logs import LoopDisplay
 from runtime.process import Runtime
 from runtime.seeding import seed_everything
+from runtime.world import World
 from training.checkpoint import load_checkpoint
+from training.command_line import parser_of_main, read_flags
 from training.events import Events
 from training.folder import find_checkpoint, open_output_dir, read_log
 from training.models import (
@@ -49,14 +57,12 @@ from training.options import (
     OptionParser,
     Options,
     RunOptions,
-    build_parser,
     config_text,
     describe,
     find_recipe,
     flag_of,
     read_recipe,
     saved_options,
-    with_dashes,
 )
 from training.state import Training, build_training, restore_progress, restore_state
 
@@ -80,8 +86,6 @@ FOR_EVALUATION = (
     "eval_crop_ratio",
 )
 """Options that evaluation takes over from the training, to repeat what the training measured."""
-CHOOSES_DATA = {"data_set", "recipe", "resume", "auto_resume", "finetune"}
-"""Options that choose a data set, or that no code base without a choice of data sets has."""
 OF_ONE_DATA_SET = ("data_path", "eval_data_path", "inat_category", "where_task", "where_cell")
 """Options that mean nothing, or something else, to another data set."""
 SLOW_AVERAGE = 0.1
@@ -119,7 +123,7 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Setup:
     Raises:
         ValueError, OSError: something is wrong with the input; the message says what, where, and what to do.
     """
-    parser = build_parser(all_options(), {"pe": by_family(), "join_type": ", ".join(JOINS)})
+    parser = parser_of_main()
     given = read_given(parser, argv)
     if given.get("auto_resume"):
         checkpoint = find_checkpoint(given)
@@ -137,6 +141,7 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Setup:
         images = image_settings(options, description)
     test_set, classes = build_dataset(False, images, description.get("classes"))
     check_number_of_classes(options.data, len(classes))
+    tell_default_recipe(given, options.run, options.model.model)
     if checkpoint:
         classes = classes_of_model(options, classes, description)
     seed_everything(options.run.seed)  # every process makes the same model
@@ -255,43 +260,14 @@ def classes_of_model(options: Options, classes: list[str], description: dict[str
 
 
 def read_given(parser: OptionParser, argv: Sequence[str]) -> dict[str, Any]:
-    """The options that a command line names, with the data set's own name.
+    """The options that a command line names, as `read_flags` reads them, with the data set's own name.
 
     Raises:
-        ValueError: an unknown flag, an illegal value, or flags that contradict each other.
+        ValueError: an unknown flag or data set, an illegal value, or flags that contradict each other.
     """
-    given = parser.read(argv)
-    if any(with_dashes(word).partition("=")[0] == "--pos-embed" for word in argv) and not CHOOSES_DATA & given.keys():
-        raise ValueError(
-            "--pos_embed without a data set means CIFAR-10 in its source, and ImageNet here: add --data-set CIFAR10 or "
-            "--data-set IMNET"
-        )
-    if given.get("finetune") == "huggingface":
-        raise ValueError(
-            "--finetune huggingface: give the file, "
-            "--finetune https://huggingface.co/naver-ai/NAME/resolve/main/pytorch_model.bin#sha256=HASH"
-        )
-    if given.get("eval") and "resume" not in given and "finetune" in given:  # as RoPE-ViT evaluates
-        given["resume"] = given.pop("finetune")
-    if given.get("eval") and not {"resume", "pretrained"} & given.keys():
-        raise ValueError("--eval needs --resume FILE, the checkpoint to evaluate, or --pretrained")
-    if given.get("eval_ema") and not given.get("eval"):
-        raise ValueError("--eval-ema says what --eval evaluates: give both")
-    for name in ("reference_grid", "log_n"):
-        if given.get(name) and not ("input_size" in given and given.get("eval")):
-            raise ValueError(f"{flag_of(name)} is of an evaluation at another size: give --eval and --input-size, too")
+    given = read_flags(parser, argv)
     if "data_set" in given:
         given["data_set"] = canonical_data_set(given["data_set"])
-    if "pretrained" in given and (others := {"finetune", "resume"} & given.keys()):
-        raise ValueError(f"--pretrained and {flag_of(min(others))} both say what to start from: give one of them")
-    if "finetune" in given and "resume" in given:
-        raise ValueError("--finetune starts a run and --resume continues one: give one of them")
-    if "start_epoch" in given and ("resume" in given or given.get("auto_resume")):
-        raise ValueError("--start-epoch is for a run that starts; --resume continues where its checkpoint was")
-    if is_url(given.get("resume", "")) and not given.get("eval") and "output_dir" not in given:
-        raise ValueError(f"--resume {given['resume']} needs --output_dir DIR, where the training continues")
-    if given.get("eval") and given.get("tensorboard"):
-        raise ValueError("--tensorboard shows how a training goes: leave it out with --eval")
     return given
 
 
@@ -305,13 +281,45 @@ def resolve_given(
     """
     recipe = pick_recipe(parser, given, checkpoint)
     for one, other in (("finetune", "pretrained"), ("pretrained", "finetune")):
-        if one in given:
+        if given.get(one) is not None:
             recipe = {**recipe, other: None}
+    if recipe.get("pretrained") is not None and "pretrained" not in given:
+        given, recipe = resolve_pretrained(given, recipe)
     finetune = None if checkpoint else {**recipe, **given}.get("finetune")
     start = load_checkpoint(finetune) if finetune else {}
     options = resolve_options(parser, given, recipe, description_of(checkpoint), description_of(start))
     refuse_foreign_commands(options, given)
     return options, start
+
+
+def resolve_pretrained(given: dict[str, Any], recipe: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options given and those of a recipe that starts from timm's weights, for another model than the recipe's.
+
+    The recipe's tag is of its own model. One in `--model NAME.TAG` needs no `--pretrained` then, and a model of which
+    timm publishes no weights starts from random ones.
+    """
+    name, _, tag = str({**recipe, **in_our_names(given)}["model"]).partition(".")
+    if name == recipe.get("model") and not tag:
+        return given, recipe
+    if not timm.list_pretrained(f"{name}.*"):
+        return given, {**recipe, "pretrained": None}
+    return {**given, "pretrained": tag}, {**recipe, "pretrained": None}
+
+
+def tell_default_recipe(given: dict[str, Any], run: RunOptions, model: str) -> None:
+    """Say in one line that a folder of few images has a recipe of its own, and what it starts from."""
+    data_set = DATA_SETS[given.get("data_set", "")] if given.get("data_set") else None
+    if data_set is None or run.recipe != data_set.recipe_of_few or "recipe" in given or run.eval:
+        return
+    weights = f"timm's weights of {model}, a download the first time" if run.pretrained is not None else ""
+    start = run.finetune or weights or "random weights"
+    _logger.info(
+        "fewer than %s images to train: recipe %s, from %s; --recipe %s is for more",
+        f"{FEW:,}",
+        run.recipe,
+        start,
+        data_set.recipe,
+    )
 
 
 def start_events(training: Training, output_dir: Path | None) -> Events:
@@ -447,7 +455,7 @@ def pick_recipe(parser: OptionParser, given: dict[str, Any], checkpoint: dict[st
             saved |= dict.fromkeys(OF_ONE_DATA_SET)
         options = {name: saved[name] for name in FOR_EVALUATION if name in saved} if given.get("eval") else saved
         return {**options, "recipe": given["resume"]}
-    name = DATA_SETS[given.get("data_set", parser.defaults["data_set"])].recipe
+    name = default_recipe(given.get("data_set", parser.defaults["data_set"]), given.get("data_path"))
     said = {name: value for name, value in description_of(checkpoint).items() if name in FOR_EVALUATION}
     return {**read_recipe(parser, find_recipe(name)), **said, "recipe": name}
 

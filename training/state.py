@@ -15,7 +15,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from lape_vit.checkpoints import is_ours
-from runtime.distributed import World
+from runtime.world import World
 from training.folder import CHECKPOINTS
 from training.losses import build_loss
 from training.optimisation import OF_OPTIONS, build_criterion, build_mixup, build_optimizer, build_scheduler

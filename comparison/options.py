@@ -1,0 +1,90 @@
+"""The command line of `compare.py`, read without torch: in a moment."""
+
+import argparse
+from collections.abc import Sequence
+
+from runtime.world import world_from_environment
+from training.catalogue import encoding_options
+from training.command_line import check_command_line
+from training.options import WIDTH, Parser, encoding_option, flag_of, whole
+
+ALL = "all"
+"""In place of names: all that there are, without sums; pairs that are not legal are then left out without a word."""
+PLAIN = "plain"
+WAYS: dict[str, tuple[str, ...]] = {
+    PLAIN: (),
+    "reference-grid": ("--reference-grid",),
+    "log-n": ("--log-n",),
+    "reference-grid+log-n": ("--reference-grid", "--log-n"),
+}
+"""Ways to evaluate at another size, and their flags of `main.py`."""
+NOT_HERE = {
+    "seed": "compare.py sets it for each run: give --seeds",
+    "resume": "compare.py continues the runs in --output_dir by itself",
+    "auto_resume": "compare.py continues the runs in --output_dir by itself",
+    "start_epoch": "compare.py continues the runs in --output_dir by itself",
+    "eval": "compare.py evaluates by itself, at other sizes by --sizes",
+    "eval_ema": "compare.py evaluates by itself, at other sizes by --sizes",
+    **dict.fromkeys(("world_size", "dist_url", "init_timeout"), "each run of compare.py is one process"),
+}
+"""Options of `main.py` that belong to one run."""
+
+
+# fmt: off
+def build_parser() -> Parser:
+    """The options of this command; all others go to `main.py`."""
+    parser = Parser(
+        prog="compare.py",
+        usage="%(prog)s --pe NAME ... --output_dir DIR [options] [options of main.py]",
+        description="Train every legal pair of encodings and joins with several seeds, and write tables and pictures.",
+        epilog="All other options go to main.py as they are: --data-set, --data-path, --recipe, --epochs and what else "
+               "python main.py --help lists. In flags, - and _ mean the same. The same command continues after a stop.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=WIDTH),
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--pe", "--pos-embed", nargs="+", required=True, metavar="NAME",
+        help=f"positional encodings, or {ALL} for every one without sums")
+    add("--join-type", nargs="+", default=["basic"], metavar="NAME",
+        help=f"how an absolute encoding reaches the layers, or {ALL}; illegal pairs are named and skipped; default: "
+             "basic")
+    add("--seeds", nargs="+", type=whole(), default=[0], metavar="N", help="a run each; default: 0")
+    add("--output-dir", required=True, metavar="DIR",
+        help="receives a folder per run, table.md, table.csv, compare.png and, with two seeds or more, paired.md and "
+             "paired.csv; runs of other calls in it, made with the same options, are in the tables too")
+    add("--jobs", type=whole(1), default=1, metavar="N",
+        help="runs at a time: they share out the cores and, unless --num-workers is given, the processes that load "
+             "data; with several GPUs each run has one; default: 1")
+    add("--sizes", nargs="+", type=whole(1), default=[], metavar="S",
+        help="evaluate every trained model at these sides of its input, too: sizes.md, sizes.csv and sizes.png")
+    add("--size-ways", nargs="+", choices=tuple(WAYS), default=[PLAIN], metavar="WAY",
+        help=f"how to evaluate at the sizes: {', '.join(WAYS)}; on a reference grid, attention reads places in the "
+             f"cells of the trained grid, and log-n sharpens attention over more tokens; default: {PLAIN}")
+    add("--dry-run", action="store_true",
+        help="show the plan and the time that it takes, from some steps of each pair, and write nothing; CIFAR, which "
+             "that needs, is downloaded if it is not there")
+    group = parser.add_argument_group("options of encodings, which go to those that take them")
+    for name, (kind, encodings) in encoding_options().items():
+        group.add_argument(flag_of(name), **encoding_option(kind, encodings))
+    return parser
+# fmt: on
+
+
+def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of this command, and the rest of the command line: those of `main.py`.
+
+    Raises:
+        SystemExit: the help was asked for, and has been printed.
+        ValueError, OSError: something is wrong with either.
+    """
+    args, rest = build_parser().parse_known_args(argv)
+    for flag, values in (("--seeds", args.seeds), ("--sizes", args.sizes), ("--size-ways", args.size_ways)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"{flag} names one thing twice")
+    if args.size_ways != [PLAIN] and not args.sizes:
+        raise ValueError("--size-ways says how --sizes evaluates: give both")
+    if world_from_environment().size > 1:
+        raise ValueError("compare.py starts its runs itself, by --jobs: start it by python, not by torchrun")
+    for name in NOT_HERE.keys() & check_command_line(rest).keys():
+        raise ValueError(f"{flag_of(name)} is for a single run: {NOT_HERE[name]}")
+    return args, rest

@@ -11,6 +11,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -130,11 +131,10 @@ def train(setup: Setup, training: Training) -> int:
     with explained_end(setup, training):
         while training.epoch < epochs:
             epoch_start, title = time.monotonic(), f"epoch {training.epoch + 1}/{epochs}"
-            accuracy = f"  acc@1 {training.rows[-1]['test_acc1']:.2f} %" if training.rows else ""
             training.begin_epoch()
             if setup.events is not None:
                 setup.events.begin_epoch(training.progress)
-            trained = train_one_epoch(training, setup.runtime, title + accuracy, partial(after_update, setup, training))
+            trained = train_one_epoch(training, setup.runtime, title, partial(after_update, setup, training))
             row = row_of_log(setup, training, trained, evaluate_training(setup, training, title), epoch_start)
             best = training.end_epoch(row)
 
@@ -147,7 +147,35 @@ def train(setup: Setup, training: Training) -> int:
             drawn = time.monotonic() if draws else drawn
     if problem:
         raise OSError(f"{problem}; {last_checkpoint(setup.output_dir)}")
+    if setup.runtime.world.is_main:
+        log_end(setup, training)
     return 0
+
+
+def log_end(setup: Setup, training: Training) -> None:
+    """Log the best epoch, where its checkpoint is, and what to type next."""
+    _logger.info("%s", "  ".join(["best:", *best_epochs(training)]))
+    folder = setup.output_dir
+    if folder is None:
+        _logger.info("no checkpoint, as --output_dir is not given")
+        return
+    checkpoint = shlex.quote(str(folder / CHECKPOINTS[1]))
+    _logger.info("checkpoint: %s", checkpoint)
+    _logger.info("next: python main.py --eval --resume %s", checkpoint)
+    pictures = shlex.quote(str(folder / "pictures"))
+    _logger.info("      python similarity_visualize.py --ckpt_path %s --save_dir %s", checkpoint, pictures)
+
+
+def best_epochs(training: Training) -> list[str]:
+    """The first epoch with the best test accuracy, and that of the average of the weights, if there is one."""
+    names = {"test_acc1": "", "test_ema_acc1": "average of "}
+    found = []
+    for key, what in names.items():
+        rows = [row for row in training.rows if key in row]
+        if rows:
+            best = max(rows, key=lambda row: row[key])
+            found.append(f"{what}epoch {best['epoch']}, acc@1 {best[key]:.2f} %")
+    return found
 
 
 @contextmanager

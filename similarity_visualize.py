@@ -22,12 +22,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from figures import attention, comparison, positions
-from figures.checkpoints import FLAGS, load_model
+from figures import comparison
+from figures.checkpoints import FLAGS, load_model, load_published
 from figures.explore import explore_page
-from figures.positions import Positions
 from lape_vit import VisionTransformer
 from lape_vit.analysis.attention_maps import attention_maps, why_no_split
+from lape_vit.analysis.timm_attention import timm_attention
+from lape_vit.drawing import attention, positions
+from lape_vit.drawing.positions import Positions
 from lape_vit.encodings import all_options
 from lape_vit.images import image_transform, pixels_of
 from loading.images import read_image
@@ -72,7 +74,8 @@ class Checkpoint:
 
 def draw(args: argparse.Namespace) -> None:
     """Everything that the options ask for, into the folder that they name, which is made if need be."""
-    checkpoints = [read(path, args) for path in args.compare or [args.ckpt_path]]
+    given = [None] if args.pretrained is not None else args.compare or [args.ckpt_path]
+    checkpoints = [read(path, args) for path in given]
     maps = [over_image(checkpoint, args.image) for checkpoint in checkpoints if args.image]
     shown = [checkpoint.positions for checkpoint in checkpoints]
     for positions_of_one in shown:
@@ -95,14 +98,17 @@ def draw(args: argparse.Namespace) -> None:
         save_values(folder / "attention.npz", attention.raw_values(seen))
 
 
-def read(path: str, args: argparse.Namespace) -> Checkpoint:
-    """A checkpoint and what there is to see of it.
+def read(path: str | None, args: argparse.Namespace) -> Checkpoint:
+    """A checkpoint, or without a path the published weights, and what there is to see of them.
 
     Raises:
         ValueError, OSError: no checkpoint, one that does not fit the flags, a token outside its grid.
     """
     flags = {name: getattr(args, name) for name in (*FLAGS, *all_options())}
-    model, description = load_model(path, flags)
+    if path is None:
+        model, description, path = load_published(args.pretrained, flags)
+    else:
+        model, description = load_model(path, flags)
     shown = positions.measure(model, path, description["model"], args.token)
     if args.token is not None and not shown.uses_token and args.image is None and not args.html:
         _logger.warning("--token: what pe=%r shows is alike for every patch", shown.pe)
@@ -113,16 +119,17 @@ def over_image(checkpoint: Checkpoint, file: str) -> attention.TokenAttention:
     """What the chosen patch attends to on an image, prepared as in evaluation.
 
     Raises:
-        ValueError, OSError: no image, or a model of timm's own.
+        ValueError, OSError: no image, or a model of timm's own that does not hand out its attention.
     """
-    model = checkpoint.model
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(f"--image: for models of models_lape; {checkpoint.description['model']} is timm's own")
-    reason = why_no_split(model)
+    model, shown = checkpoint.model, checkpoint.positions
+    ours = isinstance(model, VisionTransformer)
+    reason = why_no_split(model) if ours else f"{shown.model} is timm's own"
     if reason is not None:
         _logger.info("--image: attention is drawn without a position part, for %s", reason)
     image, pixels = prepare(model, file)
-    return attention.of_token(checkpoint.positions, file, pixels, attention_maps(model, image[None]))
+    if ours:
+        return attention.of_token(shown, file, pixels, attention_maps(model, image[None]))
+    return attention.of_timm(shown, file, pixels, timm_attention(model, image[None], attention.place_of(shown)))
 
 
 def prepare(model: Any, file: str) -> tuple[Tensor, Tensor]:

@@ -4,10 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from lape_vit import VisionTransformer
-from lape_vit.analysis.timm_positions import timm_grid
+from lape_vit.analysis.timm_positions import check_drawable
 from lape_vit.encodings import all_options
-from lape_vit.from_checkpoint import load_described
+from lape_vit.from_checkpoint import (
+    as_ours,
+    build_described,
+    carry_data_config,
+    check_description,
+    complete,
+    load_described,
+)
 from training.checkpoint import load_checkpoint
+from training.models import build_pretrained, pretrained_cfg
 from training.options import flag_of
 
 FLAGS = {"model": "--model_name", "pe": "--pe", "join_type": "--join-type", "input_size": "--input-size"}
@@ -31,9 +39,42 @@ def load_model(path: str, flags: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
     """
     given = {name: flags.get(name) for name in (*FLAGS, *all_options(), "model_kwargs")}
     model, description = load_described(load_checkpoint(path), path, given, flag_for)
+    return drawable(model), description
+
+
+def load_published(tag: str, flags: Mapping[str, Any]) -> tuple[Any, dict[str, Any], str]:
+    """The model that the flags name, with the weights that timm publishes for it.
+
+    Args:
+        tag: of the weights; empty for the model's default, or where the name says it: NAME.TAG.
+
+    Returns:
+        The model and its description as of :func:`load_model`, and the full name of the weights.
+
+    Raises:
+        ValueError, OSError: no model's name, or one that timm has no such weights for, weights that cannot be loaded, a
+            model whose positions cannot be seen.
+    """
+    if flags.get("model") is None:
+        raise ValueError(f"--pretrained needs {FLAGS['model']} NAME: the model whose weights timm publishes")
+    name, _, of_name = flags["model"].partition(".")
+    if tag and of_name and tag != of_name:
+        raise ValueError(f"--pretrained {tag} contradicts {FLAGS['model']} {name}.{of_name}")
+    given = {option: flags.get(option) for option in (*FLAGS, *all_options())}
+    description = complete({}, {**given, "model": name}, "--pretrained", flag_for)
+    check_description(description, flag_for)
+    cfg = pretrained_cfg(name, tag or of_name)
+    drawable(as_ours(build_described(description, 0, device="meta")))  # before the weights are downloaded
+    model = drawable(as_ours(build_pretrained(description, tag or of_name, cfg.num_classes)))
+    carry_data_config(model, description)
+    return model.eval(), description, f"{name}.{cfg.tag}"
+
+
+def drawable(model: Any) -> Any:
+    """The model, ours or timm's own; ValueError where there is nothing to see of it."""
     if not isinstance(model, VisionTransformer):
-        timm_grid(model)  # a table can be seen all the same
-    return model, description
+        check_drawable(model)
+    return model
 
 
 def flag_for(name: str) -> str:

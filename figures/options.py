@@ -16,7 +16,8 @@ def build_parser() -> Parser:
     """All options of this command; each flag in the spelling with `-` and the one with `_`."""
     parser = Parser(
         prog="similarity_visualize.py",
-        usage="%(prog)s [--ckpt_path FILE | --compare FILE FILE ...] [--save_dir DIR] [options]",
+        usage="%(prog)s [--ckpt_path FILE | --model_name NAME --pretrained [TAG] | --compare FILE FILE ...] "
+        "[--save_dir DIR] [options]",
         description="Draw what every layer of a checkpoint sees of positions.",
         allow_abbrev=False,
     )
@@ -24,6 +25,13 @@ def build_parser() -> Parser:
     source.add_argument("--ckpt_path", "--ckpt-path", metavar="FILE", default=CHECKPOINT,
         help="a checkpoint: ours, an original's, or timm's (.pth or .safetensors); default, as in LaPE's code: "
         f"{CHECKPOINT}")  # fmt: skip
+    source.add_argument(
+        "--pretrained",
+        nargs="?",
+        const="",
+        metavar="TAG",
+        help="in place of a checkpoint, the weights that timm publishes for --model_name, by default or under this tag",
+    )
     source.add_argument("--compare", nargs="+", metavar="FILE",
         help="two checkpoints or more: their sheets side by side, and curves over depth")  # fmt: skip
     add = parser.add_argument
@@ -36,8 +44,8 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("for a checkpoint that does not say what model it holds")
     add = group.add_argument
     add("--model_name", "--model-name", dest="model", metavar="NAME",
-        help="a model of models_lape, one of timm with a table pos_embed, or deit_{t,s,b}[_distill]_{basic,LaPE}"
-    )  # fmt: skip
+        help="a model of models_lape, one of timm with a table pos_embed, rotations or a bias by offset, or "
+        "deit_{t,s,b}[_distill]_{basic,LaPE}")  # fmt: skip
     add("--pe", metavar="NAME", help="its positional encoding; default: the model's own")
     add("--join-type", "--join_type", metavar="NAME", help="how that reaches the layers; default: the model's own")
     add("--input-size", "--input_size", type=size, metavar="S", help="side of its images, or HEIGHT,WIDTH, in pixels; "
@@ -57,7 +65,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.compare is not None and len(args.compare) < 2:
         raise ValueError("--compare takes two checkpoints or more; one alone is drawn by --ckpt_path")
     if args.compare is not None and args.image is not None:
-        raise ValueError("--image draws one checkpoint: give it by --ckpt_path, not --compare")
+        raise ValueError("--image draws one checkpoint: give it by --ckpt_path or --pretrained, not --compare")
     if args.model is not None:
         args.model, join_type = full_name(args.model)
         args.join_type = args.join_type or join_type

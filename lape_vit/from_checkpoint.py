@@ -111,6 +111,24 @@ def load_described(
         ValueError: as for :func:`load`.
     """
     description = complete(description_of(checkpoint), given, path, spelled)
+    name, said = description["model"], check_description(description, spelled)
+    weights = average_of(checkpoint, path, spelled("use_ema")) if use_ema else checkpoint["model"]
+    model = as_ours(build_described(description, count_classes(weights, description)))
+    own = {key: str(getattr(model, key)) for key in ("pe", "join_type") if hasattr(model, key)}
+    load_weights(model, spelled_for(model, weights), path, f"{name} ({', '.join(own.values())})" if own else name)
+    if untold := own.keys() - {*said}:
+        taken = ", ".join(f"{key}={own[key]}" for key in sorted(untold))
+        _logger.info("%s does not say all of its model: %s, as timm builds it", path, taken)
+    carry_data_config(model, description)
+    return model.eval(), description
+
+
+def check_description(description: Mapping[str, Any], spelled: Callable[[str], str]) -> list[str]:
+    """What a description says of positions, by the options' names.
+
+    Raises:
+        ValueError: the name of its model is unknown, or the model takes none of these options.
+    """
     name = description["model"]
     said = [option for option in ("pe", "join_type", *all_options()) if option in description]
     if not is_of_models_lape(name):
@@ -120,20 +138,18 @@ def load_described(
             )
         if said:
             raise ValueError(f"{', '.join(map(spelled, said))}: for models of models_lape; {name} is timm's own")
-    weights = average_of(checkpoint, path, spelled("use_ema")) if use_ema else checkpoint["model"]
-    model = build_described(description, count_classes(weights, description))
-    if not isinstance(model, VisionTransformer):
-        try:
-            model = from_timm(model)
-        except ValueError:  # timm's own serves as it is
-            _logger.debug("%s stays timm's", name)
-    own = {key: str(getattr(model, key)) for key in ("pe", "join_type") if hasattr(model, key)}
-    load_weights(model, spelled_for(model, weights), path, f"{name} ({', '.join(own.values())})" if own else name)
-    if untold := own.keys() - {*said}:
-        taken = ", ".join(f"{key}={own[key]}" for key in sorted(untold))
-        _logger.info("%s does not say all of its model: %s, as timm builds it", path, taken)
-    carry_data_config(model, description)
-    return model.eval(), description
+    return said
+
+
+def as_ours(model: nn.Module) -> nn.Module:
+    """The model as one of our class where :func:`from_timm` takes it, else as it is."""
+    if isinstance(model, VisionTransformer):
+        return model
+    try:
+        return from_timm(model)
+    except ValueError:  # timm's own serves as it is
+        _logger.debug("%s stays timm's", type(model).__name__)
+        return model
 
 
 def complete(

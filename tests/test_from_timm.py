@@ -16,7 +16,20 @@ from torch import Tensor, nn
 
 import models_lape
 from lape_vit import VisionTransformer, convert_checkpoint, from_timm, warm_start
-from tests.models import DEIT, SIZES, TIMMS, assert_equal, create, disturb, gradients, images, over_pairs
+from tests.models import (
+    DEIT,
+    HYBRID,
+    SIZES,
+    TIMMS,
+    assert_equal,
+    assert_same_model,
+    create,
+    disturb,
+    gradients,
+    images,
+    over_pairs,
+    sizes_of,
+)
 
 GOLDEN = Path(__file__).parent / "golden_timm"
 INDEX: dict[str, dict[str, Any]] = json.loads((GOLDEN / "index.json").read_text(encoding="utf-8"))
@@ -37,7 +50,6 @@ OTHER_BLOCKS = {
     "eva02_enormous_patch14_clip_224": "EvaBlockPostNorm",
     **{f"vit_{size}_patch16_sapiens2": "num_kv_heads" for size in ("base", "large", "huge", "giant", "5b")},
 }
-HYBRID = "vit_tiny_r_s16_p8_224"
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in TIMMS),
     *((DEIT, {"qk_norm": qk_norm, "qkv_bias": False, "proj_bias": False}) for qk_norm in (False, True)),
@@ -49,7 +61,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     (DEIT, {"pos_embed": "none"}),
     (DEIT, {"dynamic_img_size": True, "img_size": (16, 40)}),
     (DEIT, {"act_layer": "quick_gelu", "mlp_layer": timm.layers.SwiGLU}),
-    (HYBRID, {"patch_size": 1}),
+    (HYBRID, {}),
 ]
 OF_EVA: list[tuple[str, str, dict[str, Any]]] = [
     ("vit_small_plus_patch16_dinov3_qkvb", "rope_dinov3", {}),
@@ -82,7 +94,7 @@ def assert_golden(model: Any, golden: dict[str, Tensor], tolerance: float) -> No
 def timms(name: str = DEIT, **arguments: Any) -> Any:
     """A small model of timm's own class, with parameters at random."""
     torch.manual_seed(0)
-    return disturb(timm.create_model(name, **{**SIZES, **arguments}))
+    return disturb(timm.create_model(name, **{**sizes_of(name), **arguments}))
 
 
 @pytest.mark.parametrize("name", [name for name, entry in INDEX.items() if "name" in entry["create"]])
@@ -151,16 +163,7 @@ def test_every_variant_stays_the_same_bit_for_bit(name: str, arguments: dict[str
     theirs = timms(name, **{"drop_path_rate": 0.2, "proj_drop_rate": 0.1, "attn_drop_rate": 0.1, **arguments})
     ours = from_timm(copy.deepcopy(theirs))
     assert (ours.pe, ours.join_type) == ("none" if theirs.pos_embed is None else "learnable", "basic")
-    assert_equal(dict(ours.state_dict()), dict(theirs.state_dict()))
-    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
-    pixels = images(2, *theirs.patch_embed.img_size).float()
-    assert_equal(ours.eval()(pixels), theirs.eval()(pixels))
-    found = []
-    for model in (ours.train(), theirs.train()):
-        torch.manual_seed(1)
-        logits = model(pixels)
-        found.append((logits, gradients(model, logits)))
-    assert_equal(found[0], found[1])
+    assert_same_model(ours, theirs, images(2, *theirs.patch_embed.img_size).float())
 
 
 @pytest.mark.parametrize(("name", "pe", "arguments"), OF_EVA, ids=str)
@@ -262,7 +265,7 @@ class TestPretrained:
     """``pretrained=True`` of a folder as timm writes it, with another encoding, join or size."""
 
     def source(self, name: str, folder: Path, **arguments: Any) -> tuple[str, dict[str, Any], Any]:
-        given = {**SIZES, "mlp_ratio": 4.0, **({"patch_size": 1} if name == HYBRID else {}), **arguments}
+        given = {**sizes_of(name), "mlp_ratio": 4.0, **arguments}
         torch.manual_seed(0)
         model = disturb(timm.create_model(name, **given))
         timm.models.save_for_hf(model, folder, model_args=given)

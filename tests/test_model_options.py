@@ -5,9 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import pytest
-import safetensors.torch
 import timm
 import torch
 from tiny_run import call, load, log_of, set_up
@@ -16,6 +14,7 @@ from torch.optim import SGD
 
 import models_lape  # noqa: F401  (registers the models)
 from figures.checkpoints import load_model
+from tests.models import leave_as_downloaded
 from training.models import build_published_teacher
 from training.optimisation import build_scheduler, epoch_of_schedule
 from training.options import OptimisationOptions, config_text, saved_options
@@ -101,13 +100,7 @@ def small(num_classes: int = 1000) -> Any:
 def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """The weights of a tiny model where timm's download would leave those of DeiT-Ti."""
     state = {name: value.clone() for name, value in small().state_dict().items()}
-    repository = tmp_path / "hub" / f"models--timm--{DEIT}.fb_in1k"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0123456789")
-    (repository / "snapshots" / "0123456789").mkdir(parents=True)
-    safetensors.torch.save_file(state, repository / "snapshots" / "0123456789" / "model.safetensors")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    leave_as_downloaded(f"{DEIT}.fb_in1k", state, tmp_path / "hub", monkeypatch)
     return state
 
 
@@ -148,8 +141,7 @@ def test_published_weights_of_other_classes_are_not_evaluated(
 def test_weights_that_cannot_be_loaded_end_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    leave_as_downloaded("nothing", {}, tmp_path, monkeypatch)
     assert call(*DIGITS, "--model", DEIT, "--pretrained", *OF_SMALL) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"--pretrained {DEIT}: the weights of timm's cannot be loaded" in line

@@ -25,9 +25,9 @@ from tests.models import (
     TIMMS,
     VIT_LITE,
     assert_equal,
+    assert_same_model,
     create,
     disturb,
-    gradients,
     images,
     over_encodings,
     over_pairs,
@@ -111,16 +111,7 @@ class TestWithTimmsOwnEncodingAndJoin:
 
     def same(self, ours: Any, theirs: Any, pixels: Tensor) -> None:
         assert_equal(dict(ours.state_dict()), dict(theirs.state_dict()))
-        assert list(dict(ours.named_parameters())) == list(dict(theirs.named_parameters()))
-        disturb(ours)
-        disturb(theirs)
-        assert_equal(ours.eval()(pixels), theirs.eval()(pixels))
-        found = []
-        for model in (ours.train(), theirs.train()):
-            torch.manual_seed(1)
-            logits = model(pixels)
-            found.append((logits, gradients(model, logits)))
-        assert_equal(found[0], found[1])
+        assert_same_model(disturb(ours), disturb(theirs), pixels)
 
     @pytest.mark.parametrize("fused", [True, False])
     @over_timms_models

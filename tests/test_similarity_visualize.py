@@ -19,9 +19,10 @@ import similarity_visualize
 from figures.checkpoints import load_model
 from lape_vit import convert_checkpoint, encodings
 from lape_vit.analysis.positions import layer_positions, position_views
+from lape_vit.analysis.timm_attention import timm_attention
 from lape_vit.joins import legal_pairs
 from similarity_visualize import main, read_options
-from tests.models import COMPACT, DEIT, DISTILLED, SIZES, create, disturb
+from tests.models import COMPACT, DEIT, DISTILLED, SIZES, create, disturb, leave_as_downloaded
 from training.checkpoint import save_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -351,6 +352,116 @@ def test_any_model_of_timm_with_a_table_is_drawn(ending: str, tmp_path: Path) ->
     assert names(tmp_path) == pictures | {"positions.npz"}
 
 
+@pytest.mark.parametrize(
+    ("name", "heading", "views", "class_token"),
+    [
+        ("vit_relpos_small_patch16_224", "pe=bias of timm's RelPosMlp", {"bias_offsets"}, False),
+        ("beit_base_patch16_224", "pe=bias of timm's Attention", {"bias_offsets"}, True),
+        ("eva02_tiny_patch14_224", "pe=learnable + timm's RotaryEmbeddingCat", {"similarity", "kernel"}, True),
+        ("vit_small_patch16_dinov3", "pe=rope_dinov3", {"kernel"}, True),
+        ("vit_base_patch16_rpn_224", "pe=learnable", {"similarity"}, False),
+    ],
+)
+def test_models_of_timm_show_all_their_positions_and_attention_over_an_image(
+    name: str, heading: str, views: set[str], class_token: bool, tmp_path: Path
+) -> None:
+    model = disturb(timm.create_model(name, num_classes=7, img_size=(32, 48)))
+    torch.save(model.state_dict(), tmp_path / "checkpoint.pth")
+    flags = ["--model_name", name, "--input-size", "32,48", "--html", "--format", "svg"]
+    assert run(tmp_path, *flags, "--image", str(photograph(tmp_path / "image.png")), "--token", "1,5") == 0
+    folder = tmp_path / "pictures"
+    with np.load(folder / "positions.npz") as values:
+        assert views <= set(values) <= views | {"encoding", "frequencies", "grid", "token"}
+        for view in views:
+            assert len(values[view]) == 2
+    with np.load(folder / "attention.npz") as values:
+        assert values["attention"].shape == (2, 3, 4, 6)
+        sums = values["attention"].sum(axis=(2, 3))
+        assert np.all(sums < 1) if class_token else np.allclose(sums, 1, atol=1e-5)
+    assert heading in (folder / "explore.html").read_text(encoding="utf-8")
+    assert {"overview.svg", "attention.svg", "basic_layer1_attention.svg"} <= names(tmp_path)
+
+
+def test_windows_of_several_stages_are_drawn_and_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, sizes = "swin_tiny_patch4_window7_224", {"depths": (2, 1), "num_heads": (2, 3), "window_size": 4}
+    sizes |= {"img_size": (64, 96), "embed_dim": 12}
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model.func, **sizes))  # type: ignore[attr-defined]
+    torch.save(disturb(timm.create_model(name)).state_dict(), tmp_path / "checkpoint.pth")
+    flags = ["--model_name", name, "--image", str(photograph(tmp_path / "image.png")), "--token", "9,20", "--html"]
+    assert run(tmp_path, *flags) == 0
+    parts = {f"basic_layer{layer}_bias_offsets_part{layer // 2}.png" for layer in range(3)}
+    assert parts | {f"basic_layer{layer}_attention.png" for layer in range(3)} <= names(tmp_path)
+    assert f"{name} is timm's own" in capsys.readouterr().out
+    with np.load(tmp_path / "pictures" / "attention.npz") as values:
+        first, second = values["attention_part0"], values["attention_part1"]
+    assert (first.shape, second.shape) == ((2, 2, 16, 24), (1, 3, 8, 12))
+    assert np.argwhere(np.isfinite(first[0, 0])).tolist() == [[y, x] for y in range(8, 12) for x in range(20, 24)]
+    assert np.allclose(np.nansum(second, axis=(2, 3)), 1)
+    path = str(tmp_path / "checkpoint.pth")
+    assert main(["--compare", path, path, "--model_name", name, "--save_dir", str(tmp_path / "compared")]) == 0
+    with np.load(tmp_path / "compared" / "compare.npz") as values:
+        assert values["1/bias_offsets_part0/distances"].tolist() == [1, 2, 3, 4]
+
+
+# ---- published weights
+
+
+DINOV3 = "vit_small_patch16_dinov3"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--model_name", DINOV3, "--pretrained"],
+        ["--pretrained", "lvd1689m", "--model_name", DINOV3],
+        ["--model_name", f"{DINOV3}.lvd1689m", "--pretrained"],
+    ],
+)
+def test_published_weights_are_drawn_in_one_command(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = disturb(timm.create_model(DINOV3, num_classes=0)).eval()
+    leave_as_downloaded(f"{DINOV3}.lvd1689m", published.state_dict(), tmp_path / "hub", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    image = photograph(tmp_path / "image.png")
+    assert main([*flags, "--image", str(image), "--html"]) == 0
+    pictures = tmp_path / "visualize" / "similarity"
+    assert {"overview.png", "basic_layer1_kernel.png", "attention.png"} <= {path.name for path in pictures.iterdir()}
+    assert f"{DINOV3}.lvd1689m" in (pictures / "explore.html").read_text(encoding="utf-8")
+    pixels = timm.data.create_transform(**timm.data.resolve_data_config(model=published))(Image.open(image))
+    with np.load(pictures / "attention.npz") as values:
+        token, grid = (16, 16), (32, 32)
+        (expected, *_) = timm_attention(published, pixels[None], ((token[0] + 0.5) / 32, (token[1] + 0.5) / 32))
+        assert values["attention"].shape == (2, 3, *grid)
+        np.testing.assert_allclose(values["attention"][0], expected.weights, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], "--pretrained needs --model_name NAME"),
+        (["--model_name", "no_such"], "unknown --model_name 'no_such'"),
+        (["--model_name", COMPACT], f"--pretrained {COMPACT}: timm publishes no such weights"),
+        (["--model_name", "vit_small_patch16_224.no_such"], "its tags of vit_small_patch16_224: augreg_in1k"),
+        (["--model_name", f"{DINOV3}.lvd1689m", "--pretrained", "other"], "--pretrained other contradicts"),
+        (["--model_name", "samvit_base_patch16"], "VisionTransformerSAM has no table pos_embed"),
+        (["--model_name", "convit_tiny", "--pe", "rope"], "--pe: for models of models_lape"),
+        (["--model_name", DINOV3], f"--pretrained {DINOV3}: the weights of timm's cannot be loaded"),
+        (["--ckpt_path", "c.pth"], "not allowed with"),
+    ],
+)
+def test_weights_that_are_not_published_are_refused_in_one_line(
+    flags: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_as_downloaded("nothing", {}, tmp_path / "hub", monkeypatch)
+    assert main(["--pretrained", *flags, "--save_dir", str(tmp_path / "pictures")]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert expected in line
+    assert not (tmp_path / "pictures").exists()
+
+
 def test_an_encodings_options_are_read_from_the_checkpoint_or_else_the_flags(tmp_path: Path) -> None:
     model = save(tmp_path / "checkpoint.pth", "relative", "basic", max_relative_distance=3)
     assert read(tmp_path).pe_options == {"max_relative_distance": 3}
@@ -474,13 +585,6 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path, capsys: py
 def test_a_model_of_timm_without_a_table_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"fc.weight": torch.zeros(5, 5)}, tmp_path / "checkpoint.pth")
     assert "resnet" in refusal(tmp_path, capsys, "--model_name", "resnet18").lower()
-
-
-def test_an_image_needs_a_model_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    name = "convit_tiny"
-    torch.save(timm.create_model(name, num_classes=0, img_size=32).state_dict(), tmp_path / "checkpoint.pth")
-    flags = ["--model_name", name, "--input-size", "32", "--image", str(photograph(tmp_path / "image.png"))]
-    assert "--image: for models of models_lape" in refusal(tmp_path, capsys, *flags)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import random
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -243,7 +244,7 @@ def test_a_bad_recipe_is_refused_in_one_line_by_file_and_option(tmp_path: Path, 
 
 
 def test_an_unknown_recipe_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nothing.*deit, digits, lape, vit2d_cifar"):
+    with pytest.raises(FileNotFoundError, match=r"nothing.*deit, digits, finetune, lape, vit2d_cifar"):
         find_recipe("nothing")
     with pytest.raises(FileNotFoundError, match="gone"):
         find_recipe(str(tmp_path / "gone.yaml"))
@@ -678,9 +679,9 @@ def show(console: Console | None, monkeypatch: pytest.MonkeyPatch, seconds_per_s
     monkeypatch.setattr(logs.time, "perf_counter", lambda: now[0])
     asked = []
 
-    def status() -> str:
+    def status() -> list[str]:
         asked.append(now[0])
-        return "loss 1.2500  [x]"
+        return ["loss 1.2500", "[x]"]
 
     def slow_batches() -> Iterator[None]:
         for _ in range(20):
@@ -701,6 +702,29 @@ def test_a_terminal_gets_a_bar_with_all_that_matters(monkeypatch: pytest.MonkeyP
     drawn = console.file.getvalue()
     for part in ("epoch 1/2", "20/20", "loss 1.2500  [x]", "160 images/s", "25 % waiting for data", "0:00 left"):
         assert part in drawn
+
+
+@pytest.mark.parametrize(("width", "others"), [(28, 0), (50, 1), (80, 4), (120, 5)])
+def test_the_bar_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, width: int, others: int) -> None:
+    console = Console(force_terminal=True, file=io.StringIO(), width=width)
+    show(console, monkeypatch, 0.1)
+    assert isinstance(console.file, io.StringIO)
+    frames = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()))
+    assert max(map(len, frames)) <= width
+    last = [frame for frame in frames if frame.strip()][-1]
+    for part in ("━", "20/20", "0:00 left"):
+        assert part in last
+    parts = ("epoch 1/2", "loss 1.2500", "[x]", "160 images/s", "25 % waiting for data")
+    assert [part in last for part in parts] == [number < others for number in range(5)]
+
+
+@pytest.mark.parametrize("width", [10, 25, 60])
+def test_a_line_breaks_between_fields_alone(width: int) -> None:
+    line = "epoch 1/3  train loss 2.3026  acc@1 12.34 %  /a/long path/of a file  0:12 left"
+    lines = logs.break_between_fields(line, width).splitlines()
+    assert [part for text in lines for part in text.strip().split("  ")] == line.split("  ")
+    assert all(len(text) <= width or "  " not in text.strip() for text in lines)
+    assert logs.break_between_fields(line, len(line)) == line
 
 
 def test_elsewhere_a_long_loop_gets_ten_lines_and_a_short_one_none(

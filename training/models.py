@@ -66,14 +66,19 @@ def build_pretrained(
     name = description["model"]
     cfg = pretrained_cfg(name, tag, flag)
     build_described(description, num_classes, device="meta", **others)  # what is wrong with the model is told by itself
-    if cfg.num_classes == num_classes:
-        _logger.info("the weights of %s name no classes: equal numbers are taken for equal classes", name)
     try:
         return build_described(description, num_classes, pretrained=True, pretrained_cfg=cfg, **others)
     except Exception as error:  # a download can fail in any way
         reason = str(error).partition("\n")[0] or type(error).__name__
         instead = "; --pretrained none starts from random weights" if flag == "--pretrained" else ""
         raise OSError(f"{flag} {tag or name}: the weights of timm's cannot be loaded: {reason}{instead}") from error
+
+
+def log_nameless(model: Any, num_classes: int) -> None:
+    """Log where the classes of published weights, which have no names, are taken for those of the data."""
+    if model.pretrained_cfg["num_classes"] == num_classes:
+        name = model.pretrained_cfg["architecture"]
+        _logger.info("the weights of %s name no classes: equal numbers are taken for equal classes", name)
 
 
 def encoding_table(model: str) -> tuple[list[dict[str, str]], tuple[str, ...]]:
@@ -136,6 +141,7 @@ def build_model(
         model = build_described(description, num_classes, **rates)
     else:
         model = build_pretrained(description, tag, num_classes, **rates)
+        log_nameless(model, num_classes)
     if not isinstance(model, VisionTransformer):  # with neither an encoding nor a join it is timm's own
         model = from_timm(model)
     patch = model.patch_embed.patch_size
@@ -266,7 +272,9 @@ def build_published_teacher(name: str, tag: str, num_classes: int) -> Any:
     published = pretrained_cfg(name, tag, "--teacher-model").num_classes
     if published != num_classes:
         raise ValueError(f"--teacher-model {name}.{tag} is for {published} classes, and the data has {num_classes}")
-    return build_pretrained({"model": name}, tag, num_classes, "--teacher-model")
+    teacher = build_pretrained({"model": name}, tag, num_classes, "--teacher-model")
+    log_nameless(teacher, num_classes)
+    return teacher
 
 
 def build_own_teacher(name: str, path: str, data_set: str, classes: Sequence[str]) -> Any:

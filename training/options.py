@@ -167,6 +167,8 @@ class RunOptions:
              "from random weights")
     recipe: str | None = option(metavar="NAME", of_one_call=True,
         help="options from recipes/NAME.yaml, or from the .yaml file of this path; default: the data set's recipe")
+    show_options: bool = option(default=False, of_one_call=True,
+        help="print all options of the run, not only those that differ from the recipe")
     list_encodings: bool = option(default=False, of_one_call=True,
         help="print a table of all encodings, with their options and what they add to --model, and end")
     seed: int = option(default=0, read=whole(), metavar="N", help="of weights, order and augmentation")
@@ -641,6 +643,16 @@ def config_text(options: Mapping[str, Any], command: str) -> str:
     """`options` as a recipe file that says where it comes from."""
     header = f"# What the options of a run resolved to. As --recipe, this file repeats the run.\n# {command}\n"
     return header + yaml.safe_dump(dict(options), sort_keys=False)
+
+
+def differences(options: Options, given: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
+    """What was given and differs from `base`, which has a value for each option: `epochs 2 (was 20)`."""
+    values = options.by_name()
+    return [
+        f"{name.replace('_', '-')} {_show(values[name])} (was {'unset' if base[name] is None else _show(base[name])})"
+        for name in given
+        if name not in OF_ONE_CALL and given[name] != base[name]
+    ]
 
 
 def describe(options: Options, parser: OptionParser, given: Mapping[str, Any]) -> str:

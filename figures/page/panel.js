@@ -38,8 +38,9 @@ class Panel {
     schedule();
   }
 
+  /** Of the patches; values by offset may be between the places of a window. */
   get grid() {
-    return this.checkpoint.grid;
+    return this.view?.byOffset ? this.view.shape.map((side) => (side + 1) / 2) : this.checkpoint.grid;
   }
 
   get layerIndex() {

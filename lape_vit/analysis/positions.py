@@ -121,12 +121,15 @@ def mean_by_distance(view: PositionView, grid: Grid) -> tuple[list[int], Tensor]
 
     Args:
         view: of patches or by offset.
-        grid: (H, W) of the view.
+        grid: (H, W) of the patches; a view by offset has its own.
 
     Returns:
         Distances, in patches, rounded; and the mean over all pairs of different patches that lie so far apart, and over
         heads, in float64: (L, distances).
     """
+    if view.by_offset:
+        _, rows, columns = view.values[0].shape
+        grid = ((rows + 1) // 2, (columns + 1) // 2)
     height, width = grid
     dy, dx = (torch.arange(1 - side, side)[:, None].abs() for side in grid)
     dx = dx.T

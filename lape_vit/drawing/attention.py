@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from torch import Tensor
 
-from figures.panels import SIGNED, Token, layers_band, show_map
-from figures.positions import Positions
-from figures.sheet import Band, Colours, Panel, Sheet, draw_sheets, single
 from lape_vit.analysis.attention_maps import LayerAttention
 from lape_vit.analysis.positions import layer_titles, token_map
+from lape_vit.analysis.timm_attention import SeenWeights
+from lape_vit.drawing.panels import SIGNED, Token, layers_band, show_map
+from lape_vit.drawing.positions import Positions
+from lape_vit.drawing.sheet import Band, Colours, Panel, Sheet, draw_sheets, single
+from lape_vit.places import Grid
 
 UNSIGNED = "viridis"
 """Perceptually uniform."""
@@ -31,18 +34,26 @@ class TokenAttention:
     Attributes:
         pixels: the image as the model sees it, without normalisation: (height, width, 3), in [0, 1].
         parts: (h, H, W) of each layer, by name: ``attention``, the weights, and, where the logits split,
-            ``position_logits`` and ``content_logits``.
+            ``position_logits`` and ``content_logits``. Layers of a model of timm's own may differ in heads and grid.
+        layers: a title of each layer.
     """
 
     positions: Positions
     file: str
     pixels: Tensor
     parts: dict[str, list[Tensor]]
+    layers: list[str]
 
-    @property
-    def layers(self) -> list[str]:
-        """A title of each layer."""
-        return layer_titles(len(self.parts["attention"]), self.positions.join_type)
+    def mark(self, grid: Grid) -> Token:
+        """The chosen patch in a layer of another grid."""
+        row, column = (int(share * side) for share, side in zip(place_of(self.positions), grid, strict=True))
+        return row, column
+
+
+def place_of(positions: Positions) -> tuple[float, float]:
+    """The middle of the chosen patch, as shares of the image's height and width."""
+    row, column = ((index + 0.5) / side for index, side in zip(positions.token, positions.grid, strict=True))
+    return row, column
 
 
 def of_token(positions: Positions, file: str, pixels: Tensor, layers: Sequence[LayerAttention]) -> TokenAttention:
@@ -53,19 +64,35 @@ def of_token(positions: Positions, file: str, pixels: Tensor, layers: Sequence[L
         for name, values in zip(parts, (layer.weights, layer.position, layer.content), strict=True):
             if values is not None:
                 parts[name].append(token_map(values[:, -patches:, -patches:], positions.grid, positions.token))
-    return TokenAttention(positions, file, pixels, {name: maps for name, maps in parts.items() if maps})
+    titles = layer_titles(len(layers), positions.join_type)
+    return TokenAttention(positions, file, pixels, {name: maps for name, maps in parts.items() if maps}, titles)
+
+
+def of_timm(positions: Positions, file: str, pixels: Tensor, layers: Sequence[SeenWeights]) -> TokenAttention:
+    """The same of a model of timm's own."""
+    parts = {"attention": [layer.weights for layer in layers]}
+    return TokenAttention(positions, file, pixels, parts, [layer.layer for layer in layers])
+
+
+def alike(maps: Sequence[Tensor]) -> list[slice]:
+    """Successive layers with as many heads on the same grid."""
+    runs = [len([*run]) for _, run in groupby(maps, key=lambda of_layer: of_layer.shape)]
+    return [slice(sum(runs[:number]), sum(runs[: number + 1])) for number in range(len(runs))]
 
 
 def pictures(shown: TokenAttention) -> Iterator[tuple[str, Figure]]:
     """Each picture with its file's name less the ending: all layers, then each."""
     row, column = shown.positions.token
     heading = [*shown.positions.heading, f"{shown.file}, seen from the patch in row {row}, column {column}"]
-    heads = f"{len(shown.parts['attention'][0])} heads, row by row"
     sheets = [Sheet([], [image_band(shown.pixels, shown.positions)], box=2.4)]
     drawn = [name for name in TITLES if name in shown.parts]
     for name in drawn:
-        band = layers_band(f"{TITLES[name]}: {heads}", shown.layers, shown.parts[name], scale(shown, name))
-        sheets.append(Sheet([], [band], per_row=4))
+        bands = []
+        for run in alike(maps := shown.parts[name]):
+            blank = ", blank beyond the window" if maps[run][0].isnan().any() else ""
+            title = f"{TITLES[name]}: {len(maps[run][0])} heads, row by row{blank}"
+            bands.append(layers_band(title, shown.layers[run], maps[run], scale(shown, name)))
+        sheets.append(Sheet([], bands, per_row=4))
     yield "attention", draw_sheets(sheets, heading)
     for layer, title in enumerate(shown.layers):
         sheets = []
@@ -78,20 +105,20 @@ def pictures(shown: TokenAttention) -> Iterator[tuple[str, Figure]]:
 def scale(shown: TokenAttention, name: str) -> Colours:
     """One for all layers and heads."""
     # An encoding may hide keys by logits of -inf, which stay blank.
-    most = max(maps[maps.isfinite()].abs().max().item() for maps in shown.parts[name]) or 1.0
-    if name == "attention":
+    values = torch.cat([maps[maps.isfinite()] for maps in shown.parts[name]])
+    most = values.abs().max().item() or 1.0
+    if name == "attention" and values.min() >= 0:  # mixed over heads, as in CaiT, weights may be negative
         return Colours(UNSIGNED, (0.0, most))
     return Colours(SIGNED, (-most, most))
 
 
 def heads_band(title: str, shown: TokenAttention, name: str, layer: int) -> Band:
     """One layer, a panel for each head, with ticks."""
-    grid, token = shown.positions.grid, shown.positions.token
-    panels = [
-        Panel(f"head {head}", partial(show_map, values=values, colours=scale(shown, name), grid=grid, mark=token))
-        for head, values in enumerate(shown.parts[name][layer])
-    ]
-    return Band(title, panels, grid[0] / grid[1], scale(shown, name), with_ticks=True)
+    maps, colours = shown.parts[name][layer], scale(shown, name)
+    grid = (maps.shape[1], maps.shape[2])
+    draw = partial(show_map, colours=colours, grid=grid, mark=shown.mark(grid))
+    panels = [Panel(f"head {head}", partial(draw, values=values)) for head, values in enumerate(maps)]
+    return Band(title, panels, grid[0] / grid[1], colours, with_ticks=True)
 
 
 def image_band(pixels: Tensor, positions: Positions) -> Band:
@@ -110,5 +137,11 @@ def show_image(axes: Axes, pixels: Tensor, grid: tuple[int, int], token: Token) 
 
 
 def raw_values(shown: TokenAttention) -> dict[str, NDArray[Any]]:
-    """All numbers behind the pictures, (L, h, H, W) by the part's name."""
-    return {name: torch.stack(maps).numpy() for name, maps in shown.parts.items()}
+    """All numbers behind the pictures, (L, h, H, W) by the part's name; by ``attention_part0`` and so on where layers
+    differ in heads or grid."""
+    values = {}
+    for name, maps in shown.parts.items():
+        runs = alike(maps)
+        for number, run in enumerate(runs):
+            values[f"{name}_part{number}" if len(runs) > 1 else name] = torch.stack(maps[run]).numpy()
+    return values

@@ -16,9 +16,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from figures.sheet import Band, Colours, Panel, spread
 from lape_vit.analysis.positions import PositionView, token_map
 from lape_vit.analysis.views import mean_by_offset
+from lape_vit.drawing.sheet import Band, Colours, Panel, spread
 from lape_vit.places import Grid
 
 SIGNED = "coolwarm"
@@ -120,9 +120,10 @@ def show_map(axes: Axes, values: Tensor, colours: Colours, grid: Grid, mark: Tok
     axes.set(xticks=list(columns), yticks=list(rows), xlabel="column", ylabel="row")
 
 
-def show_offsets(axes: Axes, values: Tensor, colours: Colours, grid: Grid) -> None:
+def show_offsets(axes: Axes, values: Tensor, colours: Colours) -> None:
     """Every offset of the key from the query (2H-1, 2W-1)."""
     show(axes, values, colours)
+    grid = [(side + 1) // 2 for side in values.shape]
     (rows, row_names), (columns, column_names) = (offset_ticks(side, max(grid)) for side in grid)
     axes.set_xticks(columns, column_names)
     axes.set_yticks(rows, row_names)
@@ -167,6 +168,8 @@ def merged(layers: list[str], values: list[Tensor]) -> tuple[list[str], list[Ten
     """Titles and values of the layers; one for all where all layers are the same."""
     if len(values) == 1 or not all(torch.equal(value, values[0]) for value in values):
         return layers, values
+    if not layers[0].startswith("block "):  # the path of a module of timm
+        return [f"{layers[0]} to {layers[-1]}"], values[:1]
     block, _, join = layers[0].partition(",")
     return [f"{block.replace('block', 'blocks')} to {len(layers) - 1},{join}"], values[:1]
 
@@ -201,7 +204,7 @@ def layer_band(view: PositionView, layer: int, grid: Grid) -> Band:
     if view.rows:
         draw = partial(show_rows, names=view.rows)
     else:
-        draw = partial(show_offsets if view.by_offset else show_matrix, grid=grid)
+        draw = partial(show_offsets) if view.by_offset else partial(show_matrix, grid=grid)
     panels = [
         Panel(title, partial(draw, values=value, colours=colours))
         for title, value in zip(titles_of(view, len(values)), values, strict=True)

@@ -10,9 +10,6 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from figures.panels import Token, encoding_band, frequency_band, layer_band, token_band, varies_by_patch, view_bands
-from figures.sheet import Band, Sheet, draw_sheets, single
-from lape_vit import VisionTransformer
 from lape_vit.analysis.positions import (
     PositionView,
     check_token,
@@ -22,10 +19,26 @@ from lape_vit.analysis.positions import (
     plane_frequencies,
     position_views,
 )
-from lape_vit.analysis.timm_positions import timm_grid, timm_position_views
-from lape_vit.encodings.learnable import Learnable
+from lape_vit.analysis.timm_positions import (
+    patch_grid,
+    timm_encoding,
+    timm_grid,
+    timm_position_views,
+    timm_tables,
+)
+from lape_vit.drawing.panels import (
+    Token,
+    encoding_band,
+    frequency_band,
+    layer_band,
+    token_band,
+    varies_by_patch,
+    view_bands,
+)
+from lape_vit.drawing.sheet import Band, Sheet, draw_sheets, single
 from lape_vit.joins import Basic
 from lape_vit.places import Grid
+from lape_vit.vit import VisionTransformer
 
 ORIGINAL_NAMES = {"similarity": ("sim", "sim_overall"), "bias": ("bias", "head{head}")}
 """What the original calls a view in its files' names: of one patch, and the whole of it."""
@@ -43,6 +56,7 @@ class Positions:
         views: see :func:`lape_vit.analysis.positions.position_views`.
         frequencies: (V, pairs, 2) of each layer of a rotary encoding.
         encoding: the similarity of the absolute encoding itself, (T, H*W, H*W) of T tables, or None.
+        places: what the grid is made of.
     """
 
     source: str
@@ -54,11 +68,13 @@ class Positions:
     views: list[PositionView]
     frequencies: list[Tensor]
     encoding: Tensor | None
+    places: str = "patches"
 
     @property
     def heading(self) -> list[str]:
         height, width = self.grid
-        return [self.source, f"{self.model}, pe={self.pe}, join_type={self.join_type}, {height} x {width} patches"]
+        size = f"{height} x {width} {self.places}"
+        return [self.source, f"{self.model}, pe={self.pe}, join_type={self.join_type}, {size}"]
 
     @property
     def uses_token(self) -> bool:
@@ -82,17 +98,18 @@ def measure(model: Any, source: str, name: str, token: Token | None = None) -> P
     height, width = grid = model.patch_embed.grid_size if ours else timm_grid(model)
     token = token or (height // 2, width // 2)
     check_token(token, grid)
-    tables = encoding_tables(model) if ours else model.pos_embed[:, -height * width :]
+    tables = encoding_tables(model) if ours else timm_tables(model)
     return Positions(
         source,
         name,
-        model.pe if ours else Learnable.name,
+        model.pe if ours else timm_encoding(model),
         model.join_type if ours else Basic.name,
         grid,
         token,
         views=position_views(model) if ours else timm_position_views(model),
         frequencies=plane_frequencies(model) if ours else [],
         encoding=torch.stack([cosine_similarity(table) for table in tables]) if tables is not None else None,
+        places="patches" if patch_grid(model) else "places of a window",
     )
 
 

@@ -20,6 +20,7 @@ from diagnosis.tables import heading
 from lape_vit.analysis.diagnosis import Diagnosis
 from lape_vit.analysis.diagnosis_numbers import INPUT, READ, TAKEN_AWAY, Group, Key, Values, changes_of
 from lape_vit.drawing.diagnosis import (
+    FEW,
     SMALL,
     draw_line,
     draw_page,
@@ -53,7 +54,8 @@ def file_name(label: str) -> str:
 
 def draw_group(one: Group) -> Figure:
     """The page of a model, over its seeds."""
-    return draw_page(one, f"{one.label}: {heading([one])}")
+    seeds = f"\nmean of {len(one.records)} seeds; bands and dots: from the lowest to the highest, each seed"
+    return draw_page(one, f"{one.label}: {heading([one])}{seeds if len(one.records) > 1 else ''}")
 
 
 # ---- the page that compares
@@ -65,7 +67,9 @@ def draw_comparison(groups: Sequence[Group]) -> Figure:
     looks = looks_of(groups)
     middle = max(3.7, 0.035 * len(groups) * len(changes_of(groups)))
     figure = Figure(figsize=(15.5, 7.8 + middle), dpi=DPI, layout="constrained")
-    figure.suptitle(heading(groups), fontsize=12)
+    several = any(len(one.records) > 1 for one in groups)
+    bands = ", bands from the lowest to the highest" if len(groups) <= FEW else ""
+    figure.suptitle(heading(groups) + (f"\nmean over seeds{bands}" if several else ""), fontsize=12)
     axes = figure.subplots(3, 2, height_ratios=(3.7, middle, 3.7))
     deepest = max(one.depth() for one in groups)
     panels: list[tuple[Axes, str, str, Callable[[int | None], Key], bool]] = [
@@ -96,7 +100,7 @@ def draw_comparison(groups: Sequence[Group]) -> Figure:
     for each, title, label, key, has_output in panels:
         for one, found, style in zip(groups, values, looks, strict=True):
             blocks: list[int | None] = [*range(one.depth()), *([None] if has_output else [])]
-            draw_line(each, over_depth(found, key, blocks), markersize=4, **style)
+            draw_line(each, over_depth(found, key, blocks), len(groups) <= FEW, markersize=4, **style)
         set_blocks(each, deepest, has_output)
         tidy(each, title, label)
         if label.startswith("R²"):
@@ -144,7 +148,7 @@ def draw_losses(
             ]
             for block in range(one.depth())
         ]
-        draw_line(axes, lost, markersize=4, **style)
+        draw_line(axes, lost, len(groups) <= FEW, markersize=4, **style)
     axes.axhline(0, color="black", linewidth=0.6)
     set_blocks(axes, max(one.depth() for one in groups), has_output=False)
     unit = "accuracy lost (points)" if measure == "accuracy" else "answers that change (%)"

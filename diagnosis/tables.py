@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comparison.tables import csv_text, mean_and_deviation
-from diagnosis.summary import (
+from diagnosis.summary import about, group, spread
+from lape_vit.analysis.attention_statistics import uniform_distance
+from lape_vit.analysis.diagnosis import Diagnosis
+from lape_vit.analysis.diagnosis_numbers import (
     INPUT,
     OUTPUT,
     READ,
@@ -16,20 +19,14 @@ from diagnosis.summary import (
     TAKEN_AWAY,
     Group,
     Key,
-    about,
+    Values,
     changes_of,
-    group,
-    spread,
 )
-from lape_vit.analysis.attention_statistics import uniform_distance
-from lape_vit.analysis.diagnosis import Diagnosis
 from runtime.files import write_text
 from runtime.tables import NOT_YET, Row, markdown
 
 NAMES = ("model", "block", "way")
 """Columns that hold no numbers."""
-
-Values = dict[Key, list[float]]
 
 
 def write_tables(folder: Path, records: Sequence[Diagnosis]) -> None:

@@ -14,12 +14,13 @@ from matplotlib.image import imread
 import compare
 import diagnose
 from datasets import build_dataset
-from diagnosis.pictures import draw_diagnosis
 from diagnosis.runs import diagnose_runs
 from diagnosis.subjects import first_images, open_subject, split
-from diagnosis.summary import Key, group, numbers
+from diagnosis.summary import group
 from diagnosis.tables import read_records
+from lape_vit import plot
 from lape_vit.analysis.diagnosis import Diagnosis
+from lape_vit.analysis.diagnosis_numbers import Key, numbers
 from runtime.logs import LoopDisplay
 from tests import tiny_run
 from tests.fake_runs import plan_of
@@ -115,7 +116,7 @@ def test_there_is_a_page_for_each_training_and_one_that_compares(runs: dict[str,
 
 def test_the_page_of_one_record_can_be_drawn_from_a_notebook(runs: dict[str, Any]) -> None:
     record = read_records(runs["out"] / "diagnosis.json")[0]
-    figure = draw_diagnosis(replace(record, about={}))  # as lape_vit.analysis.diagnosis.diagnose leaves it
+    figure = plot.diagnosis(replace(record, about={}))  # as lape_vit.analysis.diagnosis.diagnose leaves it
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert [title[:3] for title in titles] == [f"({letter})" for letter in "abcdefgh"]
     assert all(axes.get_xlabel() for axes in figure.axes)

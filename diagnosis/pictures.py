@@ -32,6 +32,9 @@ from lape_vit.drawing.diagnosis import (
 )
 from runtime.files import atomic_write
 
+FEW = 8
+"""Lines with bands on one panel, at most."""
+
 
 def write_pictures(folder: Path, records: Sequence[Diagnosis]) -> list[str]:
     """Write a page for each group of seeds, and `diagnosis.png` where there are several groups; returns their names."""
@@ -65,7 +68,9 @@ def draw_comparison(groups: Sequence[Group]) -> Figure:
     looks = looks_of(groups)
     middle = max(3.7, 0.035 * len(groups) * len(changes_of(groups)))
     figure = Figure(figsize=(15.5, 7.8 + middle), dpi=DPI, layout="constrained")
-    figure.suptitle(heading(groups), fontsize=12)
+    several = any(len(one.records) > 1 for one in groups)
+    bands = ", bands from the lowest to the highest" if len(groups) <= FEW else ""
+    figure.suptitle(heading(groups) + (f"\nmean over seeds{bands}" if several else ""), fontsize=12)
     axes = figure.subplots(3, 2, height_ratios=(3.7, middle, 3.7))
     deepest = max(one.depth() for one in groups)
     panels: list[tuple[Axes, str, str, Callable[[int | None], Key], bool]] = [
@@ -96,7 +101,7 @@ def draw_comparison(groups: Sequence[Group]) -> Figure:
     for each, title, label, key, has_output in panels:
         for one, found, style in zip(groups, values, looks, strict=True):
             blocks: list[int | None] = [*range(one.depth()), *([None] if has_output else [])]
-            draw_line(each, over_depth(found, key, blocks), markersize=4, **style)
+            draw_line(each, over_depth(found, key, blocks), len(groups) <= FEW, markersize=4, **style)
         set_blocks(each, deepest, has_output)
         tidy(each, title, label)
         if label.startswith("R²"):
@@ -144,7 +149,7 @@ def draw_losses(
             ]
             for block in range(one.depth())
         ]
-        draw_line(axes, lost, markersize=4, **style)
+        draw_line(axes, lost, len(groups) <= FEW, markersize=4, **style)
     axes.axhline(0, color="black", linewidth=0.6)
     set_blocks(axes, max(one.depth() for one in groups), has_output=False)
     unit = "accuracy lost (points)" if measure == "accuracy" else "answers that change (%)"

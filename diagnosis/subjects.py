@@ -132,7 +132,7 @@ class Half:
             for images, labels in first_images(loop.batches(loader), len(self)):
                 images, labels = images.to(runtime.device), labels.to(runtime.device)
                 yield images, labels if self.is_labelled else None
-                loop.advance(len(images), lambda: "")
+                loop.advance(len(images), lambda: ())
                 if number := noted_signal():
                     raise Interrupted(number)
 

@@ -15,6 +15,7 @@ from lape_vit.analysis.diagnosis_numbers import (
     READ,
     REMOVED,
     REMOVED_AT_OUTPUT,
+    SHARPNESS,
     TAKEN_AWAY,
     Group,
     Key,
@@ -180,10 +181,10 @@ def size_rows(one: Group, found: Values) -> list[Row]:
     rows = []
     for at in one.first.sizes:
         size = "x".join(map(str, at.size))
-        keys = {name: Key(name, size=size, way=at.way) for name in ("accuracy", "entropy, share of the most")}
-        trained = " (trained)" if at.size == one.first.size else ""
-        row = {"size": f"{size}{trained}", "way": at.way, "accuracy (%)": cell(found, keys["accuracy"])}
-        row["entropy, share of the most"] = cell(found, keys["entropy, share of the most"])
+        keys = {name: Key(name, size=size, way=at.way) for name in ("accuracy", SHARPNESS)}
+        above = " (as above)" if at.size == one.first.size else ""
+        row = {"size": f"{size}{above}", "way": at.way, "accuracy (%)": cell(found, keys["accuracy"])}
+        row[SHARPNESS] = cell(found, keys[SHARPNESS])
         for measure, unit in (("entropy", "nats"), ("distance", "patches")):
             for block in dict.fromkeys((0, one.depth() - 1)):
                 name = f"{measure} in block {'0' if block == 0 else 'last'}, {unit}"

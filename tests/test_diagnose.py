@@ -221,6 +221,16 @@ def test_bad_input_is_refused_in_one_line(
     assert all(word in line for word in words), line
 
 
+def test_a_result_that_cannot_be_written_is_told_with_exit_code_1(
+    runs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "diagnosis.md").mkdir()
+    assert call(runs["checkpoints"][0], "--output_dir", tmp_path, "--images", 8) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("diagnose.py: error: ")
+    assert "diagnosis.md" in line
+
+
 def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
     for text in ("{", json.dumps([{"pe": "none"}]), json.dumps({"a": 1})):
         (tmp_path / "diagnosis.json").write_text(text)

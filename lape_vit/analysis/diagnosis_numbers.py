@@ -13,6 +13,7 @@ INPUT, READ, OUTPUT = "input", "read", "output"
 """Spots of tokens: what a block is given, what its attention reads, and what comes after the last norm."""
 REMOVED, TAKEN_AWAY = "position removed from the input", "own positions taken away"
 REMOVED_AT_OUTPUT = "position removed from the output"
+SHARPNESS = "entropy, share of the most"
 AT_INPUT, AT_OUTPUT = "positions at the input taken away", "positions at the output taken away"
 
 
@@ -87,6 +88,7 @@ def _of_attention(record: Diagnosis) -> Iterator[tuple[Key, float]]:
             yield Key(measure, block=block), mean(by_head)
             for head, value in enumerate(by_head):
                 yield Key(measure, block=block, head=head), value
+    yield Key(SHARPNESS), share_of_most([layer.entropy for layer in record.layers], record.tokens)
 
 
 def _of_sizes(record: Diagnosis) -> Iterator[tuple[Key, float | None]]:
@@ -96,8 +98,12 @@ def _of_sizes(record: Diagnosis) -> Iterator[tuple[Key, float | None]]:
         for measure, by_layer in (("entropy", one.entropy), ("distance", one.distance)):
             for block, by_head in enumerate(by_layer):
                 yield Key(measure, block=block, size=size, way=one.way), mean(by_head)
-        sharpness = mean(value for by_head in one.entropy for value in by_head) / math.log(one.tokens)
-        yield Key("entropy, share of the most", size=size, way=one.way), sharpness
+        yield Key(SHARPNESS, size=size, way=one.way), share_of_most(one.entropy, one.tokens)
+
+
+def share_of_most(entropy: Sequence[Sequence[float]], tokens: int) -> float:
+    """Entropy of attention, by layer and head, as a part of that of attention to all tokens alike."""
+    return mean(value for by_head in entropy for value in by_head) / math.log(tokens)
 
 
 @dataclass(frozen=True)

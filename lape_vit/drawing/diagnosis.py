@@ -20,6 +20,7 @@ from lape_vit.analysis.diagnosis_numbers import (
     READ,
     REMOVED,
     REMOVED_AT_OUTPUT,
+    SHARPNESS,
     TAKEN_AWAY,
     Group,
     Key,
@@ -33,6 +34,7 @@ BLUE, ORANGE, GREEN, GREY = "tab:blue", "tab:orange", "tab:green", "0.55"
 R2_FLOOR = -0.25
 """Where the scale of R^2 ends, if values lie below: that far from any use, they say no more."""
 SMALL = 8.5
+"""Of text, in points."""
 
 
 def draw_page(one: Group, title: str) -> Figure:
@@ -41,7 +43,8 @@ def draw_page(one: Group, title: str) -> Figure:
     has_sizes = bool(one.first.sizes)
     rows = 4 if has_sizes else 3
     figure = Picture(figsize=(15, 3.3 * rows + 0.6), dpi=DPI, layout="constrained")
-    figure.suptitle(title, fontsize=11.5)
+    seeds = f"\nmean of {len(one.records)} seeds; bands and dots: from the lowest to the highest, each seed"
+    figure.suptitle(f"{title}{seeds if len(one.records) > 1 else ''}", fontsize=11.5)
     axes = figure.subplots(rows, 2)
     draw_probes(axes[0, 0], one, values)
     draw_shares(axes[0, 1], one, values)
@@ -53,7 +56,7 @@ def draw_page(one: Group, title: str) -> Figure:
     draw_heads(axes[2, 1], one, values, "distance", "attention distance (patches)", uniform, "all patches alike")
     if has_sizes:
         draw_sizes(axes[3, 0], one, values, "accuracy", "accuracy (%)")
-        draw_sizes(axes[3, 1], one, values, "entropy, share of the most", "entropy / log of the tokens")
+        draw_sizes(axes[3, 1], one, values, SHARPNESS, "entropy / log of the tokens")
     name_panels(figure)
     return figure
 
@@ -66,14 +69,14 @@ def over_depth(values: Values, key: Callable[[int | None], Key], blocks: Sequenc
     return [values.get(key(block), []) for block in blocks]
 
 
-def draw_line(axes: Axes, found: Sequence[Sequence[float]], **style: Any) -> None:
+def draw_line(axes: Axes, found: Sequence[Sequence[float]], has_band: bool = True, **style: Any) -> None:
     """A line through the means of what is there, and a band from the lowest to the highest."""
     x = [place for place, numbers in enumerate(found) if numbers]
     there = [numbers for numbers in found if numbers]
     if not there:
         return
     axes.plot(x, [np.mean(numbers) for numbers in there], **style)
-    if any(len(numbers) > 1 for numbers in there):
+    if has_band and any(len(numbers) > 1 for numbers in there):
         low, high = [min(numbers) for numbers in there], [max(numbers) for numbers in there]
         axes.fill_between(x, low, high, color=style.get("color"), alpha=0.12, linewidth=0)
 
@@ -252,18 +255,19 @@ def draw_heads(axes: Axes, one: Group, values: Values, measure: str, label: str,
 
 def draw_sizes(axes: Axes, one: Group, values: Values, measure: str, label: str) -> None:
     """A measure against the size of the input, a line for each way."""
+    above = one.first.size[1]
     for way in dict.fromkeys(at.way for at in one.first.sizes):
-        sizes = sorted({at.size for at in one.first.sizes if at.way == way})
-        found = [values.get(Key(measure, size="x".join(map(str, size)), way=way), []) for size in sizes]
-        there = [(size[1], numbers) for size, numbers in zip(sizes, found, strict=True) if numbers]
+        by_side = {above: values.get(Key(measure), [])}  # where all ways are the same
+        for at in one.first.sizes:
+            if at.way == way:
+                by_side[at.size[1]] = values.get(Key(measure, size="x".join(map(str, at.size)), way=way), [])
+        there = {side: by_side[side] for side in sorted(by_side) if by_side[side]}
         if there:
-            x, means = zip(*((size, float(np.mean(numbers))) for size, numbers in there), strict=True)
-            (line,) = axes.plot(x, means, marker="o", markersize=4, label=way)
-            low, high = [min(numbers) for _, numbers in there], [max(numbers) for _, numbers in there]
-            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
-    trained = one.first.size[1]
-    axes.axvline(trained, color="grey", linewidth=1, linestyle=(0, (1, 2)), label=f"trained at {trained}")
-    axes.set_xticks(sorted({at.size[1] for at in one.first.sizes} | {trained}))
+            (line,) = axes.plot(list(there), [np.mean(numbers) for numbers in there.values()], marker="o", label=way)
+            low, high = ([end(numbers) for numbers in there.values()] for end in (min, max))
+            axes.fill_between(list(there), low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+    axes.axvline(above, color="grey", linewidth=1, linestyle=(0, (1, 2)), label=f"the panels above: {above}")
+    axes.set_xticks(sorted({at.size[1] for at in one.first.sizes} | {above}))
     axes.set_xlabel("side of the input (pixels)")
     title = "accuracy at other sizes" if measure == "accuracy" else "sharpness of attention at other sizes"
     tidy(axes, title, label)

@@ -21,7 +21,7 @@ from comparison.paired import write_paired
 from comparison.pictures import draw_comparison
 from comparison.plan import Plan, make_plan
 from comparison.screen import Screen
-from comparison.sizes import check_ways, evaluations, write_sizes
+from comparison.sizes import check_ways, evaluation_jobs, write_sizes
 from comparison.tables import NAMES, heading, outcomes, table_rows, write_tables
 from datasets import build_dataset
 from diagnosis.runs import diagnose_runs
@@ -127,7 +127,7 @@ def evaluate(
 ) -> None:
     """Evaluate every finished run at the sizes, and write that down."""
     failed: dict[str, str] = {}
-    jobs = evaluations(plan, args.sizes, args.size_ways)
+    jobs = evaluation_jobs(plan, args.sizes, args.size_ways)
     try:
         for job in run_shown(Screen(console, "evaluation", jobs, args.jobs, trains=False), jobs, where):
             keep_failure(job, failed)

@@ -22,9 +22,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
-from engine import evaluate, train_one_epoch
+from engine import train_one_epoch
 from lape_vit.checkpoints import in_our_names
 from loading.images import UnreadableImageError
 from loading.shards import DamagedShardError
@@ -36,6 +35,7 @@ from runtime.tables import print_table
 from runtime.world import World, world_from_environment
 from training.checkpoint import save_checkpoint
 from training.curves import draw_curves
+from training.evaluation import evaluate_checkpoint, evaluate_model
 from training.folder import CHECKPOINTS, last_checkpoint
 from training.models import count_parameters, encoding_table
 from training.options import saved_options, with_dashes
@@ -67,7 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             return _end(f"error: {error}", 2, world)
         with defer_interrupts():
-            return evaluate_checkpoint(setup) if setup.training is None else train(setup, setup.training)
+            if setup.training is not None:
+                return train(setup, setup.training)
+            evaluate_checkpoint(setup)
+            return 0
     except UnreadableImageError as error:
         return _end(f"error: {error}; --skip-bad-images trains without such files", 2, world)
     except DamagedShardError as error:
@@ -101,25 +104,6 @@ def list_encodings(argv: Sequence[str], console: Console) -> int:
     model = {**parser.defaults, **in_our_names(parser.read(argv))}["model"]
     print_table(console, f"encodings, and the parameters that they add to {model}", *encoding_table(model))
     return 0
-
-
-def evaluate_checkpoint(setup: Setup) -> int:
-    """Evaluate the model, show the result, and write `eval.json`."""
-    result = evaluate_model(setup, setup.model, "test")
-    top5 = f" Acc@5 {result['acc5']:.3f}" if "acc5" in result else ""
-    _logger.info("* Acc@1 %.3f%s loss %.3f", result["acc1"], top5, result["loss"])
-    if setup.output_dir is not None:
-        write_text(setup.output_dir / "eval.json", json.dumps(result) + "\n")
-    return 0
-
-
-def evaluate_model(setup: Setup, model: nn.Module, title: str) -> dict[str, float]:
-    """Evaluate `model` on the test images; of five classes or fewer, the best five guesses have no accuracy."""
-    times = 1 if setup.options.data.dist_eval else setup.runtime.world.size
-    result = evaluate(model, setup.test_loader, times * setup.num_test_images, setup.runtime, title)
-    if setup.description["num_classes"] <= 5:
-        del result["acc5"]
-    return {**result, "count": setup.num_test_images}
 
 
 def train(setup: Setup, training: Training) -> int:

@@ -20,6 +20,7 @@ from diagnosis.tables import heading
 from lape_vit.analysis.diagnosis import Diagnosis
 from lape_vit.analysis.diagnosis_numbers import INPUT, READ, TAKEN_AWAY, Group, Key, Values, changes_of
 from lape_vit.drawing.diagnosis import (
+    FEW,
     SMALL,
     draw_line,
     draw_page,
@@ -31,9 +32,6 @@ from lape_vit.drawing.diagnosis import (
     tidy,
 )
 from runtime.files import atomic_write
-
-FEW = 8
-"""Lines with bands on one panel, at most."""
 
 
 def write_pictures(folder: Path, records: Sequence[Diagnosis]) -> list[str]:
@@ -56,7 +54,8 @@ def file_name(label: str) -> str:
 
 def draw_group(one: Group) -> Figure:
     """The page of a model, over its seeds."""
-    return draw_page(one, f"{one.label}: {heading([one])}")
+    seeds = f"\nmean of {len(one.records)} seeds; bands and dots: from the lowest to the highest, each seed"
+    return draw_page(one, f"{one.label}: {heading([one])}{seeds if len(one.records) > 1 else ''}")
 
 
 # ---- the page that compares

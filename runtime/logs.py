@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.live import Live
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -195,6 +196,31 @@ class _Bar:
 
 def _log(title: str, steps: int, step: int, left: str, fields: Sequence[str]) -> None:
     _logger.info("%s", GAP.join([title, f"{step:{len(str(steps))}}/{steps}", *fields, left]))
+
+
+@contextmanager
+def show_activity(console: Console, text: str) -> Iterator[Callable[[str], None]]:
+    """Within this context, show what is being done; what is yielded takes another text.
+
+    A terminal shows it in a line with the seconds so far, which disappears at the end. Elsewhere the first text is
+    logged at once, and later ones five seconds or more apart.
+    """
+    if console.is_terminal:
+        columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+        with Progress(*columns, console=console, transient=True, refresh_per_second=4) as progress:
+            task = progress.add_task(text, total=None)
+            yield lambda changed: progress.update(task, description=changed)
+        return
+    _logger.info("%s", text)
+    logged = time.perf_counter()
+
+    def log(changed: str) -> None:
+        nonlocal logged
+        if time.perf_counter() - logged >= SECONDS_BETWEEN_LINES:
+            _logger.info("%s", changed)
+            logged = time.perf_counter()
+
+    yield log
 
 
 def clock(seconds: float) -> str:

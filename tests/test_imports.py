@@ -54,9 +54,9 @@ BENEATH: dict[str, tuple[str, ...]] = {
     "training": ("checkpoints", "options"),
     "datasets": ("loading",),
     "engine": ("training",),
-    "setup": ("datasets", "training", "lape_vit"),
+    "setup": ("datasets", "engine", "lape_vit"),
     "figures": ("setup",),
-    "comparison": ("engine", "setup"),
+    "comparison": ("setup",),
     "diagnosis": ("comparison",),
     "commands": ("diagnosis", "figures"),
     "benchmarks": ("commands",),
@@ -80,7 +80,7 @@ def layer_of(module: str) -> str:
             return name if name in BENEATH else ""
         case ["training", "options" | "sources" | "catalogue" | "command_line"]:
             return "options"
-        case ["training", "setup" | "models"]:
+        case ["training", "setup" | "models" | "evaluation"]:
             return "setup"
         case [name] if name in COMMANDS:
             return "commands"

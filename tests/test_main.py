@@ -23,6 +23,7 @@ from torch import nn
 import engine
 import main
 import similarity_visualize
+import training.evaluation
 import training.setup
 from lape_vit.encodings import ENCODINGS, all_options
 from runtime.world import World
@@ -103,7 +104,7 @@ def test_the_best_checkpoint_is_that_of_the_best_epoch(
 ) -> None:
     accuracies = iter([50.0, 70.0, 70.0, 60.0])
     result = {"acc5": 100.0, "loss": 1.0, "count": 13}
-    monkeypatch.setattr(main, "evaluate", lambda *args, **kwargs: {"acc1": next(accuracies), **result})
+    monkeypatch.setattr(training.evaluation, "evaluate", lambda *args, **kwargs: {"acc1": next(accuracies), **result})
     train("--recipe", recipe, "--epochs", 4, "--output_dir", tmp_path / "run")
     assert load(tmp_path / "run" / "best_checkpoint.pth")["epoch"] == 2
     assert load(tmp_path / "run" / "checkpoint.pth")["epoch"] == 4
@@ -206,10 +207,10 @@ def test_the_average_may_stay_in_the_cpus_memory(recipe: Path, caplog: pytest.Lo
 
 def test_evaluating_all_on_every_process_gives_the_same_result(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = set_up("--recipe", recipe, "--no-dist-eval")
-    alone = main.evaluate_model(run, run.model, "alone")
+    alone = training.evaluation.evaluate_model(run, run.model, "alone")
     run.runtime = replace(run.runtime, world=World(0, 2, 0))
     monkeypatch.setattr(engine, "sum_over_ranks", lambda tensor: 2 * tensor)  # of two processes with all images each
-    assert main.evaluate_model(run, run.model, "one of two") == alone
+    assert training.evaluation.evaluate_model(run, run.model, "one of two") == alone
     assert alone["count"] == tiny_run.NUM_VAL
 
 
@@ -289,7 +290,7 @@ def test_the_average_has_a_best_checkpoint_of_its_own_and_is_evaluated_from_it(
     accuracies = iter([50.0, 20.0, 40.0, 60.0, 30.0, 55.0])  # of the model and of the average, in turn
     with monkeypatch.context() as patch:
         result = {"acc5": 100.0, "loss": 1.0}
-        patch.setattr(main, "evaluate", lambda *args, **kwargs: {"acc1": next(accuracies), **result})
+        patch.setattr(training.evaluation, "evaluate", lambda *args, **kwargs: {"acc1": next(accuracies), **result})
         train("--recipe", recipe, "--epochs", 3, "--model-ema", "--model-ema-decay", 0.5, "--output_dir", tmp_path)
     assert load(tmp_path / "best_checkpoint.pth")["epoch"] == 1
     path = tmp_path / "best_ema_checkpoint.pth"
@@ -428,10 +429,10 @@ def test_the_best_five_guesses_have_an_accuracy_only_where_they_may_be_wrong(
 ) -> None:
     setup = set_up("--eval", "--resume", trained / "checkpoint.pth", "--output_dir", tmp_path)
     setup.description["num_classes"] = num_classes
-    result = main.evaluate_model(setup, setup.model, "test")
+    result = training.evaluation.evaluate_model(setup, setup.model, "test")
     row = {f"test_{name}": value for name, value in result.items()}
     row |= {"epoch": 1, "train_loss": 1.0, "train_lr": 1e-3, "seconds": 1.0, "waiting_share": 0.0}
-    assert main.evaluate_checkpoint(setup) == 0
+    training.evaluation.evaluate_checkpoint(setup)
     shown = [result, json.loads((tmp_path / "eval.json").read_text())]
     assert ["acc5" in one for one in shown] == [num_classes > 5] * 2
     lines = main.summarise(row, 1), capsys.readouterr().out
@@ -680,7 +681,9 @@ def test_a_schedule_that_looks_at_the_accuracies_goes_on_where_it_was(
     tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(folder: Path, *flags: object) -> list[float]:
-        monkeypatch.setattr(main, "evaluate", lambda *args, **kwargs: {"acc1": next(accuracies), **result})
+        monkeypatch.setattr(
+            training.evaluation, "evaluate", lambda *args, **kwargs: {"acc1": next(accuracies), **result}
+        )
         call(*flags, "--output_dir", folder)
         return [row["train_lr"] for row in log_of(folder)]
 

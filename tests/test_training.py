@@ -739,6 +739,31 @@ def test_elsewhere_a_long_loop_gets_ten_lines_and_a_short_one_none(
     assert caplog.messages[4] == "epoch 1/2  10/20  loss 1.2500  [x]  2 images/s  25 % waiting for data  1:40 left"
 
 
+def test_an_activity_is_told_at_once_and_later_ones_in_their_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    now = [100.0]
+    monkeypatch.setattr(logs.time, "perf_counter", lambda: now[0])
+    with logs.show_activity(Console(force_terminal=False, file=io.StringIO()), "drawing") as show:
+        assert caplog.messages == ["drawing"]
+        for number in range(12):
+            now[0] += 1
+            show(f"drawing {number}")
+    assert caplog.messages == ["drawing", "drawing 4", "drawing 9"]
+
+
+def test_on_a_terminal_an_activity_leaves_no_line_behind(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    console = Console(force_terminal=True, file=io.StringIO(), width=80)
+    with logs.show_activity(console, "drawing") as show:
+        show("drawing [b] of c")
+    assert isinstance(console.file, io.StringIO)
+    assert "drawing [b] of c" in console.file.getvalue()
+    assert console.file.getvalue().endswith("\x1b[1A\x1b[2K")
+    assert caplog.messages == []
+
+
 def test_other_processes_show_nothing_but_look_at_the_loss(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:

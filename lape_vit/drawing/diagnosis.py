@@ -35,6 +35,8 @@ R2_FLOOR = -0.25
 """Where the scale of R^2 ends, if values lie below: that far from any use, they say no more."""
 SMALL = 8.5
 """Of text, in points."""
+FEW = 8
+"""Lines with bands on one panel, at most."""
 
 
 def draw_page(one: Group, title: str) -> Figure:
@@ -43,8 +45,7 @@ def draw_page(one: Group, title: str) -> Figure:
     has_sizes = bool(one.first.sizes)
     rows = 4 if has_sizes else 3
     figure = Picture(figsize=(15, 3.3 * rows + 0.6), dpi=DPI, layout="constrained")
-    seeds = f"\nmean of {len(one.records)} seeds; bands and dots: from the lowest to the highest, each seed"
-    figure.suptitle(f"{title}{seeds if len(one.records) > 1 else ''}", fontsize=11.5)
+    figure.suptitle(title, fontsize=11.5)
     axes = figure.subplots(rows, 2)
     draw_probes(axes[0, 0], one, values)
     draw_shares(axes[0, 1], one, values)

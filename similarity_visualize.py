@@ -27,12 +27,11 @@ from figures import comparison
 from figures.checkpoints import FLAGS, load_model, load_published
 from figures.explore import explore_page
 from lape_vit import VisionTransformer
-from lape_vit.analysis.attention_maps import attention_maps, why_no_split
-from lape_vit.analysis.timm_attention import timm_attention
+from lape_vit.analysis.attention_maps import why_no_split
 from lape_vit.drawing import attention, positions
 from lape_vit.drawing.positions import Positions
 from lape_vit.encodings import all_options
-from lape_vit.images import image_transform, pixels_of
+from lape_vit.images import image_transform
 from loading.images import read_image
 from runtime.interrupt import raise_on_ctrl_c
 from runtime.logs import end_in_one_line, show_activity, start_logging
@@ -127,20 +126,15 @@ def over_image(checkpoint: Checkpoint, file: str) -> attention.TokenAttention:
         ValueError, OSError: no image, or a model of timm's own that does not hand out its attention.
     """
     model, shown = checkpoint.model, checkpoint.positions
-    ours = isinstance(model, VisionTransformer)
-    reason = why_no_split(model) if ours else f"{shown.model} is timm's own"
+    reason = why_no_split(model) if isinstance(model, VisionTransformer) else f"{shown.model} is timm's own"
     if reason is not None:
         _logger.info("--image: attention is drawn without a position part, for %s", reason)
-    image, pixels = prepare(model, file)
-    if ours:
-        return attention.of_token(shown, file, pixels, attention_maps(model, image[None]))
-    return attention.of_timm(shown, file, pixels, timm_attention(model, image[None], attention.place_of(shown)))
+    return attention.over_image(shown, model, prepare(model, file), file)
 
 
-def prepare(model: Any, file: str) -> tuple[Tensor, Tensor]:
-    """An image as the model reads it (3, height, width), and as the eye does (height, width, 3) in [0, 1]: upright."""
-    image = image_transform(model)(read_image(str(Path(file).expanduser()), upright=True))
-    return image, pixels_of(model, image)
+def prepare(model: Any, file: str) -> Tensor:
+    """An image, turned upright, as the model reads it (3, height, width)."""
+    return image_transform(model)(read_image(str(Path(file).expanduser()), upright=True))
 
 
 def write(folder: Path, file_format: str, pictures: Iterable[tuple[str, Figure]], console: Console) -> None:

@@ -16,17 +16,15 @@ try:
 except ImportError as error:
     raise ImportError("lape_vit.plot needs matplotlib: pip install 'lape-vit[plot]'", name="matplotlib") from error
 
-from lape_vit.analysis.attention_maps import attention_maps
 from lape_vit.analysis.diagnosis import Diagnosis
 from lape_vit.analysis.diagnosis_numbers import Group
-from lape_vit.drawing.attention import of_token
+from lape_vit.drawing.attention import over_image
 from lape_vit.drawing.attention import pictures as attention_pictures
 from lape_vit.drawing.diagnosis import draw_page
 from lape_vit.drawing.panels import Token
 from lape_vit.drawing.positions import measure
 from lape_vit.drawing.positions import pictures as position_pictures
-from lape_vit.images import image_transform, pixels_of
-from lape_vit.vit import VisionTransformer
+from lape_vit.images import image_transform
 
 
 def positions(model: nn.Module, token: Token | None = None) -> Figure:
@@ -50,23 +48,18 @@ def attention(model: nn.Module, image: str | Path | Image.Image | Tensor, token:
     """What one patch attends to on an image in every layer, and, where the logits split, what positions add to them.
 
     Args:
-        model: ours; see :func:`lape_vit.from_timm`.
+        model: ours, or a vision transformer of timm that hands out its attention.
         image: a file, a PIL image, or a tensor (3, height, width) as the model reads it. The first two are prepared as
             in evaluation, a file upright.
         token: (row, column) of the patch that attends; default: the one in the centre.
 
     Raises:
-        ValueError: a model of timm's own, a token outside the grid.
+        ValueError: a model whose attention cannot be seen, a token outside the grid.
         OSError: no image.
     """
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(f"{type(model).__name__} is timm's own: lape_vit.from_timm(model) makes it ours")
-    name = "an image" if not isinstance(image, str | Path) else str(image)
-    tensor = read(model, image)
-    device = next(model.parameters()).device
+    name = str(image) if isinstance(image, str | Path) else "an image"
     seen = measure(model, "attention", name_of(model), token)
-    layers = attention_maps(model, tensor[None].to(device))
-    _, figure = next(attention_pictures(of_token(seen, name, pixels_of(model, tensor), layers)))
+    _, figure = next(attention_pictures(over_image(seen, model, read(model, image), name)))
     return figure
 
 

@@ -20,6 +20,7 @@ from figures.checkpoints import load_model
 from lape_vit import convert_checkpoint, encodings
 from lape_vit.analysis.positions import layer_positions, position_views
 from lape_vit.analysis.timm_attention import timm_attention
+from lape_vit.images import pixels_of
 from lape_vit.joins import legal_pairs
 from similarity_visualize import main, read_options
 from tests.models import COMPACT, DEIT, DISTILLED, SIZES, create, disturb, leave_as_downloaded
@@ -208,7 +209,8 @@ def test_an_image_is_prepared_as_the_checkpoint_says(tmp_path: Path) -> None:
     with Image.open(tmp_path / "image.png") as image:
         expected = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)) / 255
     model, _ = load_model(str(tmp_path / "checkpoint.pth"), {})
-    normalised, pixels = similarity_visualize.prepare(model, str(tmp_path / "image.png"))
+    normalised = similarity_visualize.prepare(model, str(tmp_path / "image.png"))
+    pixels = pixels_of(model, normalised)
     np.testing.assert_allclose(pixels, expected, atol=1e-6)
     np.testing.assert_allclose(normalised.permute(1, 2, 0), (expected - 0.1) / 0.5, atol=1e-5)
 
@@ -216,12 +218,12 @@ def test_an_image_is_prepared_as_the_checkpoint_says(tmp_path: Path) -> None:
     exif[ExifTags.Base.Orientation] = 3  # upside down
     with Image.open(tmp_path / "image.png") as image:
         image.rotate(180).save(tmp_path / "turned.png", exif=exif)
-    _, upright = similarity_visualize.prepare(model, str(tmp_path / "turned.png"))
+    upright = pixels_of(model, similarity_visualize.prepare(model, str(tmp_path / "turned.png")))
     np.testing.assert_allclose(upright, pixels, atol=1e-6)
 
     deep = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    _, grey = similarity_visualize.prepare(model, str(tmp_path / "deep.png"))
+    grey = pixels_of(model, similarity_visualize.prepare(model, str(tmp_path / "deep.png")))
     np.testing.assert_allclose(grey[..., 0] * 255, deep >> 8, atol=1e-3)
 
 

@@ -163,8 +163,8 @@ class RunOptions:
              "are the checkpoint's unless others are given; default: start from random weights")
     pretrained: str | None = option(nargs="?", const="", read=optional(str), metavar="TAG",
         help="start from the weights that timm publishes for --model, under this tag or that of --model NAME.TAG, else "
-             "under its default tag; what does not fit is left out, and said; none, the default of most recipes: start "
-             "from random weights")
+             "under its default tag; what does not fit is left out, and said; none: start from random weights; "
+             "default: as the recipe says, and most start from random weights")
     recipe: str | None = option(metavar="NAME", of_one_call=True,
         help="options from recipes/NAME.yaml, or from the .yaml file of this path; default: the data set's recipe")
     show_options: bool = option(default=False, of_one_call=True,

@@ -13,13 +13,15 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lape_vit.analysis.attention_maps import LayerAttention
+from lape_vit.analysis.attention_maps import LayerAttention, attention_maps
 from lape_vit.analysis.positions import layer_titles, token_map
-from lape_vit.analysis.timm_attention import SeenWeights
+from lape_vit.analysis.timm_attention import SeenWeights, timm_attention
 from lape_vit.drawing.panels import SIGNED, Token, layers_band, show_map
 from lape_vit.drawing.positions import Positions
 from lape_vit.drawing.sheet import Band, Colours, Panel, Sheet, draw_sheets, single
+from lape_vit.images import pixels_of
 from lape_vit.places import Grid
+from lape_vit.vit import VisionTransformer
 
 UNSIGNED = "viridis"
 """Perceptually uniform."""
@@ -54,6 +56,23 @@ def place_of(positions: Positions) -> tuple[float, float]:
     """The middle of the chosen patch, as shares of the image's height and width."""
     row, column = ((index + 0.5) / side for index, side in zip(positions.token, positions.grid, strict=True))
     return row, column
+
+
+def over_image(positions: Positions, model: Any, image: Tensor, file: str) -> TokenAttention:
+    """What the chosen patch attends to on an image.
+
+    Args:
+        model: ours, or one of timm's own that hands out its attention.
+        image: (3, height, width), as the model reads it, on the CPU.
+        file: what to call the image.
+
+    Raises:
+        ValueError: a model of timm's own that does not.
+    """
+    pixels, batch = pixels_of(model, image), image[None].to(next(model.parameters()).device)
+    if isinstance(model, VisionTransformer):
+        return of_token(positions, file, pixels, attention_maps(model, batch))
+    return of_timm(positions, file, pixels, timm_attention(model, batch, place_of(positions)))
 
 
 def of_token(positions: Positions, file: str, pixels: Tensor, layers: Sequence[LayerAttention]) -> TokenAttention:

@@ -21,12 +21,13 @@ from comparison.paired import write_paired
 from comparison.pictures import draw_comparison
 from comparison.plan import Plan, make_plan
 from comparison.screen import Screen
-from comparison.sizes import check_ways, evaluations, write_sizes
+from comparison.sizes import check_ways, evaluation_jobs, write_sizes
 from comparison.tables import NAMES, heading, outcomes, table_rows, write_tables
 from datasets import build_dataset
+from diagnosis.runs import diagnose_runs
 from runtime.files import atomic_write
 from runtime.interrupt import Interrupted, defer_interrupts, raise_on_ctrl_c
-from runtime.logs import end_in_one_line, start_logging
+from runtime.logs import LoopDisplay, end_in_one_line, start_logging
 from runtime.tables import print_table
 from training.setup import image_settings
 
@@ -94,7 +95,7 @@ def open_data(plan: Plan) -> None:
 
 
 def compare(plan: Plan, args: argparse.Namespace, console: Console) -> int:
-    """Train what is left, evaluate at other sizes, write it all down; 1 if something failed."""
+    """Train what is left, evaluate at other sizes, diagnose, write it all down; 1 if something failed."""
     todo = [run for run in plan.runs if not run.is_finished()]
     jobs = [
         Job(run.name, run, [*run.argv, "--output-dir", str(run.folder), "--auto-resume"], run.folder, run.is_finished)
@@ -112,6 +113,10 @@ def compare(plan: Plan, args: argparse.Namespace, console: Console) -> int:
     show_results(plan, console)
     if args.sizes:
         evaluate(plan, args, where, console, failures)
+    if args.diagnose:
+        folder, failed = diagnose_runs(plan, args.sizes, args.size_ways, LoopDisplay(console))
+        failures |= failed
+        _logger.info("%s: diagnosis.md, diagnosis.csv, diagnosis.json and pictures", folder)
     for name, reason in failures.items():
         _end(f"{name} failed: {reason}", 1)
     return 1 if failures else 0
@@ -122,7 +127,7 @@ def evaluate(
 ) -> None:
     """Evaluate every finished run at the sizes, and write that down."""
     failed: dict[str, str] = {}
-    jobs = evaluations(plan, args.sizes, args.size_ways)
+    jobs = evaluation_jobs(plan, args.sizes, args.size_ways)
     try:
         for job in run_shown(Screen(console, "evaluation", jobs, args.jobs, trains=False), jobs, where):
             keep_failure(job, failed)

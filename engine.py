@@ -47,8 +47,9 @@ def train_one_epoch(
     device, first_update = runtime.device, training.epoch * training.updates
     progress.loss_sum = progress.loss_sum.to(device)
 
-    def status() -> str:
-        return f"loss {progress.loss_sum.item() / max(1, progress.done):.4f}  lr {training.lr:.2e}"
+    def status() -> list[str]:
+        accuracy = [f"acc@1 {training.rows[-1]['test_acc1']:.2f} %"] if training.rows else []
+        return [f"loss {progress.loss_sum.item() / max(1, progress.done):.4f}", *accuracy, f"lr {training.lr:.2e}"]
 
     model.train(training.options.model.train_mode)
     scheduler.step(epoch_of_schedule(training.options.optimisation, training.epoch))
@@ -164,8 +165,8 @@ def evaluate(model: nn.Module, loader: DataLoader, num_images: int, runtime: Run
     right = torch.zeros(2, dtype=torch.int64, device=device)  # by the best guess, by the best five
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
-    def status() -> str:
-        return f"acc@1 {100 * right[0].item() / loop.images:.2f} %"
+    def status() -> list[str]:
+        return [f"acc@1 {100 * right[0].item() / loop.images:.2f} %"]
 
     with runtime.display.show(title, len(loader)) as loop:
         for images, targets in loop.batches(loader):

@@ -11,6 +11,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,9 +22,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
-from engine import evaluate, train_one_epoch
+from engine import train_one_epoch
 from lape_vit.checkpoints import in_our_names
 from loading.images import UnreadableImageError
 from loading.shards import DamagedShardError
@@ -35,6 +35,7 @@ from runtime.tables import print_table
 from runtime.world import World, world_from_environment
 from training.checkpoint import save_checkpoint
 from training.curves import draw_curves
+from training.evaluation import evaluate_checkpoint, evaluate_model
 from training.folder import CHECKPOINTS, last_checkpoint
 from training.models import count_parameters, encoding_table
 from training.options import saved_options, with_dashes
@@ -66,7 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             return _end(f"error: {error}", 2, world)
         with defer_interrupts():
-            return evaluate_checkpoint(setup) if setup.training is None else train(setup, setup.training)
+            if setup.training is not None:
+                return train(setup, setup.training)
+            evaluate_checkpoint(setup)
+            return 0
     except UnreadableImageError as error:
         return _end(f"error: {error}; --skip-bad-images trains without such files", 2, world)
     except DamagedShardError as error:
@@ -102,25 +106,6 @@ def list_encodings(argv: Sequence[str], console: Console) -> int:
     return 0
 
 
-def evaluate_checkpoint(setup: Setup) -> int:
-    """Evaluate the model, show the result, and write `eval.json`."""
-    result = evaluate_model(setup, setup.model, "test")
-    top5 = f" Acc@5 {result['acc5']:.3f}" if "acc5" in result else ""
-    _logger.info("* Acc@1 %.3f%s loss %.3f", result["acc1"], top5, result["loss"])
-    if setup.output_dir is not None:
-        write_text(setup.output_dir / "eval.json", json.dumps(result) + "\n")
-    return 0
-
-
-def evaluate_model(setup: Setup, model: nn.Module, title: str) -> dict[str, float]:
-    """Evaluate `model` on the test images; of five classes or fewer, the best five guesses have no accuracy."""
-    times = 1 if setup.options.data.dist_eval else setup.runtime.world.size
-    result = evaluate(model, setup.test_loader, times * setup.num_test_images, setup.runtime, title)
-    if setup.description["num_classes"] <= 5:
-        del result["acc5"]
-    return {**result, "count": setup.num_test_images}
-
-
 def train(setup: Setup, training: Training) -> int:
     """Train the epochs that are left; after each, evaluate, log and save."""
     epochs = setup.options.optimisation.epochs
@@ -130,11 +115,10 @@ def train(setup: Setup, training: Training) -> int:
     with explained_end(setup, training):
         while training.epoch < epochs:
             epoch_start, title = time.monotonic(), f"epoch {training.epoch + 1}/{epochs}"
-            accuracy = f"  acc@1 {training.rows[-1]['test_acc1']:.2f} %" if training.rows else ""
             training.begin_epoch()
             if setup.events is not None:
                 setup.events.begin_epoch(training.progress)
-            trained = train_one_epoch(training, setup.runtime, title + accuracy, partial(after_update, setup, training))
+            trained = train_one_epoch(training, setup.runtime, title, partial(after_update, setup, training))
             row = row_of_log(setup, training, trained, evaluate_training(setup, training, title), epoch_start)
             best = training.end_epoch(row)
 
@@ -147,7 +131,35 @@ def train(setup: Setup, training: Training) -> int:
             drawn = time.monotonic() if draws else drawn
     if problem:
         raise OSError(f"{problem}; {last_checkpoint(setup.output_dir)}")
+    if setup.runtime.world.is_main:
+        log_end(setup, training)
     return 0
+
+
+def log_end(setup: Setup, training: Training) -> None:
+    """Log the best epoch, where its checkpoint is, and what to type next."""
+    _logger.info("%s", "  ".join(["best:", *best_epochs(training)]))
+    folder = setup.output_dir
+    if folder is None:
+        _logger.info("no checkpoint, as --output_dir is not given")
+        return
+    checkpoint = shlex.quote(str(folder / CHECKPOINTS[1]))
+    _logger.info("checkpoint: %s", checkpoint)
+    _logger.info("next: python main.py --eval --resume %s", checkpoint)
+    pictures = shlex.quote(str(folder / "pictures"))
+    _logger.info("      python similarity_visualize.py --ckpt_path %s --save_dir %s", checkpoint, pictures)
+
+
+def best_epochs(training: Training) -> list[str]:
+    """The first epoch with the best test accuracy, and that of the average of the weights, if there is one."""
+    names = {"test_acc1": "", "test_ema_acc1": "average of "}
+    found = []
+    for key, what in names.items():
+        rows = [row for row in training.rows if key in row]
+        if rows:
+            best = max(rows, key=lambda row: row[key])
+            found.append(f"{what}epoch {best['epoch']}, acc@1 {best[key]:.2f} %")
+    return found
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.download import is_url
 from runtime.logs import end_in_one_line
 from training.options import Parser, flag_of, image_size, whole
 
@@ -91,12 +92,12 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
         ValueError: flags that are unknown, or ask for nothing.
         FileNotFoundError: no such checkpoint or image.
     """
-    args: argparse.Namespace = build_parser().parse_args(argv)
+    args: argparse.Namespace = build_parser().parse_intermixed_args(argv)
     if not args.images and args.export is None:
         raise ValueError("name the images, or --export KIND FILE")
     if args.export is not None and args.export[0] not in EXPORTS:
         raise ValueError(f"--export {args.export[0]}: choose from {', '.join(EXPORTS)}")
-    if "://" not in args.checkpoint and not Path(args.checkpoint).expanduser().exists():
+    if not is_url(args.checkpoint) and not Path(args.checkpoint).expanduser().exists():
         raise FileNotFoundError(f"no checkpoint file {args.checkpoint}")
     args.images = [Path(path).expanduser() for path in args.images]
     if missing := next((path for path in args.images if not path.exists()), None):

@@ -20,20 +20,22 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from rich.console import Console
 from torch import Tensor
 
-from figures import attention, comparison, positions
+from figures import comparison
 from figures.checkpoints import FLAGS, load_model, load_published
 from figures.explore import explore_page
-from figures.positions import Positions
 from lape_vit import VisionTransformer
 from lape_vit.analysis.attention_maps import attention_maps, why_no_split
 from lape_vit.analysis.timm_attention import timm_attention
+from lape_vit.drawing import attention, positions
+from lape_vit.drawing.positions import Positions
 from lape_vit.encodings import all_options
 from lape_vit.images import image_transform, pixels_of
 from loading.images import read_image
 from runtime.interrupt import raise_on_ctrl_c
-from runtime.logs import end_in_one_line, start_logging
+from runtime.logs import end_in_one_line, show_activity, start_logging
 
 _logger = getLogger(__name__)
 
@@ -46,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 2 for bad input, told in one line; 130 if interrupted.
     """
-    start_logging(is_main=True)
+    console = start_logging(is_main=True)
     try:
-        draw(read_options(argv))
+        draw(read_options(argv), console)
     except (ValueError, OSError) as error:
         return _stop(f"error: {error}", 2)
     except KeyboardInterrupt:
@@ -71,10 +73,13 @@ class Checkpoint:
     positions: Positions
 
 
-def draw(args: argparse.Namespace) -> None:
+def draw(args: argparse.Namespace, console: Console) -> None:
     """Everything that the options ask for, into the folder that they name, which is made if need be."""
     given = [None] if args.pretrained is not None else args.compare or [args.ckpt_path]
-    checkpoints = [read(path, args) for path in given]
+    checkpoints = []
+    for path in given:
+        with show_activity(console, f"reading {path or args.model}"):
+            checkpoints.append(read(path, args))
     maps = [over_image(checkpoint, args.image) for checkpoint in checkpoints if args.image]
     shown = [checkpoint.positions for checkpoint in checkpoints]
     for positions_of_one in shown:
@@ -85,15 +90,16 @@ def draw(args: argparse.Namespace) -> None:
         if single := next((one.source for one in shown if one.grid == (1, 1)), None):
             raise ValueError(f"--compare {single}: its model has one patch, and so no distances to compare")
         if any(one.views for one in shown):
-            write(folder, args.format, comparison.pictures(shown))
+            write(folder, args.format, comparison.pictures(shown), console)
             save_values(folder / "compare.npz", comparison.raw_curves(shown))
     elif shown[0].views:
-        write(folder, args.format, positions.pictures(shown[0]))
+        write(folder, args.format, positions.pictures(shown[0]), console)
         save_values(folder / "positions.npz", positions.raw_values(shown[0]))
     if args.html and any(one.views for one in shown):
-        save_page(folder / "explore.html", shown)
+        with show_activity(console, "writing explore.html"):
+            save_page(folder / "explore.html", shown)
     for seen in maps:
-        write(folder, args.format, attention.pictures(seen))
+        write(folder, args.format, attention.pictures(seen), console)
         save_values(folder / "attention.npz", attention.raw_values(seen))
 
 
@@ -137,13 +143,15 @@ def prepare(model: Any, file: str) -> tuple[Tensor, Tensor]:
     return image, pixels_of(model, image)
 
 
-def write(folder: Path, file_format: str, pictures: Iterable[tuple[str, Figure]]) -> None:
-    """Save each picture under its name."""
+def write(folder: Path, file_format: str, pictures: Iterable[tuple[str, Figure]], console: Console) -> None:
+    """Save each picture under its name, and show which one is drawn."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = []
-    for name, figure in pictures:
-        names.append(f"{name}.{file_format}")
-        figure.savefig(folder / names[-1], dpi=DPI)
+    names: list[str] = []
+    with show_activity(console, "drawing pictures") as show:
+        for name, figure in pictures:
+            names.append(f"{name}.{file_format}")
+            show(f"drawing picture {len(names)}, {names[-1]}")
+            figure.savefig(folder / names[-1], dpi=DPI)
     rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
     _logger.info("%s: %s%s", folder, names[0], rest)
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from logging import getLogger
@@ -35,7 +35,7 @@ class EnoughError(Exception):
 class SampledLoop(Loop):
     """A loop that ends once it has been measured."""
 
-    def advance(self, images: int, status: Callable[[], str]) -> None:
+    def advance(self, images: int, status: Callable[[], Sequence[str]]) -> None:
         super().advance(images, status)
         warm_up = min(WARM_UP, self.steps - 1)
         if self.step == warm_up:
@@ -61,7 +61,7 @@ class Stopwatch(LoopDisplay):
     @contextmanager
     def show(self, title: str, steps: int, first: int = 0) -> Iterator[Loop]:
         """See `LoopDisplay`."""
-        loop = SampledLoop(steps, 1, lambda step, text: None, False, first)
+        loop = SampledLoop(steps, 1, lambda *drawn: None, False, first)
         try:
             yield loop
         finally:

@@ -1,4 +1,4 @@
-"""Calls of `main.py`, several at a time, each with its output in a file."""
+"""Trainings and evaluations, several at a time, each a process with its output in a file."""
 
 import fcntl
 import os
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from logging import getLogger
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -20,19 +21,34 @@ from runtime.interrupt import Interrupted, noted_signal
 
 _logger = getLogger(__name__)
 
-MAIN = Path(__file__).resolve().parent.parent / "main.py"
+ROOT = Path(__file__).resolve().parent.parent
+MAIN, EVALUATION = ROOT / "main.py", ROOT / "comparison" / "evaluation.py"
 SECONDS_BETWEEN_LOOKS = 0.2
 WAITING, RUNNING, FINISHED, FAILED = "waiting", "running", "finished", "failed"
 
 
-@dataclass
-class Job:
-    """A call of `main.py`.
+class Part(Protocol):
+    """Something that a job leaves behind.
 
     Attributes:
-        argv: its command line.
+        work: what it takes, in a unit that all parts share.
+    """
+
+    @property
+    def work(self) -> float: ...
+
+    def is_done(self) -> bool: ...
+
+
+@dataclass
+class Job:
+    """A process that trains a run, or that evaluates it.
+
+    Attributes:
+        argv: the arguments of `main.py`, or of `comparison/evaluation.py` where there are `parts`.
         folder: receives what it writes, and what it says, as `output.txt`.
         is_done: whether it has left behind what it is for.
+        parts: the evaluations.
         reason: why it failed, in one line.
     """
 
@@ -41,6 +57,7 @@ class Job:
     argv: list[str]
     folder: Path
     is_done: Callable[[], bool]
+    parts: Sequence[Part] = ()
     state: str = WAITING
     reason: str = ""
     offset: int = field(default=0, repr=False)  # in the file of its output, where this call's begins
@@ -56,11 +73,11 @@ class Job:
         with self.output.open("ab") as output:
             self.offset = output.tell()
             return subprocess.Popen(
-                [sys.executable, str(MAIN), *self.argv],
+                [sys.executable, str(EVALUATION if self.parts else MAIN), *self.argv],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
+                env={**os.environ, "PYTHONPATH": python_path(), **environment},
                 close_fds=False,  # of Python's files it inherits only the lock of `alone_in`
             )
 
@@ -78,9 +95,14 @@ class Job:
         if exit_code < 0:
             return f"killed by {signal.Signals(-exit_code).name}"
         if said := [line for line in lines if line.startswith("main.py: ")]:
-            return said[-1].removeprefix("main.py: ").removeprefix("error: ")
+            return "; ".join(line.removeprefix("main.py: ").removeprefix("error: ") for line in said)
         last = f": {lines[-1].strip()}" if lines else ""
         return f"exit code {exit_code}{last}"
+
+
+def python_path() -> str:
+    """Where a process finds the modules of this project, and what the environment says besides."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 def run_jobs(

@@ -60,6 +60,9 @@ def build_parser() -> Parser:
     add("--size-ways", nargs="+", choices=tuple(WAYS), default=[PLAIN], metavar="WAY",
         help=f"how to evaluate at the sizes: {', '.join(WAYS)}; on a reference grid, attention reads places in the "
              f"cells of the trained grid, and log-n sharpens attention over more tokens; default: {PLAIN}")
+    add("--diagnose", action="store_true",
+        help="measure what every trained model knows of where its patches are, and whether it uses it, as diagnose.py "
+             "does, at --sizes too: tables and pictures in DIR/diagnosis")
     add("--dry-run", action="store_true",
         help="show the plan and the time that it takes, from some steps of each pair, and write nothing; CIFAR, which "
              "that needs, is downloaded if it is not there")

@@ -33,7 +33,7 @@ def draw_comparison(found: Mapping[Pair, Sequence[Outcome]], title: str, file: I
     accuracy, curves = figure.subplots(1, 2, width_ratios=[1.0, 1.25])
     _draw_accuracies(accuracy, done, colours)
     _draw_curves(curves, done, colours)
-    _explain(figure, curves, list(done), colours)
+    explain(figure, list(done), colours)
     figure.savefig(file, format="png")
 
 
@@ -135,7 +135,7 @@ def draw_sizes(
     axes.set_ylabel("test accuracy (%)")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    _explain(figure, axes, list(done), colours)
+    explain(figure, list(done), colours)
     figure.savefig(file, format="png")
 
 
@@ -147,7 +147,7 @@ def colours_of(pairs: Sequence[Pair]) -> dict[str, Any]:
     return {name: colormaps["tab10" if few else "turbo"](place) for name, place in zip(names, places, strict=True)}
 
 
-def _explain(figure: Figure, axes: Axes, pairs: Sequence[Pair], colours: Mapping[str, Any]) -> None:
+def explain(figure: Figure, pairs: Sequence[Pair], colours: Mapping[str, Any]) -> None:
     """A legend beside the axes: the encodings by their colours, then the joins by their lines, if there are several."""
     handles = [Line2D([], [], color=colour, linewidth=3, label=pe) for pe, colour in colours.items()]
     joins = [join for join in JOINS if join in {join for _, join in pairs}]

@@ -24,6 +24,22 @@ LINES_AROUND = 5
 
 
 @dataclass
+class Count:
+    """How many parts of a job are done."""
+
+    job: Job
+    done: int = 0
+
+    def look(self) -> bool:
+        """Count again; say whether there are more than before, but not all."""
+        before, self.done = self.done, sum(part.is_done() for part in self.job.parts)
+        return before < self.done < len(self.job.parts)
+
+    def __str__(self) -> str:
+        return f"{self.done}/{len(self.job.parts)}"
+
+
+@dataclass
 class RunLog:
     """What the log of a run in training says.
 
@@ -73,6 +89,8 @@ class Screen:
         self.places = places
         self.trains = trains
         self.logs = {job.name: RunLog(job) for job in jobs}
+        self.counts = {job.name: Count(job) for job in jobs}
+        self.start = time.monotonic()
         self.states = {job.name: WAITING for job in jobs}
         self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal and jobs else None
 
@@ -97,6 +115,8 @@ class Screen:
                     self._log_state(job)
             if self.trains and job.state == RUNNING and self.logs[job.name].look() and self.live is None:
                 self._log_epoch(self.logs[job.name])
+            if not self.trains and self.counts[job.name].look() and self.live is None:
+                _logger.info("%s: %s%s", job.name, self.counts[job.name], self._left())
         if self.live is not None:
             self.live.update(self.render(), refresh=True)
 
@@ -114,11 +134,16 @@ class Screen:
             _logger.info("%s: epoch %d/%d  %s  %s left", log.job.name, row["epoch"], epochs, accuracy, left)
 
     def _left(self) -> str:
-        """A guess of the time until the last job ends: all epochs that are left take as long as those so far did."""
+        """A guess of the time until the last job ends: what is left takes as long as what is done."""
+        if not self.trains:
+            parts = [(part.work, part.is_done()) for job in self.jobs if job.state != FAILED for part in job.parts]
+            done = sum(work for work, is_done in parts if is_done)
+            left = sum(work for work, is_done in parts if not is_done)
+            return f", {clock((time.monotonic() - self.start) * left / done)} left" if done and left else ""
         logs = list(self.logs.values())
         seconds = [row["seconds"] for log in logs for row in log.rows]
         epochs = sum(log.epochs_left for log in logs if log.job.state in (WAITING, RUNNING))
-        if not (self.trains and seconds and epochs):
+        if not (seconds and epochs):
             return ""
         return f", {clock(sum(seconds) / len(seconds) * epochs / min(self.places, len(self.jobs)))} left"
 
@@ -128,7 +153,7 @@ class Screen:
         states = ", ".join(f"{counts[state]} {state}" for state in ORDER if counts[state])
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column(self.title, no_wrap=True, min_width=max(len(job.name) for job in self.jobs))
-        for column in ("epoch", "best %", "last %") if self.trains else ():
+        for column in ("epoch", "best %", "last %") if self.trains else ("sizes",):
             table.add_column(column, justify="right", no_wrap=True)
         table.add_column("")  # the only one to shrink
         ordered = sorted(self.jobs, key=lambda job: ORDER.index(job.state))
@@ -142,7 +167,7 @@ class Screen:
     def _progress(self, job: Job) -> list[str]:
         log = self.logs[job.name]
         if not self.trains:
-            return [job.reason or job.state]
+            return [str(self.counts[job.name]), job.reason or job.state]
         rows = log.rows
         numbers = ["", ""] if not rows else [f"{best(rows):.2f}", f"{rows[-1]['test_acc1']:.2f}"]
         note = f"{clock(log.seconds_left())} left" if job.state == RUNNING and rows else job.reason or job.state

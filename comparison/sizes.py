@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,9 @@ Measured = dict[Pair, dict[int, list[float]]]
 """Accuracies over seeds, per cent, by pair and size."""
 
 
-def takes(run: Run, way: str) -> bool:
-    """Whether a run's encoding can be evaluated in this way: a reference grid is for real places in attention."""
-    resolved = resolve(run.pe)
+def takes(pe: str, way: str) -> bool:
+    """Whether an encoding can be evaluated in this way: a reference grid is for real places in attention."""
+    resolved = resolve(pe)
     reads_real_places = all(part.reads_real_places for part in resolved.parts)
     return "--reference-grid" not in WAYS[way] or (resolved.attention is not None and reads_real_places)
 
@@ -28,44 +30,73 @@ def takes(run: Run, way: str) -> bool:
 def check_ways(plan: Plan, ways: Sequence[str]) -> None:
     """Raise ValueError where no run can be evaluated in one of the ways."""
     for way in ways:
-        if not any(takes(run, way) for run in plan.all_runs):
+        if not any(takes(run.pe, way) for run in plan.all_runs):
             raise ValueError(f"--size-ways {way}: none of the encodings reads places between cells in attention")
 
 
-def evaluations(plan: Plan, sizes: Sequence[int], ways: Sequence[str]) -> list[Job]:
-    """The evaluations of finished runs that are not there yet."""
-    wanted = [(run, size, way) for run in plan.finished() for way in ways if takes(run, way) for size in sizes]
-    return [evaluation(plan, *one) for one in wanted if not is_evaluated(*one)]
+@dataclass(frozen=True)
+class Evaluation:
+    """Of a run's best checkpoint, at a side of its input, in one of the ways."""
+
+    run: Run
+    size: int
+    way: str
+
+    @property
+    def title(self) -> str:
+        return f"at {self.size}" + ("" if self.way == PLAIN else f", {self.way}")
+
+    @property
+    def result(self) -> Path:
+        folder = f"size_{self.size}" if self.way == PLAIN else f"size_{self.size}_{self.way}"
+        return self.run.folder / folder / "eval.json"
+
+    @property
+    def work(self) -> float:
+        """In pixels of an image."""
+        return self.size**2
+
+    def is_done(self) -> bool:
+        """Whether the result is there and of the present checkpoint."""
+        return self.result.exists() and self.result.stat().st_mtime >= self.run.best_checkpoint.stat().st_mtime
+
+    def argv(self, plan: Plan) -> list[str]:
+        """The command line of `main.py`, where this call has its data."""
+        options = {"resume": self.run.best_checkpoint, "input-size": self.size, "output-dir": self.result.parent}
+        here = ("data_path", "eval_data_path", "device", "num_workers")
+        options |= {name.replace("_", "-"): plan.common[name] for name in here if plan.common[name] is not None}
+        words = (str(word) for name, value in options.items() for word in (f"--{name}", value))
+        return ["--eval", *WAYS[self.way], *words]
 
 
-def evaluation(plan: Plan, run: Run, size: int, way: str) -> Job:
-    """The evaluation of a run's best checkpoint at a size, where this call has its data."""
-    folder = result_of(run, size, way).parent
-    options = {"resume": run.best_checkpoint, "input-size": size, "output-dir": folder}
-    here = ("data_path", "eval_data_path", "device", "num_workers")
-    options |= {name.replace("_", "-"): plan.common[name] for name in here if plan.common[name] is not None}
-    argv = ["--eval", *WAYS[way], *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
-    title = f"{run.name}, at {size}" + ("" if way == PLAIN else f", {way}")
-    return Job(title, run, argv, folder, lambda: is_evaluated(run, size, way))
+def evaluations(run: Run, sizes: Sequence[int], ways: Sequence[str]) -> list[Evaluation]:
+    """All of a run."""
+    return [Evaluation(run, size, way) for way in ways if takes(run.pe, way) for size in sizes]
 
 
-def result_of(run: Run, size: int, way: str) -> Path:
-    return run.folder / (f"size_{size}" if way == PLAIN else f"size_{size}_{way}") / "eval.json"
+def evaluation_jobs(plan: Plan, sizes: Sequence[int], ways: Sequence[str]) -> list[Job]:
+    """A job for each finished run, with its evaluations that are not there yet."""
+    jobs = []
+    for run in plan.finished():
+        left = [one for one in evaluations(run, sizes, ways) if not one.is_done()]
+        if left:
+            argv = [json.dumps([one.title, one.argv(plan)]) for one in left]
+            jobs.append(Job(run.name, run, argv, run.folder / "sizes", partial(are_done, left), left))
+    return jobs
 
 
-def is_evaluated(run: Run, size: int, way: str) -> bool:
-    """Whether the result is there and of the present checkpoint."""
-    result = result_of(run, size, way)
-    return result.exists() and result.stat().st_mtime >= run.best_checkpoint.stat().st_mtime
+def are_done(some: Sequence[Evaluation]) -> bool:
+    return all(one.is_done() for one in some)
 
 
 def measured(plan: Plan, sizes: Sequence[int], way: str) -> Measured:
     """The results that are there."""
-    found: Measured = {run.pair: {size: [] for size in sizes} for run in plan.all_runs if takes(run, way)}
+    found: Measured = {run.pair: {size: [] for size in sizes} for run in plan.all_runs if takes(run.pe, way)}
     for run in plan.finished():
         for size in sizes:
-            if takes(run, way) and is_evaluated(run, size, way):
-                found[run.pair][size].append(json.loads(result_of(run, size, way).read_text())["acc1"])
+            one = Evaluation(run, size, way)
+            if takes(run.pe, way) and one.is_done():
+                found[run.pair][size].append(json.loads(one.result.read_text())["acc1"])
     return found
 
 

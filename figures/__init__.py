@@ -1,1 +1,1 @@
-"""Pictures of what a model knows of positions, for `similarity_visualize.py`."""
+"""What `similarity_visualize.py` draws beyond one model: checkpoints side by side, and the page to explore them."""

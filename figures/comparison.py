@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from figures.positions import Positions, overview
-from figures.sheet import SIZES, draw_sheets
 from lape_vit.analysis.positions import PositionView, layer_correlations, mean_by_distance
+from lape_vit.drawing.positions import Positions, overview
+from lape_vit.drawing.sheet import SIZES, draw_sheets
 from lape_vit.places import Grid
 
 DISTANCES = 6

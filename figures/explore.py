@@ -17,8 +17,8 @@ import numpy as np
 from plotly.offline import get_plotlyjs
 from torch import Tensor
 
-from figures.positions import Positions
 from lape_vit.analysis.positions import PositionView
+from lape_vit.drawing.positions import Positions
 
 FOLDER = Path(__file__).parent / "page"
 SCRIPTS = ("values.js", "plots.js", "panel.js", "page.js")

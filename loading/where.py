@@ -5,9 +5,9 @@ what encodings tell about place on images of almost nothing else. The tasks and 
 are not LOOPE's, and the accuracies cannot be compared with those of the paper.
 
 An image is a grid of square cells. The cells that hold a mark are red, green or blue; each pixel of the others is a
-grey level, drawn at random. The label decides where the marks are, and nothing else. The cells of an image, taken
-without their places, are therefore the same whatever its label is: a model that does not know where its patches are
-can only guess.
+grey level near the middle, drawn at random. The label decides where the marks are, and nothing else. The cells of an
+image, taken without their places, are therefore the same whatever its label is: a model that does not know where its
+patches are can only guess.
 
 Shapes: H rows and W columns of cells; a place is the number of a cell in reading order, 0 .. HW - 1.
 """
@@ -27,6 +27,8 @@ SEED = 0
 NUM_TRAIN, NUM_TEST = 9216, 1152  # multiples of the number of classes of each task on 8 x 8 cells
 CELL = 4
 """Pixels of a side, unless told."""
+GREYS = (120, 136)
+"""Range of the grey levels, the last one excluded: narrow, so that tokens differ by their places more than by noise."""
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 
@@ -183,7 +185,7 @@ class Where(Dataset):
         height, width = self.task.shape
         cells = np.empty((height * width, self.cell, self.cell, 3), dtype=np.uint8)
         random = np.random.default_rng((SEED, self.is_train, index))
-        noise = random.integers(256, size=(len(cells) - len(self.marks), self.cell, self.cell, 1), dtype=np.uint8)
+        noise = random.integers(*GREYS, size=(len(cells) - len(self.marks), self.cell, self.cell, 1), dtype=np.uint8)
         places = self.task.draw_places(label, random)  # after the noise, which cannot depend on the label
         cells[places] = self.marks
         cells[np.delete(np.arange(len(cells)), places)] = noise

@@ -1,21 +1,33 @@
 """What a run shows: log lines on rank 0, and the progress of a loop, as a bar on a terminal and as lines elsewhere."""
 
 import logging
+import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.live import Live
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 _logger = logging.getLogger(__name__)
 
 LINES_PER_LOOP = 10
 SECONDS_BETWEEN_LINES = 5.0  # so that a short loop has none
 SECONDS_BETWEEN_REFRESHES = 0.25
+WIDE = 80
+"""Columns for bar and text from which on a bar is long."""
+GAP = "  "
+"""What separates the fields of a line."""
+
+Draw = Callable[[int, str, Sequence[str]], None]
+"""Shows a loop at a step: with the time that is left, and other fields, the most important one first."""
 
 
 def start_logging(is_main: bool) -> Console:
@@ -55,7 +67,21 @@ class _ConsoleHandler(logging.Handler):
         text = self.format(record)
         if record.levelno >= logging.WARNING:
             text = f"{record.levelname.lower()}: {text}"
+        if self.console.is_terminal:
+            text = "\n".join(break_between_fields(line, self.console.width) for line in text.splitlines())
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def break_between_fields(line: str, width: int) -> str:
+    """A line of fields, two spaces or more apart, as lines of at most `width` columns where the fields allow it."""
+    broken, *rest = re.split(r"(?<=\S)(\s{2,})", line)
+    length = len(broken)
+    for gap, field in zip(rest[::2], rest[1::2], strict=True):
+        if length + len(gap) + len(field) > width:
+            gap, length = f"\n{GAP}", 0
+        broken += gap + field
+        length += len(gap.removeprefix("\n")) + len(field)
+    return broken
 
 
 class Loop:
@@ -67,7 +93,7 @@ class Loop:
         waited: seconds that this process has waited for the next batch.
     """
 
-    def __init__(self, steps: int, num_ranks: int, draw: Callable[[int, str], None], is_live: bool, first: int) -> None:
+    def __init__(self, steps: int, num_ranks: int, draw: Draw, is_live: bool, first: int) -> None:
         self.steps = steps
         self.num_ranks = num_ranks
         self.draw = draw
@@ -85,8 +111,12 @@ class Loop:
             yield batch
             start = time.perf_counter()
 
-    def advance(self, images: int, status: Callable[[], str]) -> None:
-        """Count a step of this process. `status`, which may wait for the device, is called only to be drawn."""
+    def advance(self, images: int, status: Callable[[], Sequence[str]]) -> None:
+        """Count a step of this process. `status`, which may wait for the device, is called only to be drawn.
+
+        Args:
+            status: fields such as `loss 1.25`, the most important one first.
+        """
         self.step += 1
         self.images += images
         now = time.perf_counter()
@@ -97,8 +127,8 @@ class Loop:
             is_due = is_tenth and now - self.drawn >= SECONDS_BETWEEN_LINES
         if is_due:
             left = (now - self.start) / (self.step - self.first) * (self.steps - self.step)
-            speed = f"{self.images_per_second():.0f} images/s  {100 * self.waiting_share():.0f} % waiting for data"
-            self.draw(self.step, f"{status()}  {speed}  {clock(left)} left")
+            speed = [f"{self.images_per_second():.0f} images/s", f"{100 * self.waiting_share():.0f} % waiting for data"]
+            self.draw(self.step, f"{clock(left)} left", [*status(), *speed])
             self.drawn = time.perf_counter()
 
     def images_per_second(self) -> float:
@@ -126,31 +156,71 @@ class LoopDisplay:
     def show(self, title: str, steps: int, first: int = 0) -> Iterator[Loop]:
         """Within this context, `advance` the loop of so many steps, the `first` of which are done."""
         if self.console is None:
-            yield Loop(steps, self.num_ranks, lambda step, text: None, False, first)
+            yield Loop(steps, self.num_ranks, lambda *drawn: None, False, first)
         elif self.console.is_terminal:
-            with _bar(self.console) as bar:
-                task = bar.add_task(title, total=steps, text="")
-                yield Loop(steps, self.num_ranks, partial(_move, bar, task), True, first)
+            bar = _Bar(title, steps, first)
+            with Live(bar, console=self.console, auto_refresh=False, transient=True) as live:
+
+                def move(*drawn: Any) -> None:
+                    bar.step, bar.left, bar.fields = drawn
+                    live.refresh()
+
+                yield Loop(steps, self.num_ranks, move, True, first)
         else:
             yield Loop(steps, self.num_ranks, partial(_log, title, steps), False, first)
 
 
-def _bar(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}", markup=False),
-    )
-    return Progress(*columns, console=console, transient=True)
+class _Bar:
+    """A line with a bar, the count and the time left, and before and after them what the terminal has room for."""
+
+    def __init__(self, title: str, steps: int, step: int) -> None:
+        self.title, self.steps, self.step = title, steps, step
+        self.left = ""
+        self.fields: Sequence[str] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        count = f"{self.step:{len(str(self.steps))}}/{self.steps}"
+        room = options.max_width - len(GAP.join(["", count, self.left]))
+        bar = ProgressBar(total=self.steps, completed=self.step, width=min(20 if room >= WIDE else 10, room))
+        room -= bar.width or 0
+        cells: list[RenderableType] = [bar, Text(count), Text(self.left)]
+        for number, text in enumerate([self.title, *self.fields]):
+            room -= len(GAP + text)
+            if room < 0:
+                break
+            cells.insert(len(cells) if number else 0, Text(text))
+        grid = Table.grid(padding=(0, len(GAP), 0, 0))
+        grid.add_row(*cells)
+        yield grid
 
 
-def _move(bar: Progress, task: TaskID, step: int, text: str) -> None:
-    bar.update(task, completed=step, text=text)
+def _log(title: str, steps: int, step: int, left: str, fields: Sequence[str]) -> None:
+    _logger.info("%s", GAP.join([title, f"{step:{len(str(steps))}}/{steps}", *fields, left]))
 
 
-def _log(title: str, steps: int, step: int, text: str) -> None:
-    _logger.info("%s  %*d/%d  %s", title, len(str(steps)), step, steps, text)
+@contextmanager
+def show_activity(console: Console, text: str) -> Iterator[Callable[[str], None]]:
+    """Within this context, show what is being done; what is yielded takes another text.
+
+    A terminal shows it in a line with the seconds so far, which disappears at the end. Elsewhere the first text is
+    logged at once, and later ones five seconds or more apart.
+    """
+    if console.is_terminal:
+        columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+        with Progress(*columns, console=console, transient=True, refresh_per_second=4) as progress:
+            task = progress.add_task(text, total=None)
+            yield lambda changed: progress.update(task, description=changed)
+        return
+    _logger.info("%s", text)
+    logged = time.perf_counter()
+
+    def log(changed: str) -> None:
+        nonlocal logged
+        if time.perf_counter() - logged >= SECONDS_BETWEEN_LINES:
+            _logger.info("%s", changed)
+            logged = time.perf_counter()
+
+    yield log
 
 
 def clock(seconds: float) -> str:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import compare
@@ -13,17 +14,22 @@ MAIN = """
 import json, os, signal, sys, time
 from pathlib import Path
 
-argv = sys.argv[1:]
-flags = {flag: value for flag, value in zip(argv, argv[1:]) if flag.startswith("--")}
-folder = Path(flags["--output-dir"])
-with (folder / "calls.txt").open("a") as calls:
-    calls.write(json.dumps([argv, dict(os.environ)]) + "\\n")
 stopped = []
 signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
 print("this is the stand-in of main.py", flush=True)
-(BEHAVIOUR)
-if "--eval" in argv:
-    (folder / "eval.json").write_text(json.dumps({"acc1": float(flags["--input-size"])}))
+is_evaluation = sys.argv[1].startswith("[")
+for argv in [json.loads(word)[1] for word in sys.argv[1:]] if is_evaluation else [sys.argv[1:]]:
+    flags = {flag: value for flag, value in zip(argv, argv[1:]) if flag.startswith("--")}
+    folder = Path(flags["--output-dir"])
+    folder.mkdir(exist_ok=True)
+    with (folder / "calls.txt").open("a") as calls:
+        calls.write(json.dumps([argv, dict(os.environ), os.getpid()]) + "\\n")
+    (BEHAVIOUR)
+    if is_evaluation:
+        (folder / "eval.json").write_text(json.dumps({"acc1": float(flags["--input-size"])}))
+    if stopped and is_evaluation:
+        sys.exit(143)
+if is_evaluation:
     sys.exit()
 log = folder / "log.txt"
 rows = log.read_text().splitlines() if log.exists() else []
@@ -42,12 +48,12 @@ sys.exit(143 if stopped else 0)
 
 def write_main(path: Path, behaviour: str = "") -> Path:
     """The stand-in, which starts with the statements of `behaviour`."""
-    path.write_text(MAIN.replace("(BEHAVIOUR)", behaviour))
+    path.write_text(MAIN.replace("    (BEHAVIOUR)", indent(behaviour or "pass", " " * 4)))
     return path
 
 
-def calls_of(folder: Path) -> list[tuple[list[str], dict[str, str]]]:
-    """Command line and environment of every call of the stand-in for a run."""
+def calls_of(folder: Path) -> list[tuple[list[str], dict[str, str], int]]:
+    """Command line, environment and process of every call of the stand-in for a run."""
     path = folder / "calls.txt"
     return [tuple(json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
 

@@ -51,7 +51,8 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
     """Puts a stand-in that starts with some statements in the place of `main.py`."""
 
     def put(behaviour: str) -> None:
-        monkeypatch.setattr(comparison.jobs, "MAIN", write_main(tmp_path / "stand_in.py", behaviour))
+        for program in ("MAIN", "EVALUATION"):
+            monkeypatch.setattr(comparison.jobs, program, write_main(tmp_path / "stand_in.py", behaviour))
 
     put("")
     return put
@@ -158,7 +159,7 @@ def test_each_run_gets_its_flags_its_folder_and_its_share_of_the_machine(
     for pe, join_type in ((relative, "basic"), ("learnable", "basic"), ("learnable", "LaPE")):
         for seed in (0, 7):
             folder = out / f"{pe}_{join_type}_seed{seed}"
-            ((argv, environment),) = calls_of(folder)
+            ((argv, environment, _),) = calls_of(folder)
             flags = dict(pairwise(argv))
             wanted = {"--pe": pe, "--join-type": join_type, "--seed": str(seed), "--output-dir": str(folder)}
             assert wanted.items() <= flags.items()
@@ -263,7 +264,8 @@ def test_what_finishes_while_a_comparison_is_stopped_is_in_the_tables(
 ) -> None:
     out = tmp_path / "out"
     stopped = "'--eval' in argv" if sizes else "'none' in argv"
-    stand_in(f"if {stopped}: os.kill(os.getppid(), signal.SIGINT); time.sleep(0.5); stopped = []")
+    finishes = "" if sizes else "; stopped = []"
+    stand_in(f"if {stopped}: os.kill(os.getppid(), signal.SIGINT); time.sleep(0.5){finishes}")
     argv = ("--pe", "none", "rope", *QUICK, "--output_dir", out, *sizes)
     for name in ("none", "rope")[: 2 * len(sizes)]:
         finish_all(plan_of("--pe", name, *QUICK, "--output_dir", out))
@@ -301,11 +303,11 @@ def test_sizes_are_evaluated_once_for_each_checkpoint(tmp_path: Path, stand_in: 
     assert call(*argv) == 0
     run = out / "none_basic_seed0"
     assert [len(calls_of(run / f"size_{size}")) for size in (16, 24)] == [1, 1]
-    ((evaluation, _),) = calls_of(run / "size_24")
+    ((evaluation, *_),) = calls_of(run / "size_24")
     flags = dict(pairwise(evaluation))
     assert flags["--resume"] == str(run / "best_checkpoint.pth")
     assert (flags["--input-size"], flags["--device"]) == ("24", "cpu")
-    os.utime(run / "best_checkpoint.pth", (time.time() + 5, time.time() + 5))
+    os.utime(run / "best_checkpoint.pth", (time.time() + 3600, time.time() + 3600))
     assert call(*argv) == 1  # the result stays older than the checkpoint
     assert [len(calls_of(out / f"{pe}_basic_seed0" / "size_24")) for pe in ("none", "rope")] == [2, 1]
 
@@ -317,9 +319,11 @@ def test_a_size_is_evaluated_in_every_way_that_the_encoding_takes(tmp_path: Path
     finish_all(plan_of(*argv))
     assert call(*argv) == 0
     flags = {}
-    for pe in ("learnable", "rope"):
+    processes: dict[str, set[int]] = {"learnable": set(), "rope": set()}
+    for pe in processes:
         for folder in (out / f"{pe}_basic_seed0").glob("size_24*"):
-            ((evaluation, _),) = calls_of(folder)
+            ((evaluation, _, process),) = calls_of(folder)
+            processes[pe].add(process)
             flags[pe, folder.name] = {"--reference-grid", "--log-n"} & {*evaluation}
     assert flags == {
         ("learnable", "size_24"): set(),
@@ -329,6 +333,7 @@ def test_a_size_is_evaluated_in_every_way_that_the_encoding_takes(tmp_path: Path
         ("rope", "size_24_reference-grid"): {"--reference-grid"},
         ("rope", "size_24_reference-grid+log-n"): {"--reference-grid", "--log-n"},
     }
+    assert [len(of_one_model) for of_one_model in processes.values()] == [1, 1]
     assert [row["way"] for row in table_of(out / "sizes.csv")].count("plain") == 2
     assert (out / "sizes.md").read_text().count("\n## ") == 3
     assert {path.name for path in out.glob("sizes*.png")} == {"sizes.png", *(f"sizes_{way}.png" for way in ways[1:])}

@@ -273,7 +273,7 @@ def test_a_stopwatch_measures_the_loop_after_its_first_steps_and_ends_it(monkeyp
         with watch.show("", 100) as loop:
             for images in loop.batches(load()):
                 now += 0.75
-                loop.advance(images, str)
+                loop.advance(images, list)
 
     with pytest.raises(forecast.EnoughError):
         work()

@@ -10,6 +10,7 @@ from test_recipes import PARSER, resolve
 from torch.distributed.run import get_args_parser
 
 import compare
+import diagnose
 import predict
 import similarity_visualize
 from benchmarks import options
@@ -19,7 +20,7 @@ from training.options import Options
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAM = r"(main\.py|train\.sbatch|compare\.py|predict\.py|similarity_visualize\.py|benchmarks\.\w+)"
+PROGRAM = r"(main\.py|train\.sbatch|compare\.py|diagnose\.py|predict\.py|similarity_visualize\.py|benchmarks\.\w+)"
 
 
 def commands(page: Path) -> list[str]:
@@ -84,6 +85,8 @@ def test_every_command_is_understood(command: str) -> None:
         assert getattr(options, f"{program.removeprefix('benchmarks.')}_parser")().parse_args(given)
     elif program == "compare.py":
         assert make_plan(*compare.read_options(given)).runs
+    elif program == "diagnose.py":
+        assert diagnose.read_options(given)
     elif program == "similarity_visualize.py":
         assert similarity_visualize.read_options(given)
     elif program == "predict.py":

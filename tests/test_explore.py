@@ -23,9 +23,9 @@ from torch import Tensor
 import similarity_visualize
 from figures import explore
 from figures.explore import explore_page, quantise
-from figures.positions import Positions, measure
 from lape_vit import encodings
 from lape_vit.analysis.positions import PositionView
+from lape_vit.drawing.positions import Positions, measure
 from lape_vit.joins import legal_joins
 from tests.browser import Page, find_browser, open_browser
 from tests.models import COMPACT, DEIT, tiny

@@ -13,13 +13,14 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from torch import Tensor
 
-from figures import attention, comparison
-from figures.attention import TokenAttention, of_token
-from figures.panels import mosaic_shape, offset_ticks, varies_by_patch
-from figures.positions import Positions, measure, overview, pictures, raw_values, single_bands
-from figures.sheet import draw_sheets, single
+from figures import comparison
 from lape_vit.analysis.attention_maps import attention_maps
 from lape_vit.analysis.positions import PositionView, layer_correlations, mean_by_distance, plane_frequencies
+from lape_vit.drawing import attention
+from lape_vit.drawing.attention import TokenAttention, of_token
+from lape_vit.drawing.panels import mosaic_shape, offset_ticks, varies_by_patch
+from lape_vit.drawing.positions import Positions, measure, overview, pictures, raw_values, single_bands
+from lape_vit.drawing.sheet import draw_sheets, single
 from tests.models import images, tiny
 
 SHEETS = [("learnable", "LaPE_share"), ("2D_RPE", "LaPE"), ("relative", "basic"), ("rope", "basic")]

@@ -43,23 +43,26 @@ BENEATH: dict[str, tuple[str, ...]] = {
     "checkpoints": (),
     "images": (),
     "export": ("images",),
+    "drawing": ("analysis",),
+    "plot": ("drawing", "images", "timm_models"),
     "models_lape": ("analysis", "compact", "convert", "timm_models"),
     "from_checkpoint": ("checkpoints", "models_lape"),
-    "lape_vit": ("export", "from_checkpoint"),
+    "lape_vit": ("export", "from_checkpoint", "plot"),
     "runtime": (),
     "options": ("runtime",),
     "loading": ("options",),
     "training": ("checkpoints", "options"),
     "datasets": ("loading",),
     "engine": ("training",),
-    "setup": ("datasets", "training", "lape_vit"),
+    "setup": ("datasets", "engine", "lape_vit"),
     "figures": ("setup",),
-    "comparison": ("engine", "setup"),
-    "commands": ("comparison", "figures"),
+    "comparison": ("setup",),
+    "diagnosis": ("comparison",),
+    "commands": ("diagnosis", "figures"),
     "benchmarks": ("commands",),
 }
 """Layer: the layers directly beneath it. A module may import its own layer and all that lies beneath."""
-COMMANDS = ("main", "compare", "predict", "similarity_visualize")
+COMMANDS = ("main", "compare", "diagnose", "predict", "similarity_visualize")
 
 
 def layer_of(module: str) -> str:
@@ -77,7 +80,7 @@ def layer_of(module: str) -> str:
             return name if name in BENEATH else ""
         case ["training", "options" | "sources" | "catalogue" | "command_line"]:
             return "options"
-        case ["training", "setup" | "models"]:
+        case ["training", "setup" | "models" | "evaluation"]:
             return "setup"
         case [name] if name in COMMANDS:
             return "commands"
@@ -316,6 +319,8 @@ def test_a_tree_that_keeps_the_rules_has_no_faults(tmp_path: Path) -> None:
         ("datasets.py", "import engine"),
         ("datasets.py", "import lape_vit"),
         ("figures/sheet.py", "import main"),
+        ("lape_vit/drawing/panels.py", "from figures import sheet"),
+        ("lape_vit/analysis/views.py", "from lape_vit.drawing import panels"),
         ("loading/images.py", "import datasets"),
         ("lape_vit/analysis/views.py", "from figures import sheet"),
         ("training/losses.py", "import figures"),

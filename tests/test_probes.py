@@ -210,20 +210,28 @@ def test_the_share_of_position_is_the_part_of_the_variance_that_places_fix() -> 
     of_images = torch.randn(400, 12, 5, generator=generator, dtype=torch.float64)
     assert found_in(of_places.expand(4, -1, -1), (3, 4)).share == pytest.approx(1)
     assert found_in(of_images + 7, (3, 4)).share == pytest.approx(0, abs=0.01)
+    assert found_in(of_images[:5], (3, 4)).share == pytest.approx(0, abs=0.1)  # without a correction 1/5
     part = of_places.var(dim=1).sum() / (of_places.var(dim=1).sum() + 5)
     assert found_in(of_places + of_images, (3, 4)).share == pytest.approx(part.item(), abs=0.05)
 
 
-def test_the_share_of_the_plane_is_the_variance_that_goes_with_it() -> None:
+def test_the_share_that_is_removed_is_the_variance_of_what_tells_places() -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(50, 12, 6, generator=generator, dtype=torch.float64)
     places = torch.stack(Places((3, 4)).coordinates(), dim=-1)
     tokens[..., :2] += places
     sums = PlaceSums()
     sums.add(tokens, places)
-    left = remove_position(tokens, sums.fit())
+    removed = tokens - remove_position(tokens, sums.fit())
 
     def variance(features: Tensor) -> Tensor:
         return features.flatten(0, 1).var(dim=0).sum()
 
-    assert found_in(tokens, (3, 4)).plane_share == pytest.approx((1 - variance(left) / variance(tokens)).item())
+    assert found_in(tokens, (3, 4)).removed_share == pytest.approx((variance(removed) / variance(tokens)).item())
+
+
+def test_little_is_removed_where_no_position_is_to_be_found() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.logspace(-2, 2, 32, dtype=torch.float64)  # so that chance would find the largest channels
+    tokens = sizes * torch.randn(60, 12, 32, generator=generator, dtype=torch.float64)
+    assert found_in(tokens, (3, 4)).removed_share < 0.15

@@ -58,7 +58,7 @@ def test_the_tests_of_the_registry_hold_for_the_added_encoding(extended: Path) -
 
 
 def test_every_command_line_offers_the_added_encoding(extended: Path) -> None:
-    for command in ("main.py", "compare.py", "similarity_visualize.py"):
+    for command in ("main.py", "compare.py", "diagnose.py", "similarity_visualize.py"):
         assert "fading" in run_in(extended, command, "--help")
     data = ("--data-set", "DIGITS", "--output_dir", "unused", "--dry-run")
     printed = run_in(extended, "compare.py", "--pe", "fading", "--seeds", "0", *data)

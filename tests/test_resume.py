@@ -157,7 +157,7 @@ def test_a_signal_during_evaluation_loses_nothing_of_the_epoch(
     tmp_path: Path, recipe: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    evaluate = main.evaluate
+    evaluate = training.evaluation.evaluate
 
     def interrupted(*args: Any, **kwargs: Any) -> dict[str, float]:
         signal.raise_signal(signal.SIGTERM)
@@ -165,7 +165,7 @@ def test_a_signal_during_evaluation_loses_nothing_of_the_epoch(
 
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(main, "evaluate", interrupted)
+            patch.setattr(training.evaluation, "evaluate", interrupted)
             assert call("--recipe", recipe, *RICH, "--output_dir", tmp_path) == 143
     finally:
         signal.signal(signal.SIGTERM, usual)

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import random
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -678,9 +679,9 @@ def show(console: Console | None, monkeypatch: pytest.MonkeyPatch, seconds_per_s
     monkeypatch.setattr(logs.time, "perf_counter", lambda: now[0])
     asked = []
 
-    def status() -> str:
+    def status() -> list[str]:
         asked.append(now[0])
-        return "loss 1.2500  [x]"
+        return ["loss 1.2500", "[x]"]
 
     def slow_batches() -> Iterator[None]:
         for _ in range(20):
@@ -703,6 +704,29 @@ def test_a_terminal_gets_a_bar_with_all_that_matters(monkeypatch: pytest.MonkeyP
         assert part in drawn
 
 
+@pytest.mark.parametrize(("width", "others"), [(28, 0), (50, 1), (80, 4), (120, 5)])
+def test_the_bar_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, width: int, others: int) -> None:
+    console = Console(force_terminal=True, file=io.StringIO(), width=width)
+    show(console, monkeypatch, 0.1)
+    assert isinstance(console.file, io.StringIO)
+    frames = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()))
+    assert max(map(len, frames)) <= width
+    last = [frame for frame in frames if frame.strip()][-1]
+    for part in ("━", "20/20", "0:00 left"):
+        assert part in last
+    parts = ("epoch 1/2", "loss 1.2500", "[x]", "160 images/s", "25 % waiting for data")
+    assert [part in last for part in parts] == [number < others for number in range(5)]
+
+
+@pytest.mark.parametrize("width", [10, 25, 60])
+def test_a_line_breaks_between_fields_alone(width: int) -> None:
+    line = "epoch 1/3  train loss 2.3026  acc@1 12.34 %  /a/long path/of a file  0:12 left"
+    lines = logs.break_between_fields(line, width).splitlines()
+    assert [part for text in lines for part in text.strip().split("  ")] == line.split("  ")
+    assert all(len(text) <= width or "  " not in text.strip() for text in lines)
+    assert logs.break_between_fields(line, len(line)) == line
+
+
 def test_elsewhere_a_long_loop_gets_ten_lines_and_a_short_one_none(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -713,6 +737,31 @@ def test_elsewhere_a_long_loop_gets_ten_lines_and_a_short_one_none(
     show(console, monkeypatch, 10)
     assert len(caplog.messages) == 10
     assert caplog.messages[4] == "epoch 1/2  10/20  loss 1.2500  [x]  2 images/s  25 % waiting for data  1:40 left"
+
+
+def test_an_activity_is_told_at_once_and_later_ones_in_their_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    now = [100.0]
+    monkeypatch.setattr(logs.time, "perf_counter", lambda: now[0])
+    with logs.show_activity(Console(force_terminal=False, file=io.StringIO()), "drawing") as show:
+        assert caplog.messages == ["drawing"]
+        for number in range(12):
+            now[0] += 1
+            show(f"drawing {number}")
+    assert caplog.messages == ["drawing", "drawing 4", "drawing 9"]
+
+
+def test_on_a_terminal_an_activity_leaves_no_line_behind(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    console = Console(force_terminal=True, file=io.StringIO(), width=80)
+    with logs.show_activity(console, "drawing") as show:
+        show("drawing [b] of c")
+    assert isinstance(console.file, io.StringIO)
+    assert "drawing [b] of c" in console.file.getvalue()
+    assert console.file.getvalue().endswith("\x1b[1A\x1b[2K")
+    assert caplog.messages == []
 
 
 def test_other_processes_show_nothing_but_look_at_the_loss(

@@ -158,7 +158,7 @@ def test_an_image_depends_on_no_random_state_and_no_seed(is_train: bool) -> None
 
 
 def test_mean_and_std_are_those_of_the_training_images() -> None:
-    images = open_split("cell", is_train=True)
+    images = open_split("cell", is_train=True, size=16)
     pixels = np.stack([np.asarray(images[index][0]) for index in range(len(images))]) / 255
     assert DATA_SETS["WHERE"].mean == pytest.approx(pixels.mean(axis=(0, 1, 2)), abs=1e-4)
     assert DATA_SETS["WHERE"].std == pytest.approx(pixels.std(axis=(0, 1, 2)), abs=1e-4)

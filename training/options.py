@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -167,6 +167,8 @@ class RunOptions:
              "from random weights")
     recipe: str | None = option(metavar="NAME", of_one_call=True,
         help="options from recipes/NAME.yaml, or from the .yaml file of this path; default: the data set's recipe")
+    show_options: bool = option(default=False, of_one_call=True,
+        help="print all options of the run, not only those that differ from the recipe")
     list_encodings: bool = option(default=False, of_one_call=True,
         help="print a table of all encodings, with their options and what they add to --model, and end")
     seed: int = option(default=0, read=whole(), metavar="N", help="of weights, order and augmentation")
@@ -503,7 +505,7 @@ class OptionParser(Parser):
             return f": {known_instead}"
         known = get_close_matches(flag.partition("=")[0], self.flags)
         hint = f"did you mean {' or '.join(known)}?" if known else "leave it out;"
-        return f": {hint} main.py --help lists all"
+        return f": {hint} {self.prog} --help lists all"
 
 
 def with_dashes(token: str) -> str:
@@ -518,19 +520,25 @@ def flag_of(name: str) -> str:
 
 
 def build_parser(
-    encoding_options: Mapping[str, tuple[type, Sequence[str]]], names: Mapping[str, str] | None = None
+    encoding_options: Mapping[str, tuple[type, Sequence[str]]],
+    names: Mapping[str, str] | None = None,
+    only: Container[str] | None = None,
 ) -> OptionParser:
     """All options of `main.py`, in sections.
 
     Args:
         encoding_options: of the positional encodings: each one's type, and the encodings that take it.
         names: what the help of an option lists, by the option's name.
+        only: the names of the options that another command takes, beside those of encodings; default: all.
     """
     names = names or {}
     parser = OptionParser()
     for title, section in SECTIONS.items():
+        taken = [one for one in options_of(section) if only is None or one.name in only]
+        if not taken:
+            continue
         add = parser.section(title)
-        for one in options_of(section):
+        for one in taken:
             about = one.metadata
             kinds = (one.type, *get_args(one.type))
             kind: type = bool if bool in kinds else Mapping if Mapping[str, Any] in kinds else str
@@ -635,6 +643,16 @@ def config_text(options: Mapping[str, Any], command: str) -> str:
     """`options` as a recipe file that says where it comes from."""
     header = f"# What the options of a run resolved to. As --recipe, this file repeats the run.\n# {command}\n"
     return header + yaml.safe_dump(dict(options), sort_keys=False)
+
+
+def differences(options: Options, given: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
+    """What was given and differs from `base`, which has a value for each option: `epochs 2 (was 20)`."""
+    values = options.by_name()
+    return [
+        f"{name.replace('_', '-')} {_show(values[name])} (was {'unset' if base[name] is None else _show(base[name])})"
+        for name in given
+        if name not in OF_ONE_CALL and given[name] != base[name]
+    ]
 
 
 def describe(options: Options, parser: OptionParser, given: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from datasets import (
     default_recipe,
 )
 from lape_vit.checkpoints import average_of, description_of, in_our_names, is_ours
-from lape_vit.encodings import all_options, resolve
+from lape_vit.encodings import all_options, canonical_name, resolve
 from lape_vit.from_checkpoint import carry_data_config, load_weights, spelled_for
 from loading.images import ImageSettings
 from loading.shards import runs_commands
@@ -59,6 +59,7 @@ from training.options import (
     RunOptions,
     config_text,
     describe,
+    differences,
     find_recipe,
     flag_of,
     read_recipe,
@@ -178,7 +179,7 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Setup:
         setup.training = set_up_training(setup, images, checkpoint)
     if world.is_main:
         setup.output_dir = open_output_dir(options.run)
-        log_plan(setup, parser, given)
+        log_plan(setup, parser, given, pick_recipe(parser, given, checkpoint))
         if setup.training is not None and setup.output_dir is not None:
             text = config_text(saved_options(options), shlex.join(["main.py", *argv]))
             write_text(setup.output_dir / "config.yaml", text)
@@ -545,39 +546,53 @@ def unique_images(training: Training, world_size: int) -> int:
     return math.ceil(shown / REPEATS) if options.augmentation.repeated_aug else shown
 
 
-def log_plan(setup: Setup, parser: OptionParser, given: dict[str, Any]) -> None:
-    """Log what the run is going to do."""
+def log_plan(setup: Setup, parser: OptionParser, given: dict[str, Any], recipe: dict[str, Any]) -> None:
+    """Log what the run is going to do: what matters in a few lines, and all options where they are asked for."""
     options, training, world = setup.options, setup.training, setup.runtime.world
-    run, model, optimisation, data_set = options.run, options.model, options.optimisation, options.data.data_set
+    run, model = options.run, options.model
     processes = "1 process" if world.size == 1 else f"{world.size} processes"
-    parameters = count_parameters(setup.model)
-    _logger.info("%s with %s, joined by %s: %s parameters", model.model, model.pe, model.join_type, f"{parameters:,}")
-    if training is None:
-        _logger.info(
-            "%s: %d images; %s on %s in %s", data_set, setup.num_test_images, processes, run.device, run.amp_dtype
-        )
-        return
-    _logger.info("options (* given on the command line, others from recipe %s or by default)", run.recipe)
-    _logger.info("%s", describe(options, parser, given))
-    _logger.info(
-        "%s: %d images to train, %d to test, %d classes",
-        data_set,
-        training.loader.num_images,
-        setup.num_test_images,
-        setup.description["num_classes"],
-    )
-    lr = base_lr(options, world)
-    _logger.info(
-        "%s on %s in %s: %d images per update, %d updates and %d different images per epoch, learning rate %g, at most "
-        "%.3g by its schedule%s",
-        processes,
-        run.device,
-        run.amp_dtype,
-        images_per_update(options.data, optimisation, world.size),
-        training.updates,
-        unique_images(training, world.size),
-        lr,
-        highest_rate(optimisation, lr, training.updates),
-        ", without its noise" if optimisation.lr_noise else "",
-    )
-    _logger.info("output: %s", setup.output_dir or "none, as --output_dir is not given")
+    lines = {
+        "model": f"{model.model}  {count_parameters(setup.model):,} parameters",
+        "positions": f"{canonical_name(model.pe or '', given_options(options))}  joined by {model.join_type}",
+        "data": describe_data(setup),
+    }
+    if training is not None:
+        changed = differences(options, given, {**parser.defaults, **recipe})
+        lines["recipe"] = "  ".join([str(run.recipe), *(["changed:", *changed] if changed else [])])
+        lines |= describe_schedule(options, training, world)
+    lines["device"] = f"{processes} on {run.device} in {run.amp_dtype}"
+    lines["output"] = str(setup.output_dir or "none, as --output_dir is not given")
+    for name, text in lines.items():
+        _logger.info("%-11s%s", name, text)
+    if run.show_options:
+        _logger.info("options (* given on the command line, others from recipe %s or by default)", run.recipe)
+        _logger.info("%s", describe(options, parser, given))
+
+
+def given_options(options: Options) -> dict[str, Any]:
+    """The options of encodings that have a value."""
+    return {name: value for name, value in options.model.encoding.items() if value is not None}
+
+
+def describe_data(setup: Setup) -> str:
+    """The data set, how many images and classes it has, and how large they are."""
+    height, width = to_2tuple(setup.options.model.input_size)
+    training = "" if setup.training is None else f"{setup.training.loader.num_images:,} images to train  "
+    tested = f"{setup.num_test_images:,} to test" if training else f"{setup.num_test_images:,} images"
+    counts = f"{training}{tested}  {setup.description['num_classes']} classes"
+    return f"{setup.options.data.data_set}  {counts}  {height} x {width} pixels"
+
+
+def describe_schedule(options: Options, training: Training, world: World) -> dict[str, str]:
+    """How long the training lasts, what an update is, and how high the learning rate gets."""
+    optimisation = options.optimisation
+    images = images_per_update(options.data, optimisation, world.size)
+    peak = highest_rate(optimisation, base_lr(options, world), training.updates)
+    noise = ", without its noise" if optimisation.lr_noise else ""
+    start = f"  from epoch {training.epoch + 1}" if training.epoch else ""
+    return {
+        "updates": f"{images} images per update, {training.updates} updates and {unique_images(training, world.size)} "
+        "different images per epoch",
+        "schedule": f"{optimisation.epochs} epochs{start}  {optimisation.sched} after {optimisation.warmup_epochs} of "
+        f"warm-up  learning rate at most {peak:.3g}{noise}",
+    }

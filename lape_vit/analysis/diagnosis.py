@@ -23,7 +23,7 @@ from lape_vit.analysis.knock_outs import (
     Answers,
     Outcome,
     Spot,
-    answer_without_plane,
+    answer_without_position,
     layers_taken_away,
     places_changed,
 )
@@ -55,7 +55,7 @@ class Known:
     error: float
     similarity: float
     share: float
-    plane_share: float
+    removed_share: float
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class Layer:
     Attributes:
         input: in the tokens that the block is given.
         read: in what its attention reads.
-        removed: once the probe's plane was projected out of the patch tokens that the block is given.
+        removed: once what tells places, by the probe for permuted contents, was removed from the patch tokens that the
+            block is given.
         taken_away: once the block's own positions were taken away; None where it has none.
         entropy: of attention, nats, by head.
         distance: of attention, patches, by head.
@@ -128,7 +129,7 @@ class Diagnosis:
         accuracy: of the intact model on the held-out images, per cent; None where no labels are known.
         layers: of each block.
         output: in the tokens after the last norm, which users of dense features read.
-        removed: once the probe's plane was projected out of these patch tokens.
+        removed: once what tells places, by the probe for permuted contents, was removed from these patch tokens.
         input_taken_away, output_taken_away: once what is added to x_0, or after the last norm, was taken away; None
             where there is no such thing.
         knock_outs: of the whole model, by name.
@@ -240,7 +241,7 @@ def diagnose(
         for change in changes:
             by_change[change.name].add(change.answer(batch, seen), seen.logits, labels)
         for layer, answers in enumerate(removed):
-            logits = answer_without_plane(model, layer, probes.as_they_are[2 * layer].probe, seen)
+            logits = answer_without_position(model, layer, probes.permuted[2 * layer].probe, seen)
             answers.add(logits, seen.logits, labels)
         add_pass(attention, model, seen, grid)
 
@@ -348,7 +349,7 @@ class Probing:
 
 def known(found: Found) -> Known:
     """The numbers without the probe."""
-    return Known(found.r2, found.error, found.similarity, found.share, found.plane_share)
+    return Known(found.r2, found.error, found.similarity, found.share, found.removed_share)
 
 
 @torch.no_grad()

@@ -231,8 +231,8 @@ def answer_shifted(model: Model, right: int, down: int, with_places: bool, image
     return logits_from(model, 0, x, terms, places)
 
 
-def answer_without_plane(model: Model, layer: int, probe: PlaceProbe, seen: Pass) -> Tensor:
-    """The logits (B, C) once a probe's plane is projected out of the patch tokens that a block is given.
+def answer_without_position(model: Model, layer: int, probe: PlaceProbe, seen: Pass) -> Tensor:
+    """The logits (B, C) once what tells places, by a probe, is removed from the patch tokens of a block's input.
 
     Args:
         layer: of the block; L stands for the tokens after the last norm.

@@ -30,17 +30,21 @@ class PlaceProbe:
         weight: (D, 2), float64.
         mean: of the tokens that the probe was fitted to, (D,).
         centre: the mean place, (2,): x and y in cells.
-        plane: an orthonormal basis of all directions in which those tokens covary with x or y, (D, 2 or fewer).
+        along: by how much a token changes for each cell by which the probe finds it farther right, or down: (D, 2).
     """
 
     weight: Tensor
     mean: Tensor
     centre: Tensor
-    plane: Tensor
+    along: Tensor
 
     def __call__(self, features: Tensor) -> Tensor:
         """Places (x, y) in cells, (..., 2), of tokens (..., D)."""
         return (features.double() - self.mean) @ self.weight + self.centre
+
+    def part(self, features: Tensor) -> Tensor:
+        """What of tokens (..., D) tells their place, (..., D), float64; see :func:`remove_position`."""
+        return (features.double() - self.mean) @ self.weight @ self.along.mT
 
 
 @dataclass
@@ -84,9 +88,8 @@ class PlaceSums:
         scale = tokens.diagonal().mean()
         penalty = ridge * scale if scale > 0 else torch.ones_like(scale)  # equal tokens have no covariance
         weight = torch.linalg.solve(tokens + penalty * torch.eye(len(tokens)).to(tokens), cross)
-        directions, sizes, _ = torch.linalg.svd(cross, full_matrices=False)
-        plane = directions[:, sizes > torch.finfo(sizes.dtype).eps * len(cross) * sizes.max()]
-        return PlaceProbe(weight, mean[:-2], mean[-2:], plane)
+        along = cross @ torch.linalg.pinv(weight.mT @ cross, hermitian=True)
+        return PlaceProbe(weight, mean[:-2], mean[-2:], along)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ class Found:
         share: part of the tokens' variance that is between places: how much of a token is fixed by its place, whatever
             the image. Estimated without bias, so that chance gives 0 on the average (the adjusted R^2 of an analysis
             of variance by places).
-        plane_share: part of the tokens' variance in the plane that :func:`remove_position` removes.
+        removed_share: variance of what :func:`remove_position` removes, as a part of the tokens' variance. Where no
+            position is to be found, it is about 2 / D: one part of D for x and one for y.
     """
 
     probe: PlaceProbe
@@ -112,7 +116,7 @@ class Found:
     error: float
     similarity: float
     share: float
-    plane_share: float
+    removed_share: float
 
 
 @dataclass
@@ -125,7 +129,7 @@ class FoundSums:
         sums: in float64: of the distances from the true place, the squares of these, and the squared distances of the
             true places from the mean place, (3,); of the cosine similarities of the tokens at each two places, (M, M);
             of the tokens at each place, less the probe's mean, (M, D); and of the squared lengths of these tokens, and
-            of their parts in the probe's plane, (2,).
+            of their parts that tell places, (2,).
     """
 
     probe: PlaceProbe
@@ -144,7 +148,7 @@ class FoundSums:
             torch.stack([squares.sqrt().sum(), squares.sum(), spread]),
             (directions @ directions.mT).double(),
             deviation.sum(dim=0),
-            torch.stack([deviation.square().sum(), (deviation @ self.probe.plane).square().sum()]),
+            torch.stack([deviation.square().sum(), self.probe.part(features).square().sum()]),
         )
         self.images += len(features)
         self.sums = tuple(map(torch.add, self.sums, added)) if self.sums else added
@@ -164,15 +168,16 @@ class FoundSums:
         return Found(self.probe, 1 - squares / spread, error, similarity, *self._shares(by_place, lengths))
 
     def _shares(self, by_place: Tensor, lengths: Tensor) -> tuple[float, float]:
-        """The shares of the variance between places, and of that in the probe's plane."""
+        """The share of the variance between places, and that of what is removed."""
         count, total = self.images * len(by_place), by_place.sum(dim=0)
-        of_all, of_plane = lengths.tolist()
+        of_all, of_part = lengths.tolist()
         variance = of_all - (total.square().sum() / count).item()
         if variance <= torch.finfo(torch.float64).eps * of_all:  # all tokens are equal
             return 0.0, 0.0
         within = of_all - (by_place.square().sum() / self.images).item()
         share = 1 - (within / (count - len(by_place))) / (variance / (count - 1))
-        return share, (of_plane - ((total @ self.probe.plane).square().sum() / count).item()) / variance
+        mean_part = self.probe.part(self.probe.mean + total / count)
+        return share, (of_part - count * mean_part.square().sum().item()) / variance
 
 
 def similarity_by_distance(similarities: Tensor, places: Tensor) -> float:
@@ -293,11 +298,11 @@ def permute_contents(images: Tensor, grid: tuple[int, int], generator: torch.Gen
 
 
 def remove_position(features: Tensor, probe: PlaceProbe) -> Tensor:
-    """Tokens (..., D) without the plane in which they covary with places.
+    """Tokens (..., D) without what tells their place: x - C (W' C)^+ W' (x - mean), with the probe's W.
 
-    No linear probe does better than the mean place on what is left of the tokens that `probe` was fitted to, since a
-    covariance of zero is all that it takes (LEACE, Belrose et al. 2023, https://arxiv.org/abs/2306.03819, theorem 3.1;
-    LEACE's own map changes the tokens less, and needs their whole covariance).
+    C is the covariance of the tokens with places. What is left has no covariance with places, so that no linear probe
+    does better on it than the mean place, where it is fitted to the same tokens; and of all maps of which that is true,
+    this one changes tokens least (LEACE, Belrose et al. 2023, https://arxiv.org/abs/2306.03819, section 4, up to the
+    ridge). Where tokens know nothing of places, little is removed.
     """
-    deviation = features.double() - probe.mean
-    return (features.double() - deviation @ probe.plane @ probe.plane.mT).to(features.dtype)
+    return (features.double() - probe.part(features)).to(features.dtype)

@@ -13,12 +13,12 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from torch import Tensor
 
-from figures.panels import SIGNED, Token, layers_band, show_map
-from figures.positions import Positions
-from figures.sheet import Band, Colours, Panel, Sheet, draw_sheets, single
 from lape_vit.analysis.attention_maps import LayerAttention
 from lape_vit.analysis.positions import layer_titles, token_map
 from lape_vit.analysis.timm_attention import SeenWeights
+from lape_vit.drawing.panels import SIGNED, Token, layers_band, show_map
+from lape_vit.drawing.positions import Positions
+from lape_vit.drawing.sheet import Band, Colours, Panel, Sheet, draw_sheets, single
 from lape_vit.places import Grid
 
 UNSIGNED = "viridis"

@@ -3,6 +3,7 @@
 All lengths are in inches, from the top left corner of the sheet.
 """
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,15 @@ HINTING = 1.04
 """How much wider a line of text may be on pixels than its outlines say."""
 SIZES = {"heading": 9.5, "band": 9.0, "panel": 8.0, "tick": 7.0}
 """Of text, in points."""
+
+
+class Picture(Figure):
+    """A figure that every notebook shows, also where pyplot was never imported."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue()
 
 
 @dataclass(frozen=True)
@@ -140,7 +150,7 @@ def draw_sheets(sheets: Sequence[Sheet], heading: Sequence[str] = ()) -> Figure:
     top = MARGIN + LINE * len(heading) if heading else 0.0
     widest = max((text_width(line, "heading") + 2 * MARGIN for line in heading), default=0.0)
     width = max(sum(width for width, _ in sizes), widest)
-    figure = Figure(figsize=(width, top + max(height for _, height in sizes)))
+    figure = Picture(figsize=(width, top + max(height for _, height in sizes)))
     _write_lines(figure, MARGIN, MARGIN, heading)
     left = 0.0
     for sheet, (width, _) in zip(sheets, sizes, strict=True):

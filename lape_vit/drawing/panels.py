@@ -16,9 +16,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from figures.sheet import Band, Colours, Panel, spread
 from lape_vit.analysis.positions import PositionView, token_map
 from lape_vit.analysis.views import mean_by_offset
+from lape_vit.drawing.sheet import Band, Colours, Panel, spread
 from lape_vit.places import Grid
 
 SIGNED = "coolwarm"

@@ -10,9 +10,6 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from figures.panels import Token, encoding_band, frequency_band, layer_band, token_band, varies_by_patch, view_bands
-from figures.sheet import Band, Sheet, draw_sheets, single
-from lape_vit import VisionTransformer
 from lape_vit.analysis.positions import (
     PositionView,
     check_token,
@@ -29,8 +26,19 @@ from lape_vit.analysis.timm_positions import (
     timm_position_views,
     timm_tables,
 )
+from lape_vit.drawing.panels import (
+    Token,
+    encoding_band,
+    frequency_band,
+    layer_band,
+    token_band,
+    varies_by_patch,
+    view_bands,
+)
+from lape_vit.drawing.sheet import Band, Sheet, draw_sheets, single
 from lape_vit.joins import Basic
 from lape_vit.places import Grid
+from lape_vit.vit import VisionTransformer
 
 ORIGINAL_NAMES = {"similarity": ("sim", "sim_overall"), "bias": ("bias", "head{head}")}
 """What the original calls a view in its files' names: of one patch, and the whole of it."""

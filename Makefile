@@ -62,7 +62,7 @@ test-multinode: .venv/.installed-dev ## two hosts train together and one is kill
 test-oldest: .venv-oldest/.installed-dev ## every test, with the oldest releases that requirements.txt admits
 	$(ONE_THREAD) .venv-oldest/bin/python -m pytest -n auto
 
-test-ecosystem: .venv-ecosystem/.installed ## our models in peft, captum, grad-cam, torchao, transformers, and timm's own tests on them
+test-ecosystem: .venv-ecosystem/timm-tests ## our models in peft, captum, grad-cam, torchao, transformers, and timm's own tests on them
 	$(ONE_THREAD) .venv-ecosystem/bin/python -m pytest -m ecosystem tests/test_ecosystem.py
 
 clean: ## remove the virtual environments and every cache; runs and figures stay
@@ -88,6 +88,14 @@ clean: ## remove the virtual environments and every cache; runs and figures stay
 	sed -En 's/^([A-Za-z-]+)>=([0-9.]+).*/\1==\2.*/p' requirements.txt > $(@D)/oldest.txt
 	$(@D)/bin/python -m pip install -r requirements-dev.txt -c $(@D)/oldest.txt
 	touch $@
+
+# timm's tests come with its sources alone; of the release that is installed.
+.venv-ecosystem/timm-tests: .venv-ecosystem/.installed
+	rm -rf $@ $(@D)/timm-*.tar.gz
+	$(@D)/bin/python -m pip download --no-deps --no-binary timm -d $(@D) \
+		timm==$$($(@D)/bin/python -c 'import importlib.metadata; print(importlib.metadata.version("timm"))')
+	mkdir $@
+	tar -xzf $(@D)/timm-*.tar.gz -C $@ --strip-components=2 --wildcards '*/tests/test_models.py' '*/tests/test_model_input.py'
 
 .venv-ecosystem/.installed: requirements-ecosystem.txt requirements-dev.txt requirements.txt .venv-ecosystem/.python-$(PYTHON_VERSION)
 	$(@D)/bin/python -m pip install -r requirements-ecosystem.txt

@@ -29,6 +29,10 @@ from runtime.tables import print_table
 _logger = getLogger(__name__)
 
 
+class WriteError(Exception):
+    """A result could not be written."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: that of the process).
 
@@ -38,14 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     console = start_logging(is_main=True)
     try:
-        try:
-            options = read_options(sys.argv[1:] if argv is None else argv)
-            records = diagnose_all(options, LoopDisplay(console))
-        except (ValueError, OSError) as error:
-            return _end(f"error: {error}", 2)
+        options = read_options(sys.argv[1:] if argv is None else argv)
+        records = diagnose_all(options, LoopDisplay(console))
         show(options, records, console)
-    except OSError as error:
+    except WriteError as error:
         return _end(f"error: {error}", 1)
+    except (ValueError, OSError) as error:
+        return _end(f"error: {error}", 2)
     except KeyboardInterrupt:
         return _end("interrupted", 130)
     return 0
@@ -59,14 +62,18 @@ def diagnose_all(options: DiagnoseOptions, display: LoopDisplay) -> list[Diagnos
 
     Raises:
         ValueError, OSError: a checkpoint, data or flags that are no good; what was done before stays.
+        WriteError: a result could not be written.
     """
     records: list[Diagnosis] = []
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for path in options.checkpoints:
         subject = open_subject(options.given, path, display)
         records.append(measure(subject, options.images, options.sizes, options.size_ways))
-        write_tables(options.output_dir, records)
-        write_pictures(options.output_dir, records)
+        try:
+            write_tables(options.output_dir, records)
+            write_pictures(options.output_dir, records)
+        except OSError as error:
+            raise WriteError(f"{options.output_dir}: {error}") from error
     return records
 
 

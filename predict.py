@@ -92,7 +92,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
         ValueError: flags that are unknown, or ask for nothing.
         FileNotFoundError: no such checkpoint or image.
     """
-    args: argparse.Namespace = build_parser().parse_args(argv)
+    args: argparse.Namespace = build_parser().parse_intermixed_args(argv)
     if not args.images and args.export is None:
         raise ValueError("name the images, or --export KIND FILE")
     if args.export is not None and args.export[0] not in EXPORTS:

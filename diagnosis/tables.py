@@ -6,28 +6,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comparison.tables import csv_text, mean_and_deviation
-from diagnosis.summary import (
+from diagnosis.summary import group, spread
+from lape_vit.analysis.attention_statistics import uniform_distance
+from lape_vit.analysis.diagnosis import Diagnosis
+from lape_vit.analysis.diagnosis_numbers import (
     INPUT,
     OUTPUT,
     READ,
     REMOVED,
     REMOVED_AT_OUTPUT,
+    SHARPNESS,
     TAKEN_AWAY,
     Group,
     Key,
+    Values,
     changes_of,
-    group,
-    spread,
 )
-from lape_vit.analysis.attention_statistics import uniform_distance
-from lape_vit.analysis.diagnosis import Diagnosis
 from runtime.files import write_text
 from runtime.tables import NOT_YET, Row, markdown
 
 NAMES = ("model", "block", "way")
 """Columns that hold no numbers."""
-
-Values = dict[Key, list[float]]
 
 
 def write_tables(folder: Path, records: Sequence[Diagnosis]) -> None:
@@ -182,10 +181,10 @@ def size_rows(one: Group, found: Values) -> list[Row]:
     rows = []
     for at in one.first.sizes:
         size = "x".join(map(str, at.size))
-        keys = {name: Key(name, size=size, way=at.way) for name in ("accuracy", "entropy, share of the most")}
-        trained = " (trained)" if at.size == one.first.size else ""
-        row = {"size": f"{size}{trained}", "way": at.way, "accuracy (%)": cell(found, keys["accuracy"])}
-        row["entropy, share of the most"] = cell(found, keys["entropy, share of the most"])
+        keys = {name: Key(name, size=size, way=at.way) for name in ("accuracy", SHARPNESS)}
+        above = " (as above)" if at.size == one.first.size else ""
+        row = {"size": f"{size}{above}", "way": at.way, "accuracy (%)": cell(found, keys["accuracy"])}
+        row[SHARPNESS] = cell(found, keys[SHARPNESS])
         for measure, unit in (("entropy", "nats"), ("distance", "patches")):
             for block in dict.fromkeys((0, one.depth() - 1)):
                 name = f"{measure} in block {'0' if block == 0 else 'last'}, {unit}"

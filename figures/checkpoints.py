@@ -52,11 +52,9 @@ def load_published(tag: str, flags: Mapping[str, Any]) -> tuple[Any, dict[str, A
         The model and its description as of :func:`load_model`, and the full name of the weights.
 
     Raises:
-        ValueError, OSError: no model's name, or one that timm has no such weights for, weights that cannot be loaded, a
-            model whose positions cannot be seen.
+        ValueError, OSError: a name that timm has no such weights for, weights that cannot be loaded, a model whose
+            positions cannot be seen.
     """
-    if flags.get("model") is None:
-        raise ValueError(f"--pretrained needs {FLAGS['model']} NAME: the model whose weights timm publishes")
     name, _, of_name = flags["model"].partition(".")
     if tag and of_name and tag != of_name:
         raise ValueError(f"--pretrained {tag} contradicts {FLAGS['model']} {name}.{of_name}")

@@ -25,13 +25,9 @@ def build_parser() -> Parser:
     source.add_argument("--ckpt_path", "--ckpt-path", metavar="FILE", default=CHECKPOINT,
         help="a checkpoint: ours, an original's, or timm's (.pth or .safetensors); default, as in LaPE's code: "
         f"{CHECKPOINT}")  # fmt: skip
-    source.add_argument(
-        "--pretrained",
-        nargs="?",
-        const="",
-        metavar="TAG",
-        help="in place of a checkpoint, the weights that timm publishes for --model_name, by default or under this tag",
-    )
+    source.add_argument("--pretrained", nargs="?", const="", metavar="TAG",
+        help="in place of a checkpoint, the weights that timm publishes for --model_name, by default or under TAG"
+    )  # fmt: skip
     source.add_argument("--compare", nargs="+", metavar="FILE",
         help="two checkpoints or more: their sheets side by side, and curves over depth")  # fmt: skip
     add = parser.add_argument
@@ -64,6 +60,8 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
     if args.compare is not None and len(args.compare) < 2:
         raise ValueError("--compare takes two checkpoints or more; one alone is drawn by --ckpt_path")
+    if args.pretrained is not None and args.model is None:
+        raise ValueError("--pretrained needs --model_name NAME: the model whose weights timm publishes")
     if args.compare is not None and args.image is not None:
         raise ValueError("--image draws one checkpoint: give it by --ckpt_path or --pretrained, not --compare")
     if args.model is not None:

@@ -17,8 +17,11 @@ except ImportError as error:
     raise ImportError("lape_vit.plot needs matplotlib: pip install 'lape-vit[plot]'", name="matplotlib") from error
 
 from lape_vit.analysis.attention_maps import attention_maps
+from lape_vit.analysis.diagnosis import Diagnosis
+from lape_vit.analysis.diagnosis_numbers import Group
 from lape_vit.drawing.attention import of_token
 from lape_vit.drawing.attention import pictures as attention_pictures
+from lape_vit.drawing.diagnosis import draw_page
 from lape_vit.drawing.panels import Token
 from lape_vit.drawing.positions import measure
 from lape_vit.drawing.positions import pictures as position_pictures
@@ -65,6 +68,18 @@ def attention(model: nn.Module, image: str | Path | Image.Image | Tensor, token:
     layers = attention_maps(model, tensor[None].to(device))
     _, figure = next(attention_pictures(of_token(seen, name, pixels_of(model, tensor), layers)))
     return figure
+
+
+def diagnosis(record: Diagnosis) -> Figure:
+    """Which layers know where their patches are, and whether the model uses it: probes, knock-outs, attention.
+
+    Args:
+        record: of :func:`lape_vit.analysis.diagnosis.diagnose`, or of `diagnose.py`'s file by ``Diagnosis.of``.
+    """
+    height, width = record.grid
+    images = f"{record.fitted} images to fit probes, {record.held_out} to judge"
+    group = Group(f"{record.pe}, {record.join_type}", [record])
+    return draw_page(group, f"{group.label}: {height} x {width} patches; {images}")
 
 
 def read(model: nn.Module, image: str | Path | Image.Image | Tensor) -> Tensor:

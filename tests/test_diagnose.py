@@ -13,12 +13,13 @@ from matplotlib.image import imread
 import compare
 import diagnose
 from datasets import build_dataset
-from diagnosis.pictures import draw_diagnosis
 from diagnosis.runs import diagnose_runs
 from diagnosis.subjects import first_images, open_subject, split
-from diagnosis.summary import Key, group, numbers
+from diagnosis.summary import group
 from diagnosis.tables import read_records
+from lape_vit import plot
 from lape_vit.analysis.diagnosis import Diagnosis
+from lape_vit.analysis.diagnosis_numbers import Key, numbers
 from runtime.logs import LoopDisplay
 from tests import tiny_run
 from tests.fake_runs import plan_of
@@ -113,7 +114,7 @@ def test_there_is_a_page_for_each_training_and_one_that_compares(runs: dict[str,
 
 
 def test_the_page_of_one_record_can_be_drawn_from_a_notebook(runs: dict[str, Any]) -> None:
-    figure = draw_diagnosis(read_records(runs["out"] / "diagnosis.json")[0])
+    figure = plot.diagnosis(read_records(runs["out"] / "diagnosis.json")[0])
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert [title[:3] for title in titles] == [f"({letter})" for letter in "abcdefgh"]
     assert all(axes.get_xlabel() for axes in figure.axes)
@@ -218,6 +219,16 @@ def test_bad_input_is_refused_in_one_line(
     named = {"RUN": runs["checkpoints"][0], "OUT": tmp_path / "out"}
     line = refused(capsys, *(named.get(word, word) for word in argv))
     assert all(word in line for word in words), line
+
+
+def test_a_result_that_cannot_be_written_is_told_with_exit_code_1(
+    runs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "diagnosis.md").mkdir()
+    assert call(runs["checkpoints"][0], "--output_dir", tmp_path, "--images", 8) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("diagnose.py: error: ")
+    assert "diagnosis.md" in line
 
 
 def test_a_damaged_record_is_refused(tmp_path: Path) -> None:

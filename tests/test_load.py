@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from PIL import Image
 from test_golden import INDEX, KNOWN, arrays, original_state
 from timm.data import resolve_data_config
 from torch import nn
@@ -181,6 +182,7 @@ def test_what_the_page_shows_works_as_it_stands(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(
         timm.models, "push_to_hf_hub", lambda model, to: timm.models.save_for_hf(model, Path("hub") / to)
     )
+    Image.new("RGB", (20, 30), "orange").save("cat.jpg")
     page = (ROOT / "docs" / "python.md").read_text().replace("hf-hub:", "local-dir:hub/")
     shown: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):

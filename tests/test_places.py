@@ -40,6 +40,14 @@ def test_a_shift_moves_and_a_scale_keeps_the_centre() -> None:
     assert_equal(by_image.coordinates()[0], torch.stack([X, X + 1]))
 
 
+def test_a_place_outside_the_grid_comes_in_on_the_other_side() -> None:
+    places = Places((2, 4)).shifted(-0.5, 1).wrapped()
+    x, y = places.coordinates()
+    assert x.tolist() == [-0.5, 0.5, 1.5, 2.5] * 2
+    assert y.tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert Places((2, 4)).shifted(1.75, 0).wrapped().coordinates()[0].tolist()[:4] == [1.75, 2.75, -0.25, 0.75]
+
+
 def run(model: Any, tokens: Tensor, places: Places) -> Tensor:
     return model.forward_tokens(tokens, places)
 

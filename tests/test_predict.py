@@ -74,7 +74,7 @@ def test_the_most_probable_classes_come_first(checkpoint: Path, data: Path, caps
     model: Any = lape_vit.load(checkpoint)
     with torch.no_grad(), Image.open(file) as image:
         expected = model(image_transform(model)(image.convert("RGB"))[None]).softmax(-1)[0]
-    (answer,) = as_json(capsys, checkpoint, file, "--top", 2)
+    (answer,) = as_json(capsys, checkpoint, "--top", 2, file)  # flags may stand anywhere
     order = expected.argsort(descending=True).tolist()[:2]
     assert [one["index"] for one in answer["classes"]] == order
     assert [one["class"] for one in answer["classes"]] == [tiny_run.CLASSES[index] for index in order]

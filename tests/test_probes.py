@@ -210,6 +210,7 @@ def test_the_share_of_position_is_the_part_of_the_variance_that_places_fix() -> 
     of_images = torch.randn(400, 12, 5, generator=generator, dtype=torch.float64)
     assert found_in(of_places.expand(4, -1, -1), (3, 4)).share == pytest.approx(1)
     assert found_in(of_images + 7, (3, 4)).share == pytest.approx(0, abs=0.01)
+    assert found_in(of_images[:5], (3, 4)).share == pytest.approx(0, abs=0.1)  # without a correction 1/5
     part = of_places.var(dim=1).sum() / (of_places.var(dim=1).sum() + 5)
     assert found_in(of_places + of_images, (3, 4)).share == pytest.approx(part.item(), abs=0.05)
 

@@ -1,10 +1,12 @@
-"""One page for each model, and one that compares them: curves over depth, bars of knock-outs, curves over sizes.
+"""One page for each model, one that compares them (curves over depth, bars of knock-outs, curves over sizes), and the
+two panels of it that answer most.
 
 A line is the mean over the seeds, and a band reaches from the lowest to the highest of them.
 """
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,21 @@ from lape_vit.drawing.diagnosis import (
 )
 from runtime.files import atomic_write
 
+R2 = "R² of a linear probe"
+KNOWN = "what attention reads tells of places (contents permuted)"
+KNOWN_AT_INPUT = "what a block's input tells of places (contents permuted)"
+
 
 def write_pictures(folder: Path, records: Sequence[Diagnosis]) -> list[str]:
-    """Write a page for each group of seeds, and `diagnosis.png` where there are several groups; returns their names."""
+    """Write a page for each group of seeds, and where there are several groups `diagnosis.png` and `layers.png`.
+
+    Returns:
+        The names of the files.
+    """
     groups, names = group(records), []
     pages = [(file_name(one.label), draw_group(one)) for one in groups]
     if len(groups) > 1:
-        pages.append(("diagnosis.png", draw_comparison(groups)))
+        pages += [("diagnosis.png", draw_comparison(groups)), ("layers.png", draw_layers(groups))]
     for name, figure in pages:
         with atomic_write(folder / name) as file:
             figure.savefig(file, format="png", dpi=DPI)
@@ -71,46 +81,62 @@ def draw_comparison(groups: Sequence[Group]) -> Figure:
     bands = ", bands from the lowest to the highest" if len(groups) <= FEW else ""
     figure.suptitle(heading(groups) + (f"\nmean over seeds{bands}" if several else ""), fontsize=12)
     axes = figure.subplots(3, 2, height_ratios=(3.7, middle, 3.7))
-    deepest = max(one.depth() for one in groups)
-    panels: list[tuple[Axes, str, str, Callable[[int | None], Key], bool]] = [
-        (
-            axes[0, 0],
-            "what attention reads tells of places (contents permuted)",
-            "R² of a linear probe",
-            lambda block: Key("r2", READ, "permuted", block),
-            False,
-        ),
-        (
-            axes[0, 1],
-            "what a block's input tells of places (contents permuted)",
-            "R² of a linear probe",
-            lambda block: spot_key("r2", INPUT, "permuted", block),
-            True,
-        ),
-        (axes[2, 0], "how sharp attention is", "entropy (nats)", lambda block: Key("entropy", block=block), False),
-        (
-            axes[2, 1],
-            "how far attention looks",
-            "distance (patches)",
-            lambda block: Key("distance", block=block),
-            False,
-        ),
-    ]
-    measure = "accuracy" if all(Key("accuracy") in found for found in values) else "agreement"
-    for each, title, label, key, has_output in panels:
-        for one, found, style in zip(groups, values, looks, strict=True):
-            blocks: list[int | None] = [*range(one.depth()), *([None] if has_output else [])]
-            draw_line(each, over_depth(found, key, blocks), len(groups) <= FEW, markersize=4, **style)
-        set_blocks(each, deepest, has_output)
-        tidy(each, title, label)
-        if label.startswith("R²"):
-            each.axhline(0, color="black", linewidth=0.6)
-            limit_r2(each)
+    draw_knowledge(axes[0, 0], groups, values, looks)
+    draw = partial(draw_curves, groups=groups, values=values, looks=looks)
+    draw(axes[0, 1], KNOWN_AT_INPUT, R2, lambda block: spot_key("r2", INPUT, "permuted", block), has_output=True)
+    draw(axes[2, 0], "how sharp attention is", "entropy (nats)", lambda block: Key("entropy", block=block))
+    draw(axes[2, 1], "how far attention looks", "distance (patches)", lambda block: Key("distance", block=block))
+    measure = measure_of(values)
     draw_all_changes(axes[1, 0], groups, values, looks, measure)
     draw_losses(axes[1, 1], groups, values, looks, measure)
     name_panels(figure)
     explain_looks(figure, groups, looks)
     return figure
+
+
+def draw_layers(groups: Sequence[Group]) -> Figure:
+    """What the attention of each layer is told of places, beside what that is worth to the answer."""
+    values = [one.all_values() for one in groups]
+    looks = looks_of(groups)
+    figure = Figure(figsize=(11, 3.4), dpi=DPI, layout="constrained")
+    axes = figure.subplots(1, 2)
+    draw_knowledge(axes[0], groups, values, looks)
+    draw_losses(axes[1], groups, values, looks, measure_of(values))
+    explain_looks(figure, groups, looks)
+    return figure
+
+
+def measure_of(values: Sequence[Values]) -> str:
+    """What knock-outs are judged by: accuracy where all models have one."""
+    return "accuracy" if all(Key("accuracy") in found for found in values) else "agreement"
+
+
+def draw_knowledge(
+    axes: Axes, groups: Sequence[Group], values: Sequence[Values], looks: Sequence[dict[str, Any]]
+) -> None:
+    """What the where-probe finds in what attention reads."""
+    draw_curves(axes, KNOWN, R2, lambda block: Key("r2", READ, "permuted", block), groups, values, looks)
+
+
+def draw_curves(
+    axes: Axes,
+    title: str,
+    label: str,
+    key: Callable[[int | None], Key],
+    groups: Sequence[Group],
+    values: Sequence[Values],
+    looks: Sequence[dict[str, Any]],
+    has_output: bool = False,
+) -> None:
+    """A line over the blocks for each group."""
+    for one, found, style in zip(groups, values, looks, strict=True):
+        blocks: list[int | None] = [*range(one.depth()), *([None] if has_output else [])]
+        draw_line(axes, over_depth(found, key, blocks), len(groups) <= FEW, markersize=4, **style)
+    set_blocks(axes, max(one.depth() for one in groups), has_output)
+    tidy(axes, title, label)
+    if label == R2:
+        axes.axhline(0, color="black", linewidth=0.6)
+        limit_r2(axes)
 
 
 def draw_all_changes(

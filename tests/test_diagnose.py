@@ -109,7 +109,7 @@ def test_the_tables_hold_the_mean_and_spread_over_seeds(runs: dict[str, Any]) ->
 
 def test_there_is_a_page_for_each_training_and_one_that_compares(runs: dict[str, Any]) -> None:
     pages = sorted(path.name for path in runs["out"].glob("*.png"))
-    assert pages == ["diagnosis.png", "learnable_LaPE.png", "rope_axial_basic.png"]
+    assert pages == ["diagnosis.png", "layers.png", "learnable_LaPE.png", "rope_axial_basic.png"]
     for page in pages:
         assert min(imread(runs["out"] / page).shape[:2]) > 800
 

@@ -5,7 +5,14 @@ PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench test-multinode test-oldest test-ecosystem clean
+.PHONY: help demo test lint format bench study-digits study-where study-cifar test-multinode test-oldest \
+	test-ecosystem clean
+
+SUMS := learnable+rope_mixed learnable+rope_axial learnable+2D_RPE learnable+relative learnable+alibi learnable+irpe \
+	learnable+peg 2D_sin+rope_axial 2D_sin+2D_RPE 2D_sin+peg rope_mixed+peg learnable+rope_mixed+peg
+DIGITS := --data-set DIGITS --seeds 0 1 2 3 4 --jobs 2
+NO_CLASS_TOKEN := --global-pool avg --model-kwargs class_token=False fc_norm=False
+CIFAR := --data-set CIFAR10 --recipe vit2d_cifar --epochs 20 --seeds 0 1 --jobs 2 --sizes 24 32 48 64 --output-dir runs/study/cifar10
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,13 +40,29 @@ bench: .venv/.installed ## speed next to plain timm, of models, loader (of DATA=
 	.venv/bin/python -m benchmarks.loader $(if $(DATA),--data-path $(DATA))
 	.venv/bin/python -m benchmarks.startup
 
+study-digits: .venv/.installed ## the study of docs/results.md on digits: every encoding and join (4 hours on 2 cores; may be stopped)
+	$(ONE_THREAD) .venv/bin/python compare.py $(DIGITS) --pe all --join-type all --output-dir runs/study/digits
+	$(ONE_THREAD) .venv/bin/python compare.py $(DIGITS) --pe $(SUMS) --join-type basic LaPE --output-dir runs/study/digits
+	$(ONE_THREAD) .venv/bin/python compare.py $(DIGITS) --pe learnable 2D_sin --join-type basic LaPE PVG MPVG $(NO_CLASS_TOKEN) \
+		--output-dir runs/study/digits-no-class-token
+
+study-where: .venv/.installed ## the study on WHERE: every encoding and join, all tasks (may be stopped)
+	for task in cell direction order distance; do \
+		$(ONE_THREAD) .venv/bin/python compare.py --data-set WHERE --where-task $$task --pe all --join-type all \
+			--seeds 0 1 2 --jobs 2 --output-dir runs/study/where-$$task || exit; \
+	done
+
+study-cifar: .venv/.installed ## the study on CIFAR-10 (a download; about 70 minutes on 2 cores for each of 22 runs; may be stopped)
+	.venv/bin/python compare.py $(CIFAR) --pe none learnable 2D_sin relative rope rope_mixed learnable+rope_mixed alibi irpe
+	.venv/bin/python compare.py $(CIFAR) --pe learnable 2D_sin --join-type LaPE
+
 test-multinode: .venv/.installed-dev ## two hosts train together and one is killed; needs root and iproute2 (5 minutes)
 	$(ONE_THREAD) .venv/bin/python -m pytest -x -m multinode tests/test_multinode.py
 
 test-oldest: .venv-oldest/.installed-dev ## every test, with the oldest releases that requirements.txt admits
 	$(ONE_THREAD) .venv-oldest/bin/python -m pytest -n auto
 
-test-ecosystem: .venv-ecosystem/.installed ## our models in peft, captum, grad-cam, torchao, transformers, and timm's own tests on them
+test-ecosystem: .venv-ecosystem/timm-tests ## our models in peft, captum, grad-cam, torchao, transformers, and timm's own tests on them
 	$(ONE_THREAD) .venv-ecosystem/bin/python -m pytest -m ecosystem tests/test_ecosystem.py
 
 clean: ## remove the virtual environments and every cache; runs and figures stay
@@ -65,6 +88,14 @@ clean: ## remove the virtual environments and every cache; runs and figures stay
 	sed -En 's/^([A-Za-z-]+)>=([0-9.]+).*/\1==\2.*/p' requirements.txt > $(@D)/oldest.txt
 	$(@D)/bin/python -m pip install -r requirements-dev.txt -c $(@D)/oldest.txt
 	touch $@
+
+# timm's tests come with its sources alone; of the release that is installed.
+.venv-ecosystem/timm-tests: .venv-ecosystem/.installed
+	rm -rf $@ $(@D)/timm-*.tar.gz
+	$(@D)/bin/python -m pip download --no-deps --no-binary timm -d $(@D) \
+		timm==$$($(@D)/bin/python -c 'import importlib.metadata; print(importlib.metadata.version("timm"))')
+	mkdir $@
+	tar -xzf $(@D)/timm-*.tar.gz -C $@ --strip-components=2 --wildcards '*/tests/test_models.py' '*/tests/test_model_input.py'
 
 .venv-ecosystem/.installed: requirements-ecosystem.txt requirements-dev.txt requirements.txt .venv-ecosystem/.python-$(PYTHON_VERSION)
 	$(@D)/bin/python -m pip install -r requirements-ecosystem.txt

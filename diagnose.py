@@ -28,6 +28,17 @@ from runtime.tables import print_table
 
 _logger = getLogger(__name__)
 
+SHOWN = (
+    "model",
+    "seeds",
+    "accuracy (%)",
+    "R² read, block last",
+    "R² output",
+    "share of position",
+    "s per 1,000 images",
+)
+"""Columns that a terminal has room for."""
+
 
 class WriteError(Exception):
     """A result could not be written."""
@@ -81,7 +92,8 @@ def show(options: DiagnoseOptions, records: Sequence[Diagnosis], console: Consol
     """Print what stands out, and where all of it is."""
     groups = group(records)
     rows = overview_rows(groups, [one.all_values() for one in groups])
-    print_table(console, heading(groups), rows, NAMES)
+    few = [{name: cell for name, cell in row.items() if name in SHOWN} for row in rows]
+    print_table(console, heading(groups), few, NAMES)
     _logger.info("%s: diagnosis.md, diagnosis.csv, diagnosis.json and pictures", options.output_dir)
 
 

@@ -34,7 +34,6 @@ from runtime.logs import LoopDisplay, clock, end_in_one_line, start_logging
 from runtime.tables import print_table
 from runtime.world import World, world_from_environment
 from training.checkpoint import save_checkpoint
-from training.curves import draw_curves
 from training.evaluation import evaluate_checkpoint, evaluate_model
 from training.folder import CHECKPOINTS, last_checkpoint
 from training.models import count_parameters, encoding_table
@@ -264,6 +263,8 @@ def save(setup: Setup, training: Training, best: Sequence[str] = (), draws: bool
         for name in (CHECKPOINTS[0], *best):
             save_checkpoint(folder / name, checkpoint)
         if draws:
+            from training.curves import draw_curves  # here, as matplotlib takes a second to import
+
             with atomic_write(folder / "curves.png") as file:
                 title = "{model}, {pe}, {join_type} on {data_set}".format(**setup.description)
                 draw_curves(training.rows, file, title)

@@ -9,9 +9,11 @@ from runtime.startup import start_command
 if __name__ == "__main__":  # before the imports below, which take seconds
     start_command("python -m benchmarks.startup", startup_parser().parse_args)
 
+import os
+import pty
+import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,8 +26,8 @@ from runtime.tables import print_table
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMM = "import timm; timm.create_model('deit_tiny_patch16_224')"
-# The whole data set but a few images is one step.
-RUN = ("main.py", "--data-set", "DIGITS", "--batch-size", "1400", "--epochs", "1", "--device", "cpu")
+RUN = ("main.py", "--data-set", "DIGITS", "--device", "cpu")
+FIRST_STEP = rb"epoch 1/20 .* [1-9]\d*/11"
 COMMANDS = ("main.py", "compare.py", "similarity_visualize.py", "-m benchmarks.models")
 
 
@@ -33,21 +35,24 @@ def run(*command: str) -> None:
     subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, check=False)
 
 
-def run_until(first_words: str, command: Sequence[str]) -> None:
-    """Run a command until it prints a line that begins so, and stop it.
+def run_until(pattern: bytes, command: Sequence[str]) -> None:
+    """Run a command on a terminal until it shows something like that, and stop it.
 
     Raises:
-        RuntimeError: it printed none.
+        RuntimeError: it did not.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, *command, "--output_dir", folder]
-        with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith(first_words):
-                    process.kill()
-                    return
-    raise RuntimeError(f"{' '.join(command)} ended before a line that begins with {first_words!r}")
+    ours, its = pty.openpty()
+    shown = b""
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT, stdin=its, stdout=its, stderr=its) as process:
+        os.close(its)
+        try:
+            while not re.search(pattern, shown):
+                shown += os.read(ours, 1024)
+        except OSError as error:  # the other end is closed
+            raise RuntimeError(f"{' '.join(command)} ended before it showed {pattern!r}") from error
+        finally:
+            process.kill()
+            os.close(ours)
 
 
 def main() -> None:
@@ -57,8 +62,8 @@ def main() -> None:
         "import timm": lambda: run("-c", "import timm"),
         TIMM: lambda: run("-c", TIMM),
         "import models_lape": lambda: run("-c", "import models_lape"),
-        f"python {' '.join(RUN)}, to its first line": lambda: run_until("", RUN),
-        "the same, to its first step": lambda: run_until("epoch 1/1", RUN),
+        f"python {' '.join(RUN)}, to its first line": lambda: run_until(b".", RUN),
+        "the same, to the first step": lambda: run_until(FIRST_STEP, RUN),
     }
     for command in COMMANDS:
         calls[f"python {command} --help"] = lambda command=command: run(*command.split(), "--help")  # type: ignore[misc]

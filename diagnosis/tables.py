@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comparison.tables import csv_text, mean_and_deviation
-from diagnosis.summary import group, spread
+from diagnosis.summary import about, group, spread
 from lape_vit.analysis.attention_statistics import uniform_distance
 from lape_vit.analysis.diagnosis import Diagnosis
 from lape_vit.analysis.diagnosis_numbers import (
@@ -54,12 +54,12 @@ def csv_rows(groups: Sequence[Group]) -> list[dict[str, object]]:
     """A row for each number, over the seeds, with all digits."""
     rows = []
     for one in groups:
-        about, first = one.first.about, one.first
-        of_group = {"label": one.label, "model": about["model"], "pe": first.pe, "join_type": first.join_type}
+        first = one.first
+        of_group = {"label": one.label, "model": about(first, "model"), "pe": first.pe, "join_type": first.join_type}
         for key, values in one.all_values().items():
             of_key = {name: "" if value is None else value for name, value in key._asdict().items()}
             spreads = {name.lstrip("_"): value for name, value in mean_and_deviation("", values).items()}
-            rows.append({**of_group, "data_set": about["data_set"], **of_key, "seeds": len(values), **spreads})
+            rows.append({**of_group, "data_set": about(first, "data_set"), **of_key, "seeds": len(values), **spreads})
     return rows
 
 
@@ -84,15 +84,15 @@ TITLES = {"accuracy": "accuracy (%)", "agreement": "answers that stay the same (
 REMARKS = (
     "R² is the part of the variance of x and y that a linear probe explains on images that it has not seen: 1 if it "
     "finds every place. *Permuted*: the contents of each image were permuted among its patches, so that only positions "
-    "tell a place. Numbers are mean ± standard deviation over seeds where there are several. `docs/diagnosis.md` says "
-    "what each measure means."
+    "tell a place; in the first table they always were, unless a column says otherwise. Numbers are mean ± standard "
+    "deviation over seeds where there are several. `docs/diagnosis.md` says what each measure means."
 )
 
 
 def heading(groups: Sequence[Group]) -> str:
     """What was diagnosed, in few words."""
     models, data_sets = (
-        " and ".join(dict.fromkeys(str(one.first.about[name]) for one in groups)) for name in ("model", "data_set")
+        " and ".join(dict.fromkeys(about(one.first, name) for one in groups)) for name in ("model", "data_set")
     )
     first = groups[0].first
     height, width = first.grid

@@ -60,7 +60,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 
 # ---- with main.py itself
 
-SEED, SIZE = 3, 24
+SEED, SIZE, NO_SIZE = 3, 24, 25
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (folder / "recipe.yaml").write_text(f"{tiny_run.RECIPE}\ndata-path: {tiny_run.make_images(folder / 'images')}\n")
     out = folder / "out"
     (out / f"2D_sin_LaPE_seed{SEED}" / "checkpoint.pth").mkdir(parents=True)
-    flags = ("--recipe", folder / "recipe.yaml", "--device", "cpu", "--jobs", 2, "--sizes", SIZE, "--output_dir", out)
+    flags = ("--recipe", folder / "recipe.yaml", "--device", "cpu", "--jobs", 2, "--output_dir", out)
+    flags = (*flags, "--sizes", NO_SIZE, SIZE)
     argv = ["--pe", "none", "learnable", "2D_sin", "--join_type", "LaPE", "--seeds", SEED, *flags]
     return {"argv": argv, "out": out, "code": call(*argv), "run": out / f"learnable_LaPE_seed{SEED}"}
 
@@ -103,6 +104,12 @@ def test_the_finished_run_is_evaluated_at_the_other_size(real: dict[str, Any]) -
     assert (by_pe["learnable"]["size"], by_pe["2D_sin"]["acc1_mean"]) == (str(SIZE), "")
     assert f"{result['acc1']:.2f}" in (real["out"] / "sizes.md").read_text()
     assert (real["out"] / "sizes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_size_that_cannot_be_evaluated_is_told_and_the_others_are(real: dict[str, Any]) -> None:
+    reason = f"learnable, LaPE, seed {SEED}: at {NO_SIZE}: --input-size {NO_SIZE} is no multiple of"
+    assert reason in (real["out"] / "sizes.md").read_text()
+    assert not (real["run"] / f"size_{NO_SIZE}").exists()
 
 
 def test_the_next_call_finds_the_finished_run_as_main_py_has_left_it(real: dict[str, Any]) -> None:

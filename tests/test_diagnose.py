@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,8 @@ def test_there_is_a_page_for_each_training_and_one_that_compares(runs: dict[str,
 
 
 def test_the_page_of_one_record_can_be_drawn_from_a_notebook(runs: dict[str, Any]) -> None:
-    figure = plot.diagnosis(read_records(runs["out"] / "diagnosis.json")[0])
+    record = read_records(runs["out"] / "diagnosis.json")[0]
+    figure = plot.diagnosis(replace(record, about={}))  # as lape_vit.analysis.diagnosis.diagnose leaves it
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert [title[:3] for title in titles] == [f"({letter})" for letter in "abcdefgh"]
     assert all(axes.get_xlabel() for axes in figure.axes)
@@ -133,6 +135,8 @@ def test_checkpoints_without_different_seeds_stand_for_themselves(runs: dict[str
     assert [len(each.records) for each in group([one, other, third])] == [2, 1]
     labels = [each.label for each in group([one, Diagnosis.of({**one.as_dict(), "about": other.about | {"seed": 0}})])]
     assert labels == ["learnable, LaPE: learnable_0", "learnable, LaPE: learnable_1"]
+    of_notebook = replace(one, about={})
+    assert [each.label for each in group([of_notebook] * 2)] == ["learnable, LaPE: 0", "learnable, LaPE: 1"]
 
 
 def test_other_classes_cost_the_accuracy_and_nothing_else(

@@ -1,5 +1,9 @@
 """Our models in the libraries that people use with timm's: one of each family of encodings, and of LaPE."""
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.models import create, disturb
+from tests.models import DEIT, SIZES, create, disturb
 
 pytestmark = [pytest.mark.ecosystem, pytest.mark.filterwarnings("ignore")]  # the libraries' own
 PAIRS = [
@@ -121,6 +125,43 @@ def test_transformers_trains_it(pe: str, join_type: str, tmp_path: Path, monkeyp
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before
+
+
+@over_pairs
+def test_a_timm_wrapper_of_transformers_saves_and_loads_it(
+    pe: str, join_type: str, pixels: Tensor, tmp_path: Path
+) -> None:
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+    arguments = {**SIZES, "pe": pe, "join_type": join_type}
+    labels = arguments.pop("num_classes")
+    config = TimmWrapperConfig(architecture=DEIT, model_args=arguments, num_labels=labels)
+    wrapper = TimmWrapperForImageClassification(config).eval()
+    disturb(wrapper)
+    model = model_of(pe, join_type)
+    model.load_state_dict(wrapper.timm_model.state_dict())
+    assert (wrapper.timm_model.pe, wrapper.timm_model.join_type) == (model.pe, model.join_type)
+    expected = model(pixels)
+    torch.testing.assert_close(wrapper(pixels).logits, expected)
+    wrapper.save_pretrained(tmp_path)
+    loaded = TimmWrapperForImageClassification.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(pixels).logits, expected)
+
+
+@pytest.mark.parametrize(("pe", "join_type"), PAIRS[:4])
+def test_timms_own_tests_pass(pe: str, join_type: str) -> None:
+    folder = Path(sys.prefix) / "timm-tests"
+    if not folder.is_dir():
+        pytest.skip("make test-ecosystem downloads timm's tests")
+    options = ["-p", "tests.timm_suite", "--pair", pe, join_type, "-c", os.devnull, "--rootdir", folder, folder]
+    root = Path(__file__).resolve().parents[1]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *options], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout[-5000:]
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed is not None
+    assert int(passed[1]) > 30
 
 
 @over_pairs

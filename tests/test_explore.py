@@ -231,6 +231,18 @@ def test_pointing_at_a_patch_shows_its_relation_to_all_patches(open_page: Open) 
 
 
 @in_browser
+def test_values_by_offset_may_be_between_the_places_of_a_window(open_page: Open) -> None:
+    pairs, window = view("bias"), view("window", (3, 2), by_offset=True)
+    page = open_page(positions(pairs, window))
+    Select(page.find(".pick-view select")).select_by_visible_text(window.title)
+    for patch in ((0, 1), (2, 0)):
+        page.point("map", *patch, (3, 2))
+        reading(page, f"row {patch[0]}, column {patch[1]}: ")
+        assert_shown(page, "map", token_map(window, 0, 0, patch, (3, 2)))
+        assert_shown(page, "whole", window.values[0][0])
+
+
+@in_browser
 def test_a_pinned_patch_stays_and_the_others_values_are_read_off(open_page: Open) -> None:
     shown = view("bias")
     page = open_page(positions(shown))

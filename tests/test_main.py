@@ -804,7 +804,7 @@ BAD_OPTIONS = [
     (("--mixup", "1", "--batch-size", "5"), ["--batch-size 5", "mixup"]),
     (("--cutmix-minmax", "0.8", "0.2"), ["--cutmix-minmax"]),
     (("--aa", "rainbow"), ["--aa", "rainbow"]),
-    (("--recipe", "deot"), ["deot", "deit, digits, lape, vit2d_cifar"]),
+    (("--recipe", "deot"), ["deot", "deit, digits, finetune, lape, vit2d_cifar"]),
     (("--resume", "nowhere.pth"), ["nowhere.pth"]),
     (("--eval",), ["--resume", "--pretrained"]),
     (("--model-kwargs", "depht=2"), ["depht=2", "unexpected keyword argument"]),

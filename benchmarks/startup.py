@@ -59,7 +59,6 @@ def main() -> None:
     args = startup_parser().parse_args()
     cpu = torch.device("cpu")
     calls = {
-        "import timm": lambda: run("-c", "import timm"),
         TIMM: lambda: run("-c", TIMM),
         "import models_lape": lambda: run("-c", "import models_lape"),
         f"python {' '.join(RUN)}, to its first line": lambda: run_until(b".", RUN),

@@ -116,7 +116,7 @@ class Screen:
             if self.trains and job.state == RUNNING and self.logs[job.name].look() and self.live is None:
                 self._log_epoch(self.logs[job.name])
             if not self.trains and self.counts[job.name].look() and self.live is None:
-                _logger.info("%s: %s%s", job.name, self.counts[job.name], self._left())
+                _logger.info("%s: %s sizes%s", job.name, str(self.counts[job.name]), self._left())
         if self.live is not None:
             self.live.update(self.render(), refresh=True)
 

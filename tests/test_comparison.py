@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from comparison import forecast
+from comparison import forecast, screen
 from comparison.jobs import FAILED, FINISHED, RUNNING, Job
 from comparison.paired import holm, write_paired
 from comparison.pictures import LOOKS, colours_of, draw_comparison, draw_sizes
 from comparison.plan import Plan, Run
 from comparison.screen import Screen
+from comparison.sizes import evaluation_jobs
 from comparison.tables import NAMES, outcomes, table_rows, write_tables
 from lape_vit import encodings
 from lape_vit.joins import JOINS, legal_joins, legal_pairs
@@ -295,10 +296,10 @@ def test_on_a_terminal_the_running_and_the_failed_come_first_and_all_fits(tmp_pa
     jobs[7].state, jobs[3].state, jobs[1].state = RUNNING, FAILED, FINISHED
     jobs[3].reason = "no luck " * 30
     console = Console(force_terminal=True, width=80, height=12, file=io.StringIO(), color_system=None)
-    with Screen(console, "training", jobs, 1, trains=True) as screen:
-        screen.watch()
+    with Screen(console, "training", jobs, 1, trains=True) as shown:
+        shown.watch()
         plain = Console(width=80, height=12, file=io.StringIO())
-        plain.print(screen.render())
+        plain.print(shown.render())
     lines = plain.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert len(lines) < 12
     assert [word in lines[1] for word in ("seed 7", "2/4", "40.00", "30.00", "0:04 left")] == [True] * 5
@@ -311,19 +312,52 @@ def test_without_a_terminal_each_change_is_a_line(tmp_path: Path, caplog: pytest
     caplog.set_level("INFO")
     plan = plan_of("--pe", "none", *QUICK, "--epochs", 2, "--output_dir", tmp_path)
     (job,) = jobs = jobs_of(plan)
-    with Screen(Console(file=io.StringIO()), "training", jobs, 1, trains=True) as screen:
-        screen.watch()
+    with Screen(Console(file=io.StringIO()), "training", jobs, 1, trains=True) as shown:
+        shown.watch()
         job.state = RUNNING
-        screen.watch()
+        shown.watch()
         finish(plan.runs[0], [row(1, 40.0)])
-        screen.watch()
-        screen.watch()
+        shown.watch()
+        shown.watch()
         job.state, job.reason = FAILED, "no luck"
     assert caplog.messages == [
         "none, basic, seed 0: started",
         "none, basic, seed 0: epoch 1/2  acc@1 40.00 %  best 40.00 %  0:02 left",
         "none, basic, seed 0: failed: no luck  (1 of 1)",
     ]
+
+
+def test_the_time_left_of_evaluations_grows_with_their_pixels(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    now = [100.0]
+    monkeypatch.setattr(screen.time, "monotonic", lambda: now[0])
+    plan = plan_of("--pe", "none", *QUICK, "--output_dir", tmp_path)
+    finish_all(plan)
+    (job,) = jobs = evaluation_jobs(plan, [16, 32, 64], ["plain"])
+    console = Console(width=80, file=io.StringIO())
+    with Screen(console, "evaluation", jobs, 1, trains=False) as shown:
+        job.state = RUNNING
+        shown.watch()
+        for size, seconds in ((16, 10.0), (32, 40.0)):
+            now[0] += seconds
+            write_evaluation(plan.runs[0].folder / f"size_{size}")
+            shown.watch()
+        console.print(shown.render())
+        job.state = FINISHED
+    assert caplog.messages == [
+        "none, basic, seed 0: started",
+        "none, basic, seed 0: 1/3 sizes, 3:20 left",
+        "none, basic, seed 0: 2/3 sizes, 2:40 left",
+        "none, basic, seed 0: finished  (1 of 1, 2:40 left)",
+    ]
+    assert "2/3" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def write_evaluation(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "eval.json").write_text('{"acc1": 50.0}')
 
 
 def test_a_table_is_printed_as_markdown_where_there_is_no_terminal(caplog: pytest.LogCaptureFixture) -> None:

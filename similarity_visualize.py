@@ -79,6 +79,9 @@ def draw(args: argparse.Namespace, console: Console) -> None:
     for path in given:
         with show_activity(console, f"reading {path or args.model}"):
             checkpoints.append(read(path, args))
+    choice = positions.Choice(args.layers, args.heads, args.full)
+    for checkpoint in checkpoints:
+        positions.check_choice(checkpoint.positions, choice)
     maps = [over_image(checkpoint, args.image) for checkpoint in checkpoints if args.image]
     shown = [checkpoint.positions for checkpoint in checkpoints]
     for positions_of_one in shown:
@@ -89,10 +92,10 @@ def draw(args: argparse.Namespace, console: Console) -> None:
         if single := next((one.source for one in shown if one.grid == (1, 1)), None):
             raise ValueError(f"--compare {single}: its model has one patch, and so no distances to compare")
         if any(one.views for one in shown):
-            write(folder, args.format, comparison.pictures(shown), console)
+            write(folder, args.format, comparison.pictures(shown, choice), console)
             save_values(folder / "compare.npz", comparison.raw_curves(shown))
     elif shown[0].views:
-        write(folder, args.format, positions.pictures(shown[0]), console)
+        write(folder, args.format, positions.pictures(shown[0], choice), console)
         save_values(folder / "positions.npz", positions.raw_values(shown[0]))
     if args.html and any(one.views for one in shown):
         with show_activity(console, "writing explore.html"):

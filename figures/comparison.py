@@ -13,28 +13,31 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from lape_vit.analysis.positions import PositionView, layer_correlations, mean_by_distance
-from lape_vit.drawing.positions import Positions, overview
-from lape_vit.drawing.sheet import SIZES, draw_sheets
+from lape_vit.drawing.positions import EVERYTHING, Choice, Positions, overviews
+from lape_vit.drawing.sheet import SIZES, stack_sheets
 from lape_vit.places import Grid
 
 DISTANCES = 6
 """Most distances drawn, the nearest and the farthest among them."""
 
 
-def pictures(checkpoints: Sequence[Positions]) -> Iterator[tuple[str, Figure]]:
+def pictures(checkpoints: Sequence[Positions], choice: Choice = EVERYTHING) -> Iterator[tuple[str, Figure]]:
     """Each picture with its file's name less the ending."""
-    yield "compare_overview", side_by_side(checkpoints)
+    for number, figure in enumerate(below_each_other(checkpoints, choice), start=1):
+        yield "compare_overview" if number == 1 else f"compare_overview_{number}", figure
     yield "compare_curves", draw_curves(checkpoints)
 
 
-def side_by_side(checkpoints: Sequence[Positions]) -> Figure:
-    """The overview of each, on common scales."""
-    sheets = []
-    for letter, positions in zip(ascii_uppercase, on_common_scales(checkpoints), strict=False):
-        sheet = overview(positions)
-        heading = [f"{letter}: {sheet.heading[0]}", *sheet.heading[1:]]
-        sheets.append(replace(sheet, heading=heading if sheet.bands else [*heading, "nothing to draw"]))
-    return draw_sheets(sheets)
+def below_each_other(checkpoints: Sequence[Positions], choice: Choice = EVERYTHING) -> list[Figure]:
+    """The overviews below each other, on common scales, on as many pages as they need."""
+    letters, figures = iter(ascii_uppercase), []
+    for page in overviews(on_common_scales(checkpoints), choice):
+        sheets = []
+        for sheet in page:
+            heading = [f"{next(letters)}: {sheet.heading[0]}", *sheet.heading[1:]]
+            sheets.append(replace(sheet, heading=heading if sheet.bands else [*heading, "nothing to draw"]))
+        figures.append(stack_sheets(sheets))
+    return figures
 
 
 def labels(checkpoints: Sequence[Positions]) -> list[str]:

@@ -29,11 +29,17 @@ def build_parser() -> Parser:
         help="in place of a checkpoint, the weights that timm publishes for --model_name, by default or under TAG"
     )  # fmt: skip
     source.add_argument("--compare", nargs="+", metavar="FILE",
-        help="two checkpoints or more: their sheets side by side, and curves over depth")  # fmt: skip
+        help="two checkpoints or more: their sheets below each other, and curves over depth")  # fmt: skip
     add = parser.add_argument
     add("--save_dir", "--save-dir", default=PICTURES, metavar="DIR",
         help=f"receives the pictures; default, as in LaPE's code: {PICTURES}")  # fmt: skip
     add("--token", type=pair, metavar="ROW,COLUMN", help="the patch to draw alone, counted from 0; default: the centre")
+    add("--layers", type=numbers, metavar="LIST", help="the blocks to draw, such as 0,5,8-11; default: all")
+    add("--heads", type=heads, metavar="LIST",
+        help="the heads to draw, such as 0,2, or all, or mean; default: all where they fit a page of 2,000 x 2,500 "
+        "pixels, else their mean")  # fmt: skip
+    add("--full", action="store_true", help="draw every patch against every patch in overviews, too, which is done "
+        "by default on grids of 64 patches or fewer, where that is more than a mean by offset")  # fmt: skip
     add("--format", choices=("png", "pdf", "svg"), default="png", help="of the pictures; default: png")
     add("--image", metavar="FILE", help="draw attention over this image too, as seen from the patch of --token")
     add("--html", action="store_true", help="write explore.html, too: all of it on one page, to explore in a browser")
@@ -76,6 +82,23 @@ def pair(text: str) -> tuple[int, int]:
     if not (first.isdecimal() and second.isdecimal()):
         raise argparse.ArgumentTypeError(f"expected two whole numbers such as 3,5, got {text!r}")
     return int(first), int(second)
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """`0,5,8-11`, in ascending order, each once."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 1000):
+            raise argparse.ArgumentTypeError(f"expected whole numbers such as 0,5,8-11, got {text!r}")
+        found.update(range(int(first), int(last) + 1))
+    return tuple(sorted(found))
+
+
+def heads(text: str) -> tuple[int, ...] | str:
+    """`all`, `mean`, or numbers."""
+    return text if text in ("all", "mean") else numbers(text)
 
 
 def size(text: str) -> tuple[int, int]:

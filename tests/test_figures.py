@@ -3,23 +3,36 @@
 import re
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgba
+from matplotlib.colors import to_hex, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from torch import Tensor
 
-from figures import comparison
+from figures import comparison, explore
 from lape_vit.analysis.attention_maps import attention_maps
 from lape_vit.analysis.positions import PositionView, layer_correlations, mean_by_distance, plane_frequencies
 from lape_vit.drawing import attention
 from lape_vit.drawing.attention import TokenAttention, of_token
-from lape_vit.drawing.panels import mosaic_shape, offset_ticks, varies_by_patch
-from lape_vit.drawing.positions import Positions, measure, overview, pictures, raw_values, single_bands
+from lape_vit.drawing.panels import SIGNED, mosaic_shape, offset_ticks, varies_by_patch
+from lape_vit.drawing.positions import (
+    Choice,
+    Positions,
+    check_choice,
+    measure,
+    overview,
+    overviews,
+    pictures,
+    raw_values,
+    single_bands,
+)
 from lape_vit.drawing.sheet import draw_sheets, single
 from tests.models import images, tiny
 
@@ -58,7 +71,7 @@ def test_the_overview_shows_every_matrix_and_every_map_of_the_chosen_patch_on_on
     for axes, value in zip(shown, expected, strict=True):
         assert torch.equal(shown_values(axes), value)
         assert axes.images[0].get_clim() == (-1, 1)
-    assert [axes.get_title(loc="left") for axes in shown] == [f"block {layer}, LaPE_share" for layer in range(8)] * 2
+    assert [axes.get_title(loc="left") for axes in shown] == [f"block {layer}" for layer in range(8)] * 2
     for axes in shown[8:]:
         (mark,) = axes.lines
         assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([2.5], [1.5])  # the middle of its cell
@@ -94,21 +107,25 @@ def test_every_band_has_one_scale_and_a_colour_bar_of_it(pe: str, join_type: str
 def test_heads_are_tiles_in_the_order_of_reading() -> None:
     positions = of("2D_RPE", "basic", (2, 3), num_heads=6)
     figure = draw_sheets([overview(positions)])
-    tiles = panels(figure)[0].images
-    assert torch.equal(shown_values(panels(figure)[0]), view_of(positions, "bias").values[0])
-    corners = [(tile.get_extent()[3], tile.get_extent()[0]) for tile in tiles]  # top, left
-    assert corners == sorted(corners)
-    assert len({top for top, _ in corners}) == 2
+    first, second = panels(figure)
+    corners = []
+    for axes, values in zip((first, second), view_of(positions, "bias_offsets").values, strict=True):
+        assert torch.equal(shown_values(axes), values)
+        corners.append([(tile.get_extent()[3], tile.get_extent()[0]) for tile in axes.images])  # top, left
+    assert corners[0] == corners[1] == sorted(corners[0])
+    assert len({top for top, _ in corners[0]}) == 6
+    assert first.get_position().y0 == second.get_position().y0  # a head is a row over the layers
+    assert [text.get_text() for text in first.texts] == [f"head {head}" for head in range(6)]
 
 
-@pytest.mark.parametrize(("count", "shape"), [(1, (1, 1)), (3, (2, 2)), (4, (2, 2)), (6, (2, 3)), (12, (3, 4))])
-def test_a_mosaic_is_nearly_square(count: int, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("count", "shape"), [(1, (1, 1)), (3, (1, 3)), (4, (2, 2)), (6, (2, 3)), (12, (3, 4))])
+def test_a_mosaic_is_nearly_square_and_has_no_gaps(count: int, shape: tuple[int, int]) -> None:
     assert mosaic_shape(count) == shape
 
 
 def test_layers_that_are_alike_are_drawn_once() -> None:
     figure = draw_sheets([overview(of("rope", "basic", depth=5))])
-    assert [axes.get_title(loc="left") for axes in panels(figure)] == ["blocks 0 to 4, basic"] * 2
+    assert [axes.get_title(loc="left") for axes in panels(figure)] == ["blocks 0 to 4"] * 2
 
 
 def test_frequencies_are_points_in_the_plane_that_a_patch_down_and_one_to_the_right_make() -> None:
@@ -170,17 +187,93 @@ def test_raw_values_hold_every_number() -> None:
     assert values["frequencies"].shape == (2, 3, 4, 2)
 
 
+LARGE: dict[str, Any] = {"grid": (14, 14), "depth": 12, "num_heads": 6, "embed_dim": 48}
+"""The layers, heads and patches of DeiT-S."""
+
+
+@pytest.mark.parametrize(("pe", "join_type"), [*SHEETS, ("alibi", "basic"), ("2D_sin", "LaPE")])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_overviews_of_deit_s_fit_a_page(pe: str, join_type: str, count: int) -> None:
+    pages = overviews([of(pe, join_type, **LARGE)] * count)
+    assert sum(map(len, pages)) == count
+    assert len(pages) == 1 or any(len(sheet.bands) > 1 for sheet in pages[0])
+    for sheets in pages:
+        assert 150 * sum(sheet.size[1] for sheet in sheets) <= 2500
+        assert 150 * max(sheet.size[0] for sheet in sheets) <= 2000
+
+
+def test_the_heads_mean_is_drawn_where_all_would_not_fit_the_page_and_the_title_says_so() -> None:
+    positions = of("2D_RPE", "LaPE", **LARGE)
+    bands = overview(positions).bands
+    assert all(band.title.endswith("mean over 6 heads") for band in bands[:1])
+    axes = panels(draw_sheets([overview(positions)]))[0]
+    torch.testing.assert_close(shown_values(axes)[0], view_of(positions, "bias_offsets").values[0].mean(dim=0))
+    assert "mean over" not in overview(positions, Choice(heads="all")).bands[0].title
+
+
+def test_layers_heads_and_matrices_are_drawn_as_chosen() -> None:
+    positions = of("2D_RPE", "basic", depth=4)
+    drawn = dict(pictures(positions, Choice(layers=(1, 3), heads=(0, 2), full=True)))
+    shown = panels(drawn["overview"])
+    assert [axes.get_title(loc="left") for axes in shown] == ["block 1", "block 3"] * 2
+    assert torch.equal(shown_values(shown[1]), view_of(positions, "bias").values[3][[0, 2]])
+    assert {re.sub(r"_bias.*", "", name) for name in drawn if name != "overview"} == {
+        f"basic_layer{layer}{head}" for layer in (1, 3) for head in ("", "_head0", "_head2")
+    }
+
+
+@pytest.mark.parametrize(("pe", "choice"), [("2D_RPE", Choice(layers=(4,))), ("2D_RPE", Choice(heads=(0, 3)))])
+def test_layers_and_heads_that_are_not_there_are_refused(pe: str, choice: Choice) -> None:
+    with pytest.raises(ValueError, match=r"--(layers 4: .* layers 0 to 3|heads 3: .* heads 0 to 2)"):
+        check_choice(of(pe, "basic", depth=4), choice)
+
+
+def test_large_matrices_are_drawn_only_if_asked() -> None:
+    positions = of("learnable", "LaPE", (14, 14))
+    for full, expected in ((False, {(14, 14)}), (True, {(14, 14), (196, 196)})):
+        figure = draw_sheets([overview(positions, Choice(full=full))])
+        assert {tuple(shown_values(axes).shape[1:]) for axes in panels(figure)} == expected
+
+
+@pytest.mark.parametrize(("pe", "join_type"), SHEETS)
+def test_each_axis_has_ticks_and_each_bar_is_as_high_as_its_panels(pe: str, join_type: str) -> None:
+    figure = draw_sheets([overview(of(pe, join_type, (14, 14), depth=7))])
+    figure.draw_without_rendering()
+    bars = [axes.get_position() for axes in figure.axes if axes.get_label() == "<colorbar>"]
+    lefts = min(axes.get_position().x0 for axes in panels(figure))
+    for axes in panels(figure):
+        assert len(axes.get_xticks()) > 1
+        assert len(axes.get_yticks()) > 1 or axes.get_position().x0 > lefts
+    for bar in bars:
+        beside = [
+            place
+            for place in (axes.get_position() for axes in panels(figure))
+            if place.y0 >= bar.y0 - 1e-6 and place.y1 <= bar.y1 + 1e-6
+        ]
+        assert min(place.y0 for place in beside) == pytest.approx(bar.y0)
+        assert max(place.y1 for place in beside) == pytest.approx(bar.y1)
+
+
+def test_pictures_and_the_page_have_the_same_colours() -> None:
+    script = (Path(explore.__file__).parent / "page" / "values.js").read_text(encoding="utf-8")
+    (light,) = re.findall(r'light: "([^"]+)"', script)
+    colours = light.split()
+    ours = [to_hex(colormaps[SIGNED](place / (len(colours) - 1))) for place in range(len(colours))]
+    for one, other in zip(ours, colours, strict=True):
+        np.testing.assert_allclose(to_rgba(one), to_rgba(other), atol=0.02)
+
+
 # ---- comparisons
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_checkpoints_stand_side_by_side_on_common_scales(order: int) -> None:
+def test_checkpoints_stand_below_each_other_on_common_scales(order: int) -> None:
     checkpoints = [of("2D_RPE", "basic"), of("2D_RPE", "LaPE", depth=3)][::order]
-    figure = comparison.side_by_side([*checkpoints, of("none", "basic")])
-    limits = {view_of(positions, "bias").limits[1] for positions in checkpoints}
+    (figure,) = comparison.below_each_other([*checkpoints, of("none", "basic")])
+    limits = {view_of(positions, "bias_offsets").limits[1] for positions in checkpoints}
     assert len(limits) == 2
     widest = max(limits)
-    of_bias = [axes for axes in panels(figure) if shown_values(axes).shape[1:] == (16, 16)]
+    of_bias = [axes for axes in panels(figure) if shown_values(axes).shape[1:] == (7, 7)]
     scales = {axes.images[0].get_clim() for axes in of_bias}
     assert (-widest, widest) in scales
     assert len(scales) == 2  # of the bias before the norm, and after it

@@ -165,6 +165,23 @@ def test_comparing_writes_one_sheet_curves_and_their_values(tmp_path: Path, caps
         assert values["1/bias/correlations"].shape == (1,)
 
 
+def test_layers_and_heads_are_chosen_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "checkpoint.pth", "2D_RPE", "basic")
+    assert run(tmp_path, "--layers", "1", "--heads", "0,2", "--full") == 0
+    single = {"basic_layer1_head0.png", "basic_layer1_head2.png", "basic_layer1_bias_offsets.png"}
+    assert names(tmp_path) == {"overview.png", "positions.npz"} | single
+    capsys.readouterr()
+    assert run(tmp_path, "--layers", "1-2") == 2
+    assert "--layers 2: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        read_options(["--heads", "first"])
+
+
+@pytest.mark.parametrize(("text", "expected"), [("3", (3,)), ("8-10,0,9", (0, 8, 9, 10))])
+def test_layers_are_numbers_and_ranges(text: str, expected: tuple[int, ...]) -> None:
+    assert read_options(["--layers", text]).layers == expected
+
+
 def test_a_model_of_one_patch_is_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [str(tmp_path / name) for name in ("many.pth", "one.pth")]
     for path, input_size in zip(paths, (32, 8), strict=True):

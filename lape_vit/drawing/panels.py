@@ -5,29 +5,36 @@ Shapes: grid (H, W) of patches, V values side by side (heads or tables), L layer
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from lape_vit.analysis.positions import PositionView, token_map
 from lape_vit.analysis.views import mean_by_offset
-from lape_vit.drawing.sheet import Band, Colours, Panel, spread
+from lape_vit.drawing.sheet import SIZES, Band, Colours, Panel, SharedAxes, spread, text_width
 from lape_vit.places import Grid
 
-SIGNED = "coolwarm"
-"""Perceptually uniform and diverging: grey is 0."""
+SIGNED = "RdBu_r"
+"""Diverging: white is 0. The page to explore has the same colours."""
 TICK_LABELS = 5
 """Most tick labels along the longer side of a panel."""
 
 TILE_GAP = 0.05
 """Between the tiles of a mosaic, as a share of a tile."""
+
+STEPS = (1, 2, 5, 10, 20, 50, 100)
+"""Between tick labels, in places."""
+LABEL = (0.25, 0.16)
+"""Room of a tick label across and down, in inches."""
 
 Token = tuple[int, int]
 
@@ -61,14 +68,14 @@ def spread_offsets(values: Tensor, grid: Grid) -> Tensor:
 
 
 def mosaic_shape(count: int) -> tuple[int, int]:
-    """Rows and columns of tiles, as near to a square as can be."""
-    columns = math.ceil(math.sqrt(count))
-    return math.ceil(count / columns), columns
+    """Rows and columns of tiles, as near to a square as can be without a gap."""
+    rows = max(rows for rows in range(1, math.isqrt(count) + 1) if count % rows == 0)
+    return rows, count // rows
 
 
-def mosaic_ratio(values: Tensor) -> float:
+def mosaic_ratio(values: Tensor, shape: tuple[int, int]) -> float:
     """Height to width of the mosaic of (V, R, C), gaps included."""
-    rows, columns = (side + TILE_GAP * (side - 1) for side in mosaic_shape(len(values)))
+    rows, columns = (side + TILE_GAP * (side - 1) for side in shape)
     return rows * values.shape[1] / (columns * values.shape[2])
 
 
@@ -79,10 +86,12 @@ def show(axes: Axes, values: Tensor, colours: Colours, mark: Token | None = None
         draw_mark(axes, mark[1], mark[0], 5)
 
 
-def show_mosaic(axes: Axes, values: Tensor, colours: Colours, mark: Token | None = None) -> None:
+def show_mosaic(
+    axes: Axes, values: Tensor, colours: Colours, shape: tuple[int, int], mark: Token | None = None
+) -> None:
     """(V, R, C) as tiles, row by row; a dot at the place of ``mark`` in each."""
     _, height, width = values.shape
-    rows, columns = mosaic_shape(len(values))
+    rows, columns = shape
     for number, tile in enumerate(values):
         row, column = divmod(number, columns)
         top, left = row * height * (1 + TILE_GAP), column * width * (1 + TILE_GAP)
@@ -170,32 +179,136 @@ def merged(layers: list[str], values: list[Tensor]) -> tuple[list[str], list[Ten
         return layers, values
     if not layers[0].startswith("block "):  # the path of a module of timm
         return [f"{layers[0]} to {layers[-1]}"], values[:1]
-    block, _, join = layers[0].partition(",")
-    return [f"{block.replace('block', 'blocks')} to {len(layers) - 1},{join}"], values[:1]
+    block, comma, join = layers[0].partition(",")
+    return [f"{block.replace('block', 'blocks')} to {block_of(layers[-1])}{comma}{join}"], values[:1]
 
 
-def layers_band(
-    title: str, layers: list[str], values: list[Tensor], colours: Colours, mark: Token | None = None
-) -> Band:
+def block_of(title: str) -> str:
+    """`3` of `block 3, LaPE`."""
+    return title.partition(",")[0].removeprefix("block ")
+
+
+def layers_band(title: str, layers: list[str], values: list[Tensor], colours: Colours) -> Band:
     """A panel for each layer, with its values (V, R, C) as a mosaic."""
     layers, values = merged(layers, values)
+    shape = mosaic_shape(len(values[0]))
     panels = [
-        Panel(layer, partial(show_mosaic, values=value, colours=colours, mark=mark))
+        Panel(layer, partial(show_mosaic, values=value, colours=colours, shape=shape))
         for layer, value in zip(layers, values, strict=True)
     ]
-    return Band(title, panels, mosaic_ratio(values[0]), colours)
+    return Band(title, panels, mosaic_ratio(values[0], shape), colours)
 
 
-def view_bands(view: PositionView, grid: Grid, token: Token) -> list[Band]:
-    """All layers of a view, and of the chosen patch where patches differ in more than their offset."""
-    count, colours = len(view.values[0]), colours_of(view)
-    tiles = "" if count == 1 else f": {', '.join(view.panels) or f'{count} heads'}, row by row"
-    bands = [layers_band(view.title + tiles, view.layers, view.values, colours)]
-    if varies_by_patch(view, grid):
-        maps = [token_map(values, grid, token) for values in view.values]
-        title = f"the same from the patch in row {token[0]}, column {token[1]} to every patch{tiles}"
-        bands.append(layers_band(title, view.layers, maps, colours, mark=token))
-    return bands
+@dataclass(frozen=True)
+class Axis:
+    """Where the tick labels of one side of a tile may stand.
+
+    Attributes:
+        names: of every place.
+        origin: the place whose label is always there.
+        unit: places between neighbours that may both have a label.
+    """
+
+    names: Sequence[str]
+    origin: int = 0
+    unit: int = 1
+
+    def ticks(self, inches: float, room: float) -> range:
+        """Even steps from the origin, with room for each label."""
+        per_unit = inches * self.unit / len(self.names)
+        step = next((step for step in STEPS if step * per_unit >= room), len(self.names)) * self.unit
+        return range(self.origin % step, len(self.names), step)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Values (V, R, C) of each layer, as tiles below each other, and what their axes are."""
+
+    title: str
+    values: list[Tensor]
+    rows: Axis
+    columns: Axis
+    caption: str
+    names: Sequence[str] = ()
+    mark: Token | None = None
+
+    def band(self, layers: list[str], colours: Colours) -> Band:
+        """A panel for each layer; one for all where they are alike."""
+        layers, values = merged([short(layer) for layer in layers], self.values)
+        shape = (len(values[0]), 1)
+        panels = [
+            Panel(layer, partial(show_mosaic, values=value, colours=colours, shape=shape, mark=self.mark))
+            for layer, value in zip(layers, values, strict=True)
+        ]
+        shared = SharedAxes(self.caption, self.draw_axes)
+        ratios = (mosaic_ratio(values[0], shape), mosaic_ratio(values[0][:1], (1, 1)))
+        return Band(self.title, panels, ratios[0], colours, shared=shared, tile_ratio=ratios[1])
+
+    def draw_axes(self, axes: Axes, is_first: bool) -> None:
+        """Ticks below the lowest tile and, of the first panel of a row, left of every tile, with the tile's name."""
+        count, height, _ = self.values[0].shape
+        wide, high = axes.bbox.transformed(cast("Figure", axes.get_figure(root=True)).dpi_scale_trans.inverted()).size
+        columns = self.columns.ticks(wide, LABEL[0])
+        axes.set_xticks([place + 0.5 for place in columns], [self.columns.names[place] for place in columns])
+        axes.spines[:].set_visible(False)
+        if not is_first:
+            return
+        rows = self.rows.ticks(high / count, LABEL[1])
+        tops = [tile * height * (1 + TILE_GAP) for tile in range(count)]
+        places = [(top + place + 0.5, self.rows.names[place]) for top in tops for place in rows]
+        axes.set_yticks([place for place, _ in places], [name for _, name in places])
+        for top, name in zip(tops, self.names, strict=False):
+            axes.annotate(
+                name,
+                (0, top + height / 2),
+                xytext=(-36, 0),
+                xycoords=axes.get_yaxis_transform(),
+                textcoords="offset points",
+                rotation=90 if high / count > text_width(name, "panel") else 0,
+                ha="center",
+                va="center",
+                fontsize=SIZES["tick"],
+            )
+
+
+def short(layer: str) -> str:
+    """`block 3` of `block 3, LaPE`: the heading of a sheet has the join."""
+    return layer.partition(",")[0] if layer.startswith("block ") else layer
+
+
+def view_bands(view: PositionView, grid: Grid, token: Token, with_matrix: bool) -> list[Band]:
+    """All layers of a view: from patch to patch if asked, and of the chosen patch where patches differ in more than
+    their offset; a view of which neither is drawn is shown by its mean over each offset."""
+    names = titles_of(view, len(view.values[0])) if len(view.values[0]) > 1 else []
+    shown = []
+    if view.rows:
+        axis = Axis([name.replace("-", "\N{MINUS SIGN}") for name in view.rows])
+        caption = "across and down: offset of the row of the table, in patches"
+        shown.append(Tiles(view.title, view.values, axis, axis, caption, names))
+    elif view.by_offset:
+        shown.append(offset_tiles(view.title, view.values, names))
+    else:
+        if with_matrix:
+            axis = Axis([str(patch) for patch in range(grid[0] * grid[1])], unit=grid[1])
+            caption = "across: key patch, row by row; down: query patch, row by row"
+            shown.append(Tiles(view.title, view.values, axis, axis, caption, names))
+        if varies_by_patch(view, grid):
+            maps = [token_map(values, grid, token) for values in view.values]
+            title = f"{view.title}, from the patch in row {token[0]}, column {token[1]} to every patch"
+            rows, columns = (Axis([str(place) for place in range(side)]) for side in grid)
+            caption = "across: column of the key patch; down: its row"
+            shown.append(Tiles(title, maps, rows, columns, caption, names, token))
+        if not shown:
+            means = [mean_by_offset(values, grid) for values in view.values]
+            shown.append(offset_tiles(f"{view.title}, by offset", means, names))
+    return [tiles.band(view.layers, colours_of(view)) for tiles in shown]
+
+
+def offset_tiles(title: str, values: list[Tensor], names: Sequence[str]) -> Tiles:
+    """Values (V, 2H-1, 2W-1) by the key's offset from the query."""
+    sides = [(side + 1) // 2 for side in values[0].shape[1:]]
+    rows, columns = (Axis([signed(place) for place in range(1 - side, side)], side - 1) for side in sides)
+    return Tiles(title, values, rows, columns, "across: columns to the key patch; down: rows to it", names)
 
 
 def layer_band(view: PositionView, layer: int, grid: Grid) -> Band:
@@ -237,23 +350,35 @@ def encoding_band(similarity: Tensor, grid: Grid, token: Token) -> Band:
 
 
 def frequency_band(layers: list[str], frequencies: list[Tensor], with_ticks: bool = False) -> Band:
-    """The frequencies (V, pairs, 2) of each layer as points in the plane, a colour for each head."""
+    """The frequencies (V, pairs, 2) of each layer as points in the plane, a colour for each head.
+
+    Args:
+        with_ticks: on each panel; else panels share their axes.
+    """
     heads = len(frequencies[0])
     reach = 1.08 * max(points.abs().max().item() for points in frequencies) or 1.0
     cmap = ListedColormap(colormaps["viridis"](torch.linspace(0, 0.9, heads).numpy()))  # but for the palest
-    layers, frequencies = merged(layers, frequencies)
+    layers, frequencies = merged(layers if with_ticks else [short(layer) for layer in layers], frequencies)
     colours = Colours(
         cmap, (-0.5, heads - 0.5), "head", list(spread(heads, 6)), [str(head) for head in spread(heads, 6)]
     )
     panels = [
-        Panel(layer, partial(show_frequencies, points=points, colours=colours, reach=reach, with_ticks=with_ticks))
+        Panel(layer, partial(show_frequencies, points=points, colours=colours, reach=reach, with_names=with_ticks))
         for layer, points in zip(layers, frequencies, strict=True)
     ]
-    title = "frequencies in the plane (radians per patch to the right and down)"
-    return Band(title, panels, 1.0, colours if heads > 1 else None, with_ticks)
+    title = "frequencies in the plane (radians per patch)"
+    shared = SharedAxes("across: radians per patch to the right; down: radians per patch down", plane_ticks)
+    return Band(title, panels, 1.0, colours if heads > 1 else None, with_ticks, None if with_ticks else shared)
 
 
-def show_frequencies(axes: Axes, points: Tensor, colours: Colours, reach: float, with_ticks: bool) -> None:
+def plane_ticks(axes: Axes, is_first: bool) -> None:
+    """Three ticks on each axis."""
+    axes.xaxis.set_major_locator(MaxNLocator(2))
+    if is_first:
+        axes.yaxis.set_major_locator(MaxNLocator(2))
+
+
+def show_frequencies(axes: Axes, points: Tensor, colours: Colours, reach: float, with_names: bool) -> None:
     """Points (V, pairs, 2); the y axis goes down, as rows do."""
     heads = torch.arange(len(points))[:, None].expand(points.shape[:2])
     axes.axhline(0, color="0.8", linewidth=0.6, zorder=0)
@@ -261,7 +386,7 @@ def show_frequencies(axes: Axes, points: Tensor, colours: Colours, reach: float,
     x, y = points.flatten(0, 1).T.numpy()
     axes.scatter(x, y, c=heads.flatten().numpy(), s=9, linewidths=0, **colours.scale)
     axes.set(xlim=(-reach, reach), ylim=(reach, -reach))
-    if with_ticks:
+    if with_names:
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set(xlabel="radians per patch to the right", ylabel="radians per patch down")

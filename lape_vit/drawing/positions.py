@@ -1,8 +1,8 @@
 """All pictures of one checkpoint's positions: a sheet of all layers, and single pictures of each."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,13 +35,16 @@ from lape_vit.drawing.panels import (
     varies_by_patch,
     view_bands,
 )
-from lape_vit.drawing.sheet import Band, Sheet, draw_sheets, single
+from lape_vit.drawing.sheet import Band, Sheet, draw_sheets, fit_page, single
 from lape_vit.joins import Basic
 from lape_vit.places import Grid
 from lape_vit.vit import VisionTransformer
 
 ORIGINAL_NAMES = {"similarity": ("sim", "sim_overall"), "bias": ("bias", "head{head}")}
 """What the original calls a view in its files' names: of one patch, and the whole of it."""
+
+MOST_PATCHES = 64
+"""Of a grid whose matrix of every patch to every patch can be read on an overview."""
 
 
 @dataclass(frozen=True)
@@ -113,27 +116,112 @@ def measure(model: Any, source: str, name: str, token: Token | None = None) -> P
     )
 
 
-def bands(positions: Positions) -> list[Band]:
-    """All that the overview shows, in the order in which a layer uses it."""
-    found = [band for view in positions.views for band in view_bands(view, positions.grid, positions.token)]
-    if positions.frequencies:
-        found.append(frequency_band(positions.layers, positions.frequencies))
+@dataclass(frozen=True)
+class Choice:
+    """Which part of a model's positions is drawn.
+
+    Attributes:
+        layers: numbers of blocks; None for all.
+        heads: numbers of heads, ``all`` or ``mean``; None for all where they fit a page, else their mean.
+        full: whether overviews have matrices of every patch to every patch, however many there are.
+    """
+
+    layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | Literal["all", "mean"] | None = None
+    full: bool = False
+
+    def has(self, layer: int) -> bool:
+        return self.layers is None or layer in self.layers
+
+    def has_head(self, head: int) -> bool:
+        return not isinstance(self.heads, tuple) or head in self.heads
+
+
+EVERYTHING = Choice()
+
+
+def check_choice(positions: Positions, choice: Choice) -> None:
+    """Refuse blocks and heads that the model does not have.
+
+    Raises:
+        ValueError
+    """
+    if not positions.views:
+        return
+    blocks = [view.first + len(view.layers) for view in positions.views] + [len(positions.frequencies)]
+    heads = [len(view.values[0]) for view in positions.views if not view.panels]
+    for flag, what, asked, count in (
+        ("--layers", "layers", choice.layers, max(blocks)),
+        ("--heads", "heads", choice.heads if isinstance(choice.heads, tuple) else None, max(heads, default=1)),
+    ):
+        if beyond := [number for number in asked or () if number >= count]:
+            known = f"{what} 0 to {count - 1}" if count > 1 else f"one to show, for all are alike: {what} 0"
+            raise ValueError(f"{flag} {beyond[0]}: {positions.source} has {known}")
+
+
+def select(view: PositionView, choice: Choice) -> PositionView | None:
+    """The chosen layers and heads of a view; None where it has none of them."""
+    layers = [layer for layer in range(len(view.layers)) if choice.has(view.first + layer)]
+    if not layers:
+        return None
+    values, panels = [view.values[layer] for layer in layers], view.panels
+    count, title = len(values[0]), view.title
+    if count > 1 and not panels and choice.heads == "mean":
+        values, title = [value.mean(dim=0, keepdim=True) for value in values], f"{title}, mean over {count} heads"
+    elif count > 1 and not panels and isinstance(choice.heads, tuple):
+        heads = [head for head in choice.heads if head < count]
+        values, panels = [value[heads] for value in values], tuple(f"head {head}" for head in heads)
+        title = title if len(heads) > 1 else f"{title}, {panels[0]}"
+    return replace(view, values=values, layers=[view.layers[layer] for layer in layers], panels=panels, title=title)
+
+
+def bands(positions: Positions, choice: Choice) -> list[Band]:
+    """All that an overview shows, in the order in which a layer uses it."""
+    names = {view.name for view in positions.views}
+    patches = positions.grid[0] * positions.grid[1]
+    found = []
+    for view in positions.views:
+        if (chosen := select(view, choice)) is not None:
+            by_offset_too = f"{view.name}_offsets" in names
+            with_matrix = choice.full or (patches <= MOST_PATCHES and not by_offset_too)
+            if with_matrix or not by_offset_too or varies_by_patch(view, positions.grid):
+                found += view_bands(chosen, positions.grid, positions.token, with_matrix)
+    layers = [layer for layer in range(len(positions.frequencies)) if choice.has(layer)]
+    if layers:
+        titles, points = positions.layers, positions.frequencies
+        found.append(frequency_band([titles[layer] for layer in layers], [points[layer] for layer in layers]))
     return found
 
 
-def overview(positions: Positions) -> Sheet:
+def overviews(shown: Sequence[Positions], choice: Choice = EVERYTHING) -> list[list[Sheet]]:
+    """A sheet of all layers for each, to be drawn below each other on as few pages as hold them."""
+    tries = [replace(choice, heads="all"), replace(choice, heads="mean")] if choice.heads is None else [choice]
+    for count in range(len(shown), 0, -1):
+        for attempt in tries:
+            contents = [(positions.heading, bands(positions, attempt)) for positions in shown]
+            pages = [fit_page(contents[first : first + count]) for first in range(0, len(shown), count)]
+            if all(fits for _, fits in pages):
+                break
+        else:
+            continue
+        break
+    return [sheets for sheets, _ in pages]
+
+
+def overview(positions: Positions, choice: Choice = EVERYTHING) -> Sheet:
     """All layers on one page."""
-    return Sheet(positions.heading, bands(positions))
+    ((sheet,),) = overviews([positions], choice)
+    return sheet
 
 
-def pictures(positions: Positions) -> Iterator[tuple[str, Figure]]:
+def pictures(positions: Positions, choice: Choice = EVERYTHING) -> Iterator[tuple[str, Figure]]:
     """Each picture with its file's name less the ending: the overview, then the single ones."""
-    yield "overview", draw_sheets([overview(positions)])
-    for name, band in single_bands(positions):
+    yield "overview", draw_sheets([overview(positions, choice)])
+    for name, band in single_bands(positions, choice):
         yield name, draw_sheets([single(positions.heading, band)])
 
 
-def single_bands(positions: Positions) -> Iterator[tuple[str, Band]]:
+def single_bands(positions: Positions, choice: Choice = EVERYTHING) -> Iterator[tuple[str, Band]]:
     """Each single picture with its name: the original's where it has one, and others of the same form."""
     grid, token = positions.grid, positions.token
     chosen = f"{token[0] * grid[1] + token[1]}thToken"
@@ -142,18 +230,20 @@ def single_bands(positions: Positions) -> Iterator[tuple[str, Band]]:
     for view in positions.views:
         by_patch = varies_by_patch(view, grid)
         name, whole = ORIGINAL_NAMES.get(view.name, (view.name, view.name))
-        for layer in range(len(view.layers)):
+        for layer in (layer for layer in range(len(view.layers)) if choice.has(view.first + layer)):
             stem, band = f"{positions.join_type}_layer{view.first + layer}", layer_band(view, layer, grid)
             if "{head}" in whole:
                 for head, panel in enumerate(band.panels):
-                    yield f"{stem}_{whole.format(head=head)}", replace(band, panels=[panel])
+                    if choice.has_head(head):
+                        yield f"{stem}_{whole.format(head=head)}", replace(band, panels=[panel])
             else:
                 yield f"{stem}_{whole}", band
             if by_patch:
                 yield f"{stem}_{name}_{chosen}", token_band(view, layer, grid, token)
     for layer, (title, points) in enumerate(zip(positions.layers, positions.frequencies, strict=True)):
-        stem = f"{positions.join_type}_layer{layer}"
-        yield f"{stem}_frequencies", frequency_band([title], [points], with_ticks=True)
+        if choice.has(layer):
+            stem = f"{positions.join_type}_layer{layer}"
+            yield f"{stem}_frequencies", frequency_band([title], [points], with_ticks=True)
 
 
 def raw_values(positions: Positions) -> dict[str, NDArray[Any]]:

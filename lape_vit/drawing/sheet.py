@@ -6,7 +6,7 @@ All lengths are in inches, from the top left corner of the sheet.
 import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -24,10 +24,17 @@ LINE = 0.19
 BEFORE_BAND = 0.1
 TICKS = (0.62, 0.48)
 """Room left of and below a panel with ticks and names of its axes."""
+SHARED = (0.62, 0.24, 0.2)
+"""Room left of a row of panels that share their axes, below each row, and for the caption below the last."""
+PAGE = (2000 / 150, 2500 / 150)
+"""Width and height of the largest overview: 2,000 x 2,500 pixels at 150 per inch."""
+BOXES = (1.6, 1.4, 1.2, 1.0, 0.9, 0.8, 0.7)
+"""Sides of a panel to choose from, so that a page holds all."""
 BAR = (0.13, 0.62)
 """Width of a colour bar, and of what is written beside it."""
-SHORTEST_BAR, TALLEST_BAR = 0.6, 3.2
-TICKS_PER_INCH = 4
+SHORTEST_BAR = 0.6
+TICKS_PER_INCH, MOST_TICKS = 4, 10
+"""Of a colour bar."""
 HINTING = 1.04
 """How much wider a line of text may be on pixels than its outlines say."""
 SIZES = {"heading": 9.5, "band": 9.0, "panel": 8.0, "tick": 7.0}
@@ -45,13 +52,18 @@ class Picture(Figure):
 
 @dataclass(frozen=True)
 class Colours:
-    """What the colours of a band mean; what the band's title says needs no label."""
+    """What the colours of a band mean; what the band's title says needs no label.
+
+    Attributes:
+        cut: whether values lie beyond the limits; the bar then ends in points.
+    """
 
     cmap: str | Colormap
     limits: tuple[float, float]
     label: str = ""
     ticks: Sequence[float] | None = None
     tick_labels: Sequence[str] | None = None
+    cut: bool = False
 
     @property
     def scale(self) -> dict[str, Any]:
@@ -68,6 +80,19 @@ class Panel:
 
 
 @dataclass(frozen=True)
+class SharedAxes:
+    """Axes that all panels of a band have in common: tick labels at the left and below, and one caption.
+
+    Attributes:
+        caption: what both axes are, with the unit.
+        draw: gives a panel its ticks; told whether it is the first of its row.
+    """
+
+    caption: str
+    draw: Callable[[Axes, bool], Any]
+
+
+@dataclass(frozen=True)
 class Band:
     """Panels that share a scale, wherever they break into rows.
 
@@ -75,6 +100,8 @@ class Band:
         ratio: height of a panel to its width.
         colours: None where there is nothing to explain.
         with_ticks: whether panels have ticks and names on their axes.
+        shared: the axes that panels have in common, or None.
+        tile_ratio: the same of each of the pictures that a panel has below each other, or None.
     """
 
     title: str
@@ -82,6 +109,13 @@ class Band:
     ratio: float
     colours: Colours | None
     with_ticks: bool = False
+    shared: SharedAxes | None = None
+    tile_ratio: float | None = None
+
+    @property
+    def indent(self) -> float:
+        """Room left of each row."""
+        return SHARED[0] if self.shared is not None else 0.0
 
 
 @dataclass(frozen=True)
@@ -100,12 +134,12 @@ class Sheet:
 
     def panel_size(self, band: Band) -> tuple[float, float]:
         """(width, height)."""
-        width = self.box / max(1.0, band.ratio)
+        width = self.box / max(1.0, band.tile_ratio or band.ratio)
         return width, width * band.ratio
 
     def pitch(self, band: Band) -> tuple[float, float]:
         """From one panel to the next, (across, down)."""
-        left, below = TICKS if band.with_ticks else (0.0, 0.0)
+        left, below = TICKS if band.with_ticks else (0.0, SHARED[1] if band.shared is not None else 0.0)
         widest_title = max(text_width(panel.title, "panel") for panel in band.panels)
         return max(self.panel_size(band)[0], widest_title) + GAP + left, self.panel_size(band)[1] + LINE + GAP + below
 
@@ -113,7 +147,9 @@ class Sheet:
         return [band.panels[first : first + self.per_row] for first in range(0, len(band.panels), self.per_row)]
 
     def band_height(self, band: Band) -> float:
-        return BEFORE_BAND + LINE + max(self.pitch(band)[1] * len(self.rows(band)), SHORTEST_BAR + LINE + GAP)
+        caption = SHARED[2] if band.shared is not None else 0.0
+        panels = max(self.pitch(band)[1] * len(self.rows(band)), SHORTEST_BAR + LINE + GAP)
+        return BEFORE_BAND + LINE + panels + caption
 
     @property
     def size(self) -> tuple[float, float]:
@@ -122,9 +158,33 @@ class Sheet:
         widths += [text_width(band.title, "band") for band in self.bands]
         for band in self.bands:
             bar = sum(BAR) if band.colours is not None else 0.0
-            widths.append(self.pitch(band)[0] * min(self.per_row, len(band.panels)) + bar)
+            widths.append(band.indent + self.pitch(band)[0] * min(self.per_row, len(band.panels)) + bar)
+            if band.shared is not None:
+                widths.append(band.indent + text_width(band.shared.caption, "panel"))
         height = len(self.heading) * LINE + sum(map(self.band_height, self.bands))
         return max(widths) + 2 * MARGIN, height + 2 * MARGIN
+
+    def fit_columns(self) -> "Sheet":
+        """The same with as many panels side by side as the page is wide, and rows of about the same length."""
+        if not self.bands:
+            return self
+        room = PAGE[0] - 2 * MARGIN - sum(BAR)
+        most = max(1, min(int((room - band.indent) / self.pitch(band)[0]) for band in self.bands))
+        longest = max(len(band.panels) for band in self.bands)
+        return replace(self, per_row=math.ceil(longest / math.ceil(longest / most)))
+
+
+def fit_page(contents: Sequence[tuple[list[str], list[Band]]]) -> tuple[list[Sheet], bool]:
+    """Sheets of these headings and bands with the largest panels with which all of them, below each other, fit a page.
+
+    Returns:
+        The sheets, with the smallest panels if none fit; and whether they fit.
+    """
+    for box in BOXES:
+        sheets = [Sheet(heading, bands, box).fit_columns() for heading, bands in contents]
+        if sum(sheet.size[1] for sheet in sheets) <= PAGE[1] and max(sheet.size[0] for sheet in sheets) <= PAGE[0]:
+            return sheets, True
+    return sheets, False
 
 
 def single(heading: list[str], band: Band) -> Sheet:
@@ -142,6 +202,17 @@ def text_width(text: str, kind: str) -> float:
         return 0.0
     properties = FontProperties(weight="normal" if kind == "panel" else "bold")
     return TextPath((0, 0), text, size=SIZES[kind], prop=properties).vertices[:, 0].max() / 72 * HINTING
+
+
+def stack_sheets(sheets: Sequence[Sheet]) -> Figure:
+    """Sheets below each other on one page; save it without trimming."""
+    sizes = [sheet.size for sheet in sheets]
+    figure = Picture(figsize=(max(width for width, _ in sizes), sum(height for _, height in sizes)))
+    top = 0.0
+    for sheet, (_, height) in zip(sheets, sizes, strict=True):
+        _draw_sheet(figure, sheet, MARGIN, top + MARGIN)
+        top += height
+    return figure
 
 
 def draw_sheets(sheets: Sequence[Sheet], heading: Sequence[str] = ()) -> Figure:
@@ -176,6 +247,7 @@ def _write_lines(figure: Figure, left: float, top: float, lines: Sequence[str]) 
 def _draw_band(figure: Figure, sheet: Sheet, band: Band, left: float, top: float) -> None:
     width, height = sheet.panel_size(band)
     across, down = sheet.pitch(band)
+    left += band.indent
     beside = TICKS[0] if band.with_ticks else 0.0
     for row, panels in enumerate(sheet.rows(band)):
         for column, panel in enumerate(panels):
@@ -187,12 +259,17 @@ def _draw_band(figure: Figure, sheet: Sheet, band: Band, left: float, top: float
             axes.xaxis.label.set_fontsize(SIZES["panel"])
             axes.yaxis.label.set_fontsize(SIZES["panel"])
             panel.draw(axes)
+            if band.shared is not None:
+                band.shared.draw(axes, column == 0)
             _name_only_what_fits(axes, width, height)
+    rows = len(sheet.rows(band))
+    tall = (rows - 1) * down + height
+    if band.shared is not None:
+        caption = top + LINE + max(tall, SHORTEST_BAR) + SHARED[1]
+        _write(figure, left, caption, band.shared.caption, "panel", color="0.3")
     if band.colours is None:
         return
     most = min(sheet.per_row, len(band.panels))
-    rows = len(sheet.rows(band))
-    tall = min(TALLEST_BAR, rows * down - LINE - GAP - (TICKS[1] if band.with_ticks else 0.0))
     _draw_bar(figure, band.colours, left + most * across, top + LINE, max(tall, SHORTEST_BAR))
 
 
@@ -207,11 +284,14 @@ def _name_only_what_fits(axes: Axes, width: float, height: float) -> None:
 def _draw_bar(figure: Figure, colours: Colours, left: float, top: float, height: float) -> None:
     axes = _add_axes(figure, left, top, BAR[0], height)
     axes.set_label("<colorbar>")
-    bar = figure.colorbar(ScalarMappable(Normalize(*colours.limits), colours.cmap), cax=axes)
+    scale = ScalarMappable(Normalize(*colours.limits), colours.cmap)
+    # points of a fixed height in inches: their share is of the bar between them
+    share = BAR[0] / (height - 2 * BAR[0])
+    bar = figure.colorbar(scale, cax=axes, extend="both" if colours.cut else "neither", extendfrac=share)
     if colours.ticks is not None:
         bar.set_ticks(list(colours.ticks), labels=colours.tick_labels)
     else:
-        bar.locator = MaxNLocator(max(2, int(height * TICKS_PER_INCH)), steps=(1, 2, 2.5, 5, 10))
+        bar.locator = MaxNLocator(min(MOST_TICKS, max(2, int(height * TICKS_PER_INCH))), steps=(1, 2, 2.5, 5, 10))
         bar.update_ticks()
     bar.ax.tick_params(labelsize=SIZES["tick"], length=2)
     bar.outline.set_linewidth(0.5)

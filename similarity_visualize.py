@@ -11,7 +11,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from logging import getLogger
@@ -23,11 +23,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 
+from diagnosis.tables import read_records
 from figures import comparison
 from figures.checkpoints import FLAGS, load_model, load_published
 from figures.explore import explore_page
 from lape_vit import VisionTransformer
 from lape_vit.analysis.attention_maps import why_no_split
+from lape_vit.analysis.diagnosis import Diagnosis
 from lape_vit.drawing import attention, positions
 from lape_vit.drawing.positions import Positions
 from lape_vit.encodings import all_options
@@ -82,6 +84,7 @@ def draw(args: argparse.Namespace, console: Console) -> None:
     choice = positions.Choice(args.layers, args.heads, args.full)
     for checkpoint in checkpoints:
         positions.check_choice(checkpoint.positions, choice)
+    diagnoses = read_diagnoses(args.diagnosis, [checkpoint.positions for checkpoint in checkpoints])
     maps = [over_image(checkpoint, args.image) for checkpoint in checkpoints if args.image]
     shown = [checkpoint.positions for checkpoint in checkpoints]
     for positions_of_one in shown:
@@ -99,7 +102,7 @@ def draw(args: argparse.Namespace, console: Console) -> None:
         save_values(folder / "positions.npz", positions.raw_values(shown[0]))
     if args.html and any(one.views for one in shown):
         with show_activity(console, "writing explore.html"):
-            save_page(folder / "explore.html", shown)
+            save_page(folder / "explore.html", shown, diagnoses)
     for seen in maps:
         write(folder, args.format, attention.pictures(seen), console)
         save_values(folder / "attention.npz", attention.raw_values(seen))
@@ -153,9 +156,25 @@ def write(folder: Path, file_format: str, pictures: Iterable[tuple[str, Figure]]
     _logger.info("%s: %s%s", folder, names[0], rest)
 
 
-def save_page(path: Path, shown: Sequence[Positions]) -> None:
+def read_diagnoses(path: str | None, shown: Sequence[Positions]) -> dict[str, Diagnosis]:
+    """What was measured of the checkpoints that are shown, by their sources.
+
+    Raises:
+        ValueError, OSError: no diagnosis.json, or one of none of them.
+    """
+    if path is None:
+        return {}
+    records = {Path(record.about["checkpoint"]).resolve(): record for record in read_records(Path(path).expanduser())}
+    files = {one.source: Path(one.source).expanduser().resolve() for one in shown}
+    found = {source: records[file] for source, file in files.items() if file in records}
+    if not found:
+        raise ValueError(f"--diagnosis {path} is of other checkpoints: {', '.join(map(str, records))}")
+    return found
+
+
+def save_page(path: Path, shown: Sequence[Positions], diagnoses: Mapping[str, Diagnosis]) -> None:
     """The page to explore what is shown."""
-    page = explore_page(shown)
+    page = explore_page(shown, diagnoses)
     path.write_bytes(page)
     _logger.info("%s: %.1f MB, opens in any browser", path, len(page) / 1e6)
 

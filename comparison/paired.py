@@ -82,7 +82,7 @@ def write_paired(plan: Plan, found: Mapping[Pair, Sequence[Outcome]]) -> None:
         {
             **dict(zip(NAMES, one.pair, strict=True)),
             "against": ", ".join(one.baseline),
-            "difference (points)": f"{one.difference.mean:+.2f} ± {one.difference.deviation:.2f}",
+            "difference (points)": f"{round(one.difference.mean, 2) + 0:+.2f} ± {one.difference.deviation:.2f}",
             "p": "-" if one.p is None else f"{one.p:.2g}",
             "p, corrected": f"{corrected[id(one)]:.2g}" if id(one) in corrected else "-",
             "seeds": str(len(one.seeds)),

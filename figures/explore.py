@@ -8,7 +8,7 @@ import math
 import re
 import zlib
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ import numpy as np
 from plotly.offline import get_plotlyjs
 from torch import Tensor
 
+from lape_vit.analysis.diagnosis import Diagnosis
+from lape_vit.analysis.diagnosis_numbers import INPUT, READ, TAKEN_AWAY, Key, numbers
 from lape_vit.analysis.positions import PositionView
 from lape_vit.drawing.positions import Positions
 
@@ -30,8 +32,13 @@ FREQUENCIES = "frequencies"
 """The name of the one view that has no patches but points in the plane."""
 
 
-def explore_page(shown: Sequence[Positions]) -> bytes:
-    """The page, in UTF-8; the first two checkpoints stand side by side, others can be chosen in their place."""
+def explore_page(shown: Sequence[Positions], diagnoses: Mapping[str, Diagnosis] | None = None) -> bytes:
+    """The page, in UTF-8; the first two checkpoints stand side by side, others can be chosen in their place.
+
+    Args:
+        diagnoses: by the source of a checkpoint, what was measured in its blocks, which is shown as curves over depth.
+    """
+    known = diagnoses or {}
     parts = {
         "title": escape(", ".join(one.source for one in shown)),
         "style": read("page.css"),
@@ -41,7 +48,10 @@ def explore_page(shown: Sequence[Positions]) -> bytes:
     }
     views = [views_of(one) for one in shown]
     packed = iter(pack_views([view for of_one in views for view in of_one], LIMIT - len(fill(parts))))
-    data = [describe(one, [next(packed) for _ in of_one]) for one, of_one in zip(shown, views, strict=True)]
+    data = [
+        {**describe(one, [next(packed) for _ in of_one]), "curves": curves_of(known.get(one.source))}
+        for one, of_one in zip(shown, views, strict=True)
+    ]
     # "<" would let a checkpoint's name end the script element
     parts["data"] = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return fill(parts)
@@ -77,6 +87,35 @@ def describe(one: Positions, views: list[dict[str, Any]]) -> dict[str, Any]:
     source, caption = one.heading
     texts = {"name": source, "caption": caption, "nothing": nothing}
     return {**texts, "grid": one.grid, "token": one.token, "views": views}
+
+
+CURVES: tuple[tuple[str, tuple[tuple[str, Key], ...]], ...] = (
+    (
+        "R² of a probe",
+        (
+            ("attention reads", Key("r2", READ, "permuted")),
+            ("block's input", Key("r2", INPUT, "permuted")),
+        ),
+    ),
+    ("same answers without the block's positions (%)", (("", Key("agreement", TAKEN_AWAY)),)),
+    ("entropy of attention (nats)", (("", Key("entropy")),)),
+    ("attention distance (patches)", (("", Key("distance")),)),
+)
+"""Curves over depth: a title, and for each line its name and its number without the block."""
+
+
+def curves_of(record: Diagnosis | None) -> list[dict[str, Any]]:
+    """What the page is told of the curves of a checkpoint; a block that has no such number is null."""
+    if record is None:
+        return []
+    found, blocks = numbers(record), range(len(record.layers))
+    curves = []
+    for title, lines in CURVES:
+        values = [(name, [found.get(key._replace(block=block)) for block in blocks]) for name, key in lines]
+        there = [{"name": name, "values": line} for name, line in values if any(one is not None for one in line)]
+        if there:
+            curves.append({"title": title, "lines": there})
+    return curves
 
 
 def pack_views(views: Sequence[PositionView], room: int) -> list[dict[str, Any]]:

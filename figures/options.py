@@ -43,6 +43,8 @@ def build_parser() -> Parser:
     add("--format", choices=("png", "pdf", "svg"), default="png", help="of the pictures; default: png")
     add("--image", metavar="FILE", help="draw attention over this image too, as seen from the patch of --token")
     add("--html", action="store_true", help="write explore.html, too: all of it on one page, to explore in a browser")
+    add("--diagnosis", metavar="FILE",
+        help="with --html: a diagnosis.json of diagnose.py, whose curves over depth the page shows, too")  # fmt: skip
     group = parser.add_argument_group("for a checkpoint that does not say what model it holds")
     add = group.add_argument
     add("--model_name", "--model-name", dest="model", metavar="NAME",
@@ -70,6 +72,8 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError("--pretrained needs --model_name NAME: the model whose weights timm publishes")
     if args.compare is not None and args.image is not None:
         raise ValueError("--image draws one checkpoint: give it by --ckpt_path or --pretrained, not --compare")
+    if args.diagnosis is not None and not args.html:
+        raise ValueError("--diagnosis is for the page of --html: give both")
     if args.model is not None:
         args.model, join_type = full_name(args.model)
         args.join_type = args.join_type or join_type

@@ -3,7 +3,7 @@
 import json
 import re
 from base64 import b64decode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -24,6 +24,7 @@ import similarity_visualize
 from figures import explore
 from figures.explore import explore_page, quantise
 from lape_vit import encodings
+from lape_vit.analysis.diagnosis import Diagnosis, diagnose
 from lape_vit.analysis.positions import PositionView
 from lape_vit.drawing.positions import Positions, measure
 from lape_vit.joins import legal_joins
@@ -180,9 +181,9 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
 def open_page(driver, tmp_path: Path) -> Iterator[Open]:
     """Open a page of some checkpoints; whatever the browser had to complain about it is a failure."""
 
-    def open_(*shown: Positions, **options) -> Page:
+    def open_(*shown: Positions, diagnoses: Mapping[str, Diagnosis] | None = None, **options) -> Page:
         file = tmp_path / "explore.html"
-        file.write_bytes(explore_page(shown))
+        file.write_bytes(explore_page(shown, diagnoses))
         return Page(driver, file, **options)
 
     driver.get_log("browser")
@@ -480,6 +481,31 @@ def test_the_frequencies_of_a_rotary_encoding_are_points_in_the_plane(open_page:
     line = reading(page, "head 2, pair 1: ")
     told = [number(text) for text in re.findall(r"(\S+) (?:to the right|down)", line)]
     assert told == pytest.approx([right, down], abs=1e-4)
+
+
+@in_browser
+def test_curves_over_depth_follow_the_layer_and_a_click_on_one_goes_to_its_block(open_page: Open) -> None:
+    model = tiny("learnable", "LaPE", COMPACT, depth=LAYERS)
+    record = diagnose(model, [(noise(4, 3, 32, 32), None)], [(noise(4, 3, 32, 32, seed=1), None)])
+    shown = measure(model, "a.pth", COMPACT)
+    page = open_page(shown, diagnoses={"a.pth": record})
+    page.settle()
+    figure = page.figure("curves")
+    lines = page.js(f"{figure}.data.map(({{ y }}) => y)")
+    assert lines[0] == pytest.approx([layer.read.permuted.r2 for layer in record.layers])
+    assert lines[2] == pytest.approx([layer.taken_away.agreement for layer in record.layers])  # type: ignore[union-attr]
+    assert len(lines) == 5
+    assert page.js(f"{figure}.layout.shapes[0].x0") == 0
+    page.js(f"{figure}.emit('plotly_click', {{ points: [{{ x: 2 }}] }})")
+    page.until(f"{figure}.layout.shapes[0].x0 === 2")
+    assert page.js("document.querySelector('#layer').value") == "2"
+
+
+@in_browser
+def test_without_a_diagnosis_there_are_no_curves(open_page: Open) -> None:
+    page = open_page(positions(view("bias")))
+    page.settle()
+    assert page.find(".curves").get_attribute("hidden")
 
 
 @in_browser

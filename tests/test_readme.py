@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from tests.models import tiny
 
 ROOT = Path(__file__).parents[1]
 README, ENCODINGS = ((ROOT / page).read_text() for page in ("README.md", "docs/encodings.md"))
@@ -22,6 +25,31 @@ def test_the_plugin_runs() -> None:
     exec(PLUGIN, namespace)
     assert namespace["logits"].shape == (1, 1000)
     assert (namespace["model"].pe, namespace["model"].join_type) == ("learnable", "LaPE")
+
+
+def snippets(page: str) -> list[str]:
+    return re.findall(PYTHON, (ROOT / "docs" / page).read_text(), re.DOTALL)
+
+
+def test_the_plugin_in_python_does_what_its_page_says() -> None:
+    (snippet,) = snippets("plugin.md")
+    namespace: dict[str, Any] = {}
+    exec(snippet, namespace)
+    assert namespace["model"].pe == "learnable+rope_axial(rope_theta=10)"
+    assert torch.equal(namespace["ours"].eval()(namespace["images"]), namespace["logits"])
+    assert (namespace["changed"].pe, namespace["changed"].join_type) == ("2D_sin", "PVG")
+
+
+def test_a_diagnosis_in_python_does_what_its_page_says() -> None:
+    (snippet,) = snippets("diagnosis.md")
+    model = tiny("learnable", "LaPE")
+    generator = torch.Generator().manual_seed(0)
+    images, held_out = (torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64) for _ in range(2))
+    features = torch.randn(2, 16, 24, generator=generator, dtype=torch.float64)
+    namespace = {"model": model, "images": images, "labels": None, "held_out": held_out, "features": features}
+    exec(snippet, namespace)
+    assert namespace["record"].pe == "learnable"
+    assert namespace["features"].shape == features.shape
 
 
 def run_in(folder: Path, *command: str) -> str:

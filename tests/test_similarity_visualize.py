@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 import similarity_visualize
 from figures.checkpoints import load_model
 from lape_vit import convert_checkpoint, encodings
+from lape_vit.analysis.diagnosis import diagnose
 from lape_vit.analysis.positions import layer_positions, position_views
 from lape_vit.analysis.timm_attention import timm_attention
 from lape_vit.images import pixels_of
@@ -493,10 +495,10 @@ def test_an_encodings_options_are_read_from_the_checkpoint_or_else_the_flags(tmp
 
 
 def refusal(folder: Path, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line that refuses the command line; nothing else happens."""
+    """The one line that refuses the command line; nothing else happens but that a file is read."""
     assert run(folder, *argv) == 2
     captured = capsys.readouterr()
-    assert captured.out == ""
+    assert [line for line in captured.out.splitlines() if not line.startswith("reading ")] == []
     (line,) = captured.err.splitlines()
     assert line.startswith("similarity_visualize.py: error: ")
     assert not (folder / "pictures").exists()
@@ -634,3 +636,24 @@ def test_without_its_two_paths_it_takes_those_of_the_source(
     save(tmp_path / "result" / "deit_t_LaPE" / "best_checkpoint.pth", "learnable", "LaPE")
     assert main([]) == 0
     assert (tmp_path / "visualize" / "similarity" / "PE_token_sim.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--diagnosis", "FILE"), ["--diagnosis", "--html", "give both"]),
+        (("--html", "--diagnosis", "missing.json"), ["missing.json"]),
+        (("--html", "--diagnosis", "FILE"), ["--diagnosis", "other checkpoints", "elsewhere.pth"]),
+    ],
+)
+def test_a_diagnosis_of_nothing_that_is_shown_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], words: list[str]
+) -> None:
+    model = save(tmp_path / "a.pth", "learnable", "LaPE")
+    batch = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    record = replace(diagnose(model, [(batch, None)], [(batch, None)]), about={"checkpoint": "elsewhere.pth"})
+    (tmp_path / "diagnosis.json").write_text(json.dumps([record.as_dict()]))
+    named = [str(tmp_path / "diagnosis.json") if flag == "FILE" else flag for flag in flags]
+    assert main(["--ckpt_path", str(tmp_path / "a.pth"), *named, "--save_dir", str(tmp_path / "out")]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(word in line for word in words), line

@@ -26,7 +26,8 @@ function schedule() {
     showControls();
     for (const panel of panels) panel.draw();
     if (!late.size) setTimeout(drawLate);
-    for (const name of ["whole", "plane", "layers", "heads"]) panels.forEach((_, i) => late.add(`${i} ${name}`));
+    const figures = ["whole", "plane", "layers", "heads", "curves"];
+    for (const name of figures) panels.forEach((_, i) => late.add(`${i} ${name}`));
   });
 }
 

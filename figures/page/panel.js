@@ -124,6 +124,7 @@ class Panel {
     if (!this.view || !levelsOf(this.layer)) return;
     if (name === "whole") this.drawWhole();
     else if (name === "plane") this.drawPlane();
+    else if (name === "curves") this.drawCurves();
     else this.drawSheet(name);
   }
 
@@ -250,6 +251,17 @@ class Panel {
         const place = Math.floor(row / (H + 1)) * this.columns[name] + Math.floor(column / (W + 1));
         set({ [ofLayers ? "layer" : "head"]: place }, true);
       });
+    });
+  }
+
+  /** What was measured in every block, with a line at the layer that is shown; a click goes to the nearest block. */
+  drawCurves() {
+    const { curves } = this.checkpoint;
+    this.find(".curves").hidden = !curves.length;
+    if (!curves.length) return;
+    const make = (width) => curveSheet(curves, this.layerIndex, width);
+    this.plot("curves", "What was measured in every block", [this.layerIndex], make, (div) => {
+      div.on("plotly_click", ({ points }) => set({ layer: points[0].x }, true));
     });
   }
 

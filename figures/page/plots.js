@@ -152,3 +152,47 @@ function contactSheet(images, names, selected, limits, width, height) {
   };
   return { traces: [heat(z, limits, { x, y }), labels], layout, columns };
 }
+
+const CURVE = { height: 84, title: 22 }; // of each row of curves, in pixels
+
+/** Curves over the blocks, one row below the other, with a line at one block. */
+function curveSheet(curves, layer, width) {
+  const margin = { l: 40, r: MARGIN.right, t: CURVE.title, b: 34 };
+  const height = curves.length * (CURVE.height + CURVE.title) - CURVE.title;
+  const part = (pixels) => pixels / height;
+  const top = (row) => 1 - part(row * (CURVE.height + CURVE.title));
+  const axis = { fixedrange: true, zerolinecolor: styleColour("--line"), gridcolor: styleColour("--line") };
+  const name = (row) => (row ? `y${row + 1}` : "y");
+  const dashes = ["solid", "dash"];
+  const traces = curves.flatMap(({ lines }, row) =>
+    lines.map(({ name: line, values }, i) => ({
+      mode: "lines+markers",
+      x: values.map((_, block) => block),
+      y: values,
+      yaxis: name(row),
+      hovertemplate: `block %{x}: %{y:.3f}${line && `, ${plain(line)}`}<extra></extra>`,
+      line: { color: styleColour("--accent"), dash: dashes[i], width: 1.5 },
+      marker: { size: 5 },
+    })),
+  );
+  const named = (lines) => lines.map((line, i) => `${line.name} (${dashes[i]})`).join(", ");
+  const titles = curves.map(({ title, lines }, row) => ({
+    ...{ xref: "paper", yref: "paper", x: 0, y: top(row), xanchor: "left", yanchor: "bottom", showarrow: false },
+    text: plain(lines.length > 1 ? `${title}: ${named(lines)}` : title),
+  }));
+  const rows = curves.map((_, row) => [
+    `yaxis${row ? row + 1 : ""}`,
+    { ...axis, domain: [Math.max(0, top(row) - part(CURVE.height)), top(row)], nticks: 4 },
+  ]);
+  const blocks = curves[0].lines[0].values.length;
+  const at = { type: "line", xref: "x", yref: "paper", x0: layer, x1: layer, y0: 0, y1: 1 };
+  const below = { anchor: "free", position: 0, title: { text: "block", standoff: 4 } };
+  const layout = {
+    ...baseLayout(width - margin.l - margin.r, height, margin),
+    xaxis: { ...axis, ...below, range: [-0.4, blocks - 0.6], dtick: Math.ceil(blocks / 12) },
+    ...Object.fromEntries(rows),
+    annotations: titles,
+    shapes: [{ ...at, line: { color: styleColour("--ink"), width: 1, dash: "dot" } }],
+  };
+  return { traces, layout };
+}

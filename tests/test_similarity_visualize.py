@@ -175,7 +175,7 @@ def test_layers_and_heads_are_chosen_on_the_command_line(tmp_path: Path, capsys:
     capsys.readouterr()
     assert run(tmp_path, "--layers", "1-2") == 2
     assert "--layers 2: " in capsys.readouterr().err
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="--heads: expected whole numbers"):
         read_options(["--heads", "first"])
 
 

@@ -12,7 +12,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from logging import getLogger
 from pathlib import Path
@@ -37,6 +37,7 @@ from lape_vit.images import image_transform
 from loading.images import read_image
 from runtime.interrupt import raise_on_ctrl_c
 from runtime.logs import end_in_one_line, show_activity, start_logging
+from training.checkpoint import load_checkpoint
 
 _logger = getLogger(__name__)
 
@@ -119,7 +120,9 @@ def read(path: str | None, args: argparse.Namespace) -> Checkpoint:
         model, description, path = load_published(args.pretrained, flags)
     else:
         model, description = load_model(path, flags)
-    shown = positions.measure(model, path, description["model"], args.token)
+    shown = positions.measure(model, path, description["model"], args.token, args.scale)
+    if args.compare:
+        shown = replace(shown, config=load_checkpoint(path).get("config"))
     if args.token is not None and not shown.uses_token and args.image is None and not args.html:
         _logger.warning("--token: what pe=%r shows is alike for every patch", shown.pe)
     return Checkpoint(model, description, shown)

@@ -73,7 +73,7 @@ def views_of(one: Positions) -> list[PositionView]:
         tables = list(one.encoding[:, None])
         titles = [f"table {table}" for table in range(len(tables))] if len(tables) > 1 else ["the table"]
         title = "cosine similarity of the encoding itself"
-        views.append(PositionView("encoding", title, tables, False, (-1.0, 1.0), titles))
+        views.append(PositionView("encoding", title, tables, False, one.encoding_limits, titles))
     if one.frequencies:
         reach = max(points.abs().max().item() for points in one.frequencies) or 1.0
         title = "frequencies in the plane (radians per patch)"

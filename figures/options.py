@@ -1,6 +1,7 @@
 """The command line of `similarity_visualize.py`, read without torch: in a moment."""
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 
@@ -40,6 +41,9 @@ def build_parser() -> Parser:
         "pixels, else their mean")  # fmt: skip
     add("--full", action="store_true", help="draw every patch against every patch in overviews, too, which is done "
         "by default on grids of 64 patches or fewer, where that is more than a mean by offset")  # fmt: skip
+    add("--scale", type=scale, default="quantile", metavar="SCALE",
+        help="of the colours: quantile tells 99 %% of the values apart and says where it ends; range reaches the "
+        "largest value, of cosines 1; a number is the limit itself; default: quantile")  # fmt: skip
     add("--format", choices=("png", "pdf", "svg"), default="png", help="of the pictures; default: png")
     add("--image", metavar="FILE", help="draw attention over this image too, as seen from the patch of --token")
     add("--html", action="store_true", help="write explore.html, too: all of it on one page, to explore in a browser")
@@ -103,6 +107,19 @@ def numbers(text: str) -> tuple[int, ...]:
 def heads(text: str) -> tuple[int, ...] | str:
     """`all`, `mean`, or numbers."""
     return text if text in ("all", "mean") else numbers(text)
+
+
+def scale(text: str) -> str | float:
+    """`quantile`, `range`, or a number above 0."""
+    if text in ("quantile", "range"):
+        return text
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = math.nan
+    if not 0 < limit < math.inf:
+        raise argparse.ArgumentTypeError(f"expected quantile, range or a number above 0, got {text!r}")
+    return limit
 
 
 def size(text: str) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from lape_vit.analysis.attention_maps import attention_maps
 from lape_vit.analysis.positions import PositionView, layer_correlations, mean_by_distance, plane_frequencies
 from lape_vit.drawing import attention
 from lape_vit.drawing.attention import TokenAttention, of_token
-from lape_vit.drawing.panels import SIGNED, mosaic_shape, offset_ticks, varies_by_patch
+from lape_vit.drawing.panels import SIGNED, mosaic_shape, offset_ticks, same_place, varies_by_patch
 from lape_vit.drawing.positions import (
     Choice,
     Positions,
@@ -33,7 +33,7 @@ from lape_vit.drawing.positions import (
     raw_values,
     single_bands,
 )
-from lape_vit.drawing.sheet import draw_sheets, single
+from lape_vit.drawing.sheet import Colours, draw_sheets, single, stack_sheets
 from tests.models import images, tiny
 
 SHEETS = [("learnable", "LaPE_share"), ("2D_RPE", "LaPE"), ("relative", "basic"), ("rope", "basic")]
@@ -64,7 +64,8 @@ def shown_values(axes: Axes) -> Tensor:
 
 
 def test_the_overview_shows_every_matrix_and_every_map_of_the_chosen_patch_on_one_scale() -> None:
-    positions = replace(of("learnable", "LaPE_share", (3, 5), depth=8), token=(1, 2))
+    model = tiny("learnable", "LaPE_share", img_size=(24, 40), depth=8)
+    positions = measure(model, "c.pth", "m", token=(1, 2), scale="range")
     shown = panels(draw_sheets([overview(positions)]))
     values = view_of(positions, "similarity").values
     expected = [*values, *(value[:, 1 * 5 + 2].unflatten(1, (3, 5)) for value in values)]
@@ -99,7 +100,8 @@ def test_every_band_has_one_scale_and_a_colour_bar_of_it(pe: str, join_type: str
     positions = of(pe, join_type)
     figure = draw_sheets([overview(positions)])
     limits = {axes.images[0].get_clim() for axes in panels(figure) if axes.images}
-    assert limits == {view.limits for view in positions.views}
+    assert {view.limits for view in positions.views if view.by_offset or view.rows} <= limits
+    assert limits <= {view.limits for view in positions.views}
     bars = {axes.get_ylim() for axes in figure.axes if axes.get_label() == "<colorbar>"}
     assert limits <= bars
 
@@ -141,6 +143,36 @@ def test_frequencies_are_points_in_the_plane_that_a_patch_down_and_one_to_the_ri
         1,
     ]
     assert len(set(map(tuple, points.to_rgba(points.get_array())))) == 3
+
+
+@pytest.mark.parametrize(("pe", "join_type"), SHEETS)
+def test_colours_tell_99_percent_of_the_values_apart_and_a_caption_says_where_they_end(pe: str, join_type: str) -> None:
+    positions = of(pe, join_type, (6, 6))
+    for view in positions.views:
+        sizes = torch.cat([values[:, ~same_place(values)].flatten() for values in view.values]).abs()
+        low, high = view.limits
+        assert low == -high
+        assert (sizes <= high * (1 + 1e-6)).double().mean() >= 0.99
+        assert high <= 1.1 * sizes.quantile(0.99) or high <= 1.25 * 1.1 * torch.stack(view.values).abs().max()
+    for band in overview(positions).bands:
+        if isinstance(band.colours, Colours) and band.colours.cut:
+            assert band.shared is not None
+            assert f"colours end at ±{band.colours.limits[1]:.2g}, the largest value is" in band.shared.caption
+
+
+def test_the_scale_of_cosines_leaves_out_those_of_a_place_with_itself() -> None:
+    (view,) = of("learnable", "LaPE", (6, 6)).views
+    assert view.limits[1] < 0.7
+    (band, _) = overview(of("learnable", "LaPE", (6, 6))).bands
+    assert band.colours is not None
+    assert band.colours.cut
+
+
+@pytest.mark.parametrize(("scale", "expected"), [("range", 1.0), (0.25, 0.25), (3.0, 3.0)])
+def test_the_scale_can_be_fixed(scale: Any, expected: float) -> None:
+    positions = measure(tiny("learnable", "LaPE"), "c", "m", scale=scale)
+    assert {view.limits for view in positions.views} == {(-expected, expected)}
+    assert positions.encoding_limits == (-expected, expected)
 
 
 def test_a_picture_of_one_head_is_that_heads_matrix_with_ticks_at_the_rows_of_patches() -> None:
@@ -198,8 +230,9 @@ def test_overviews_of_deit_s_fit_a_page(pe: str, join_type: str, count: int) -> 
     assert sum(map(len, pages)) == count
     assert len(pages) == 1 or any(len(sheet.bands) > 1 for sheet in pages[0])
     for sheets in pages:
-        assert 150 * sum(sheet.size[1] for sheet in sheets) <= 2500
-        assert 150 * max(sheet.size[0] for sheet in sheets) <= 2000
+        width, height = stack_sheets(sheets).get_size_inches() * 150
+        assert width <= 2000
+        assert height <= 2500
 
 
 def test_the_heads_mean_is_drawn_where_all_would_not_fit_the_page_and_the_title_says_so() -> None:
@@ -239,7 +272,7 @@ def test_large_matrices_are_drawn_only_if_asked() -> None:
 def test_each_axis_has_ticks_and_each_bar_is_as_high_as_its_panels(pe: str, join_type: str) -> None:
     figure = draw_sheets([overview(of(pe, join_type, (14, 14), depth=7))])
     figure.draw_without_rendering()
-    bars = [axes.get_position() for axes in figure.axes if axes.get_label() == "<colorbar>"]
+    bars = [axes.get_position(original=True) for axes in figure.axes if axes.get_label() == "<colorbar>"]
     lefts = min(axes.get_position().x0 for axes in panels(figure))
     for axes in panels(figure):
         assert len(axes.get_xticks()) > 1
@@ -296,6 +329,35 @@ def test_curves_show_the_mean_by_distance_and_the_correlation_of_layers() -> Non
     for line, positions in zip(last.lines, (first, second), strict=True):
         np.testing.assert_array_equal(line.get_ydata(), layer_correlations(view_of(positions, "similarity")))
         assert list(line.get_xdata()) == list(range(1, len(view_of(positions, "similarity").layers)))
+
+
+def test_checkpoints_that_differ_in_the_seed_alone_are_one_line_in_a_band() -> None:
+    config = {"epochs": 3, "seed": 0}
+    seeds = [replace(of("learnable", "LaPE"), config={**config, "seed": seed}) for seed in (0, 1)]
+    seeds[1] = replace(seeds[1], views=[replace(v, values=[-value for value in v.values]) for v in seeds[1].views])
+    others = [
+        replace(seeds[0], config={"epochs": 9, "seed": 2}),
+        replace(seeds[0], config=config),  # another epoch of the same training
+        replace(seeds[0], config=None),
+        replace(seeds[0], config=None),
+    ]
+    assert comparison.seed_groups([*seeds, *others]) == [[0, 1], [2], [3], [4], [5]]
+    first, correlations = comparison.draw_curves(seeds).axes
+    assert first.get_title(loc="left") == "A, B: learnable, LaPE, 2 seeds"
+    _, means = mean_by_distance(view_of(seeds[0], "similarity"), (4, 4))
+    for line, band, mean in zip(first.lines, first.collections, means.T.numpy(), strict=True):
+        np.testing.assert_allclose(line.get_ydata(), 0, atol=1e-12)
+        edges = band.get_paths()[0].vertices[:, 1]
+        np.testing.assert_allclose([edges.min(), edges.max()], [-abs(mean).max(), abs(mean).max()])
+    assert len(correlations.lines) == 1
+
+
+def test_noise_is_not_zoomed_into_a_trend() -> None:
+    checkpoints = [of("learnable", "LaPE", depth=3), of("rope_mixed", "basic", depth=3)]
+    axes = comparison.draw_curves(checkpoints).axes
+    assert [axes[1].get_ylim(), axes[3].get_ylim()] == [(-1.05, 1.05)] * 2
+    for shown, positions in zip((axes[0], axes[2]), checkpoints, strict=True):
+        assert shown.get_ylim()[1] >= positions.views[0].limits[1]
 
 
 def test_quantities_that_only_some_checkpoints_have_get_a_row_of_those() -> None:

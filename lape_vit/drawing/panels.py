@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from matplotlib import colormaps
@@ -36,12 +36,59 @@ STEPS = (1, 2, 5, 10, 20, 50, 100)
 LABEL = (0.25, 0.16)
 """Room of a tick label across and down, in inches."""
 
+QUANTILE = 0.99
+"""Share of the absolute values that colours tell apart."""
+WORTHWHILE = 0.8
+"""Where the quantile is more than this share of the largest value, colours reach that."""
+
 Token = tuple[int, int]
+Scale = Literal["quantile", "range"] | float
 
 
 def colours_of(view: PositionView) -> Colours:
-    """The scale of all layers of a view; its bounds are never cut off."""
-    return Colours(SIGNED, view.limits)
+    """The scale of all layers of a view."""
+    return Colours(SIGNED, view.limits, cut=bool(cut_note(view.values, view.limits)))
+
+
+def limits_of(values: Sequence[Tensor], scale: Scale, bounds: tuple[float, float]) -> tuple[float, float]:
+    """Limits of the colours of all layers, symmetric about 0.
+
+    Args:
+        values: (V, R, C) of each layer.
+        scale: ``quantile`` for what holds 99 % of the absolute values between different places, so that a few do not
+            make the others pale; ``range`` for the bounds; or a limit.
+        bounds: of all values.
+    """
+    if not isinstance(scale, str):
+        return -scale, scale
+    if scale == "range":
+        return bounds
+    different = [value[:, ~same_place(value)].flatten() for value in values]
+    sizes = torch.cat(different).abs()
+    if not sizes.numel() or not sizes.any():
+        return bounds
+    limit = sizes.kthvalue(math.ceil(QUANTILE * sizes.numel())).values.item()
+    if limit == 0 or limit > WORTHWHILE * max(value.abs().max().item() for value in values):
+        return bounds
+    step = 10.0 ** (math.floor(math.log10(limit)) - 1)
+    limit = min(bounds[1], math.ceil(limit / step) * step)  # two digits
+    return -limit, limit
+
+
+def same_place(values: Tensor) -> Tensor:
+    """Where (V, R, C) relates a place to itself: (R, C)."""
+    _, rows, columns = values.shape
+    if rows == columns and rows % 2 == 0:
+        return torch.eye(rows, dtype=torch.bool)
+    same = torch.zeros(rows, columns, dtype=torch.bool)
+    same[rows // 2, columns // 2] = True
+    return same
+
+
+def cut_note(values: Sequence[Tensor], limits: tuple[float, float]) -> str:
+    """Says that colours end before the values do; empty where they do not."""
+    largest = max(value.abs().max().item() for value in values)
+    return f"colours end at ±{limits[1]:.2g}, the largest value is {largest:.2g}" if largest > limits[1] * 1.001 else ""
 
 
 def varies_by_patch(view: PositionView, grid: Grid) -> bool:
@@ -100,7 +147,7 @@ def show_mosaic(
         )
         axes.add_patch(Rectangle((left, top), width, height, fill=False, linewidth=0.5, clip_on=False))
         if mark is not None:
-            draw_mark(axes, left + mark[1] + 0.5, top + mark[0] + 0.5, 6 / (1 + columns))
+            draw_mark(axes, left + mark[1] + 0.5, top + mark[0] + 0.5, min(3.0, 30 / (columns * width)))
     right, bottom = (count * (1 + TILE_GAP) - TILE_GAP for count in (columns, rows))
     axes.set(xlim=(0, right * width), ylim=(bottom * height, 0))
     axes.spines[:].set_visible(False)
@@ -240,7 +287,8 @@ class Tiles:
             Panel(layer, partial(show_mosaic, values=value, colours=colours, shape=shape, mark=self.mark))
             for layer, value in zip(layers, values, strict=True)
         ]
-        shared = SharedAxes(self.caption, self.draw_axes)
+        note = cut_note(self.values, colours.limits)
+        shared = SharedAxes(f"{self.caption}; {note}" if note else self.caption, self.draw_axes)
         ratios = (mosaic_ratio(values[0], shape), mosaic_ratio(values[0][:1], (1, 1)))
         return Band(self.title, panels, ratios[0], colours, shared=shared, tile_ratio=ratios[1])
 
@@ -323,7 +371,9 @@ def layer_band(view: PositionView, layer: int, grid: Grid) -> Band:
         for title, value in zip(titles_of(view, len(values)), values, strict=True)
     ]
     ratio = values.shape[1] / values.shape[2]
-    return Band(f"{view.layers[layer]}: {view.title}", panels, ratio, colours, with_ticks=True)
+    note = cut_note(view.values, view.limits)
+    title = f"{view.layers[layer]}: {view.title}" + (f" ({note})" if note else "")
+    return Band(title, panels, ratio, colours, with_ticks=True)
 
 
 def token_band(view: PositionView, layer: int, grid: Grid, token: Token) -> Band:
@@ -333,19 +383,23 @@ def token_band(view: PositionView, layer: int, grid: Grid, token: Token) -> Band
         Panel(title, partial(show_map, values=value, colours=colours, grid=grid, mark=token))
         for title, value in zip(titles_of(view, len(values)), values, strict=True)
     ]
+    note = cut_note(view.values, view.limits)
     title = f"{view.layers[layer]}: {view.title}, from the patch in row {token[0]}, column {token[1]}"
+    title += f" ({note})" if note else ""
     return Band(title, panels, grid[0] / grid[1], colours, with_ticks=True)
 
 
-def encoding_band(similarity: Tensor, grid: Grid, token: Token) -> Band:
+def encoding_band(similarity: Tensor, grid: Grid, token: Token, limits: tuple[float, float]) -> Band:
     """The encoding itself, (T, H*W, H*W) of its tables, from the chosen patch to every patch."""
-    colours = Colours(SIGNED, (-1.0, 1.0))
+    note = cut_note([similarity], limits)
+    colours = Colours(SIGNED, limits, cut=bool(note))
     titles = [f"table of block {table}" for table in range(len(similarity))] if len(similarity) > 1 else [""]
     panels = [
         Panel(title, partial(show_map, values=values, colours=colours, grid=grid, mark=token))
         for title, values in zip(titles, token_map(similarity, grid, token), strict=True)
     ]
     title = f"cosine similarity of the encoding itself, from the patch in row {token[0]}, column {token[1]}"
+    title += f" ({note})" if note else ""
     return Band(title, panels, grid[0] / grid[1], colours, with_ticks=True)
 
 

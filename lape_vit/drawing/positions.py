@@ -1,6 +1,7 @@
 """All pictures of one checkpoint's positions: a sheet of all layers, and single pictures of each."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -27,10 +28,12 @@ from lape_vit.analysis.timm_positions import (
     timm_tables,
 )
 from lape_vit.drawing.panels import (
+    Scale,
     Token,
     encoding_band,
     frequency_band,
     layer_band,
+    limits_of,
     token_band,
     varies_by_patch,
     view_bands,
@@ -60,6 +63,8 @@ class Positions:
         frequencies: (V, pairs, 2) of each layer of a rotary encoding.
         encoding: the similarity of the absolute encoding itself, (T, H*W, H*W) of T tables, or None.
         places: what the grid is made of.
+        scale: of the colours, see :func:`limits_of`.
+        config: options of the training, where the checkpoint has them.
     """
 
     source: str
@@ -72,12 +77,20 @@ class Positions:
     frequencies: list[Tensor]
     encoding: Tensor | None
     places: str = "patches"
+    scale: Scale = "quantile"
+    config: Mapping[str, Any] | None = None
 
     @property
     def heading(self) -> list[str]:
         height, width = self.grid
         size = f"{height} x {width} {self.places}"
         return [self.source, f"{self.model}, pe={self.pe}, join_type={self.join_type}, {size}"]
+
+    @property
+    def encoding_limits(self) -> tuple[float, float]:
+        """Of the colours of the absolute encoding itself."""
+        assert self.encoding is not None
+        return limits_of([self.encoding], self.scale, (-1.0, 1.0))
 
     @property
     def uses_token(self) -> bool:
@@ -91,7 +104,7 @@ class Positions:
 
 
 @torch.no_grad()
-def measure(model: Any, source: str, name: str, token: Token | None = None) -> Positions:
+def measure(model: Any, source: str, name: str, token: Token | None = None, scale: Scale = "quantile") -> Positions:
     """What there is to see of a model, ours or timm's; the chosen patch is, unless told, the one in the centre.
 
     Raises:
@@ -101,6 +114,7 @@ def measure(model: Any, source: str, name: str, token: Token | None = None) -> P
     height, width = grid = model.patch_embed.grid_size if ours else timm_grid(model)
     token = token or (height // 2, width // 2)
     check_token(token, grid)
+    views = position_views(model) if ours else timm_position_views(model)
     tables = encoding_tables(model) if ours else timm_tables(model)
     return Positions(
         source,
@@ -109,10 +123,11 @@ def measure(model: Any, source: str, name: str, token: Token | None = None) -> P
         model.join_type if ours else Basic.name,
         grid,
         token,
-        views=position_views(model) if ours else timm_position_views(model),
+        views=[replace(view, limits=limits_of(view.values, scale, view.limits)) for view in views],
         frequencies=plane_frequencies(model) if ours else [],
         encoding=torch.stack([cosine_similarity(table) for table in tables]) if tables is not None else None,
         places="patches" if patch_grid(model) else "places of a window",
+        scale=scale,
     )
 
 
@@ -196,7 +211,7 @@ def bands(positions: Positions, choice: Choice) -> list[Band]:
 def overviews(shown: Sequence[Positions], choice: Choice = EVERYTHING) -> list[list[Sheet]]:
     """A sheet of all layers for each, to be drawn below each other on as few pages as hold them."""
     tries = [replace(choice, heads="all"), replace(choice, heads="mean")] if choice.heads is None else [choice]
-    for count in range(len(shown), 0, -1):
+    for count in dict.fromkeys(math.ceil(len(shown) / pages) for pages in range(1, len(shown) + 1)):
         for attempt in tries:
             contents = [(positions.heading, bands(positions, attempt)) for positions in shown]
             pages = [fit_page(contents[first : first + count]) for first in range(0, len(shown), count)]
@@ -226,7 +241,7 @@ def single_bands(positions: Positions, choice: Choice = EVERYTHING) -> Iterator[
     grid, token = positions.grid, positions.token
     chosen = f"{token[0] * grid[1] + token[1]}thToken"
     if positions.encoding is not None:
-        yield "PE_token_sim", encoding_band(positions.encoding, grid, token)
+        yield "PE_token_sim", encoding_band(positions.encoding, grid, token, positions.encoding_limits)
     for view in positions.views:
         by_patch = varies_by_patch(view, grid)
         name, whole = ORIGINAL_NAMES.get(view.name, (view.name, view.name))

@@ -182,7 +182,8 @@ def fit_page(contents: Sequence[tuple[list[str], list[Band]]]) -> tuple[list[She
     """
     for box in BOXES:
         sheets = [Sheet(heading, bands, box).fit_columns() for heading, bands in contents]
-        if sum(sheet.size[1] for sheet in sheets) <= PAGE[1] and max(sheet.size[0] for sheet in sheets) <= PAGE[0]:
+        width, height = stacked_size(sheets)
+        if width <= PAGE[0] and height <= PAGE[1]:
             return sheets, True
     return sheets, False
 
@@ -204,14 +205,19 @@ def text_width(text: str, kind: str) -> float:
     return TextPath((0, 0), text, size=SIZES[kind], prop=properties).vertices[:, 0].max() / 72 * HINTING
 
 
+def stacked_size(sheets: Sequence[Sheet]) -> tuple[float, float]:
+    """(width, height) of sheets below each other, with one margin between two."""
+    sizes = [sheet.size for sheet in sheets]
+    return max(width for width, _ in sizes), sum(height - MARGIN for _, height in sizes) + MARGIN
+
+
 def stack_sheets(sheets: Sequence[Sheet]) -> Figure:
     """Sheets below each other on one page; save it without trimming."""
-    sizes = [sheet.size for sheet in sheets]
-    figure = Picture(figsize=(max(width for width, _ in sizes), sum(height for _, height in sizes)))
-    top = 0.0
-    for sheet, (_, height) in zip(sheets, sizes, strict=True):
-        _draw_sheet(figure, sheet, MARGIN, top + MARGIN)
-        top += height
+    figure = Picture(figsize=stacked_size(sheets))
+    top = MARGIN
+    for sheet in sheets:
+        _draw_sheet(figure, sheet, MARGIN, top)
+        top += sheet.size[1] - MARGIN
     return figure
 
 
@@ -285,8 +291,8 @@ def _draw_bar(figure: Figure, colours: Colours, left: float, top: float, height:
     axes = _add_axes(figure, left, top, BAR[0], height)
     axes.set_label("<colorbar>")
     scale = ScalarMappable(Normalize(*colours.limits), colours.cmap)
-    # points of a fixed height in inches: their share is of the bar between them
-    share = BAR[0] / (height - 2 * BAR[0])
+    point = min(BAR[0], height / 8)
+    share = point / (height - 2 * point)  # of the bar between the points
     bar = figure.colorbar(scale, cax=axes, extend="both" if colours.cut else "neither", extendfrac=share)
     if colours.ticks is not None:
         bar.set_ticks(list(colours.ticks), labels=colours.tick_labels)

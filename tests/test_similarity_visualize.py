@@ -114,7 +114,7 @@ def test_without_an_encoding_a_line_says_that_there_is_nothing_to_draw(
 ) -> None:
     save(tmp_path / "checkpoint.pth", "none", "basic")
     assert run(tmp_path) == 0
-    (line,) = capsys.readouterr().out.splitlines()
+    _, line = capsys.readouterr().out.splitlines()  # the first says what is being read
     assert "nothing to draw" in line
     assert str(tmp_path / "checkpoint.pth") in line
     assert not (tmp_path / "pictures").exists()

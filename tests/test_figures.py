@@ -34,6 +34,8 @@ from lape_vit.drawing.positions import (
     single_bands,
 )
 from lape_vit.drawing.sheet import Colours, draw_sheets, single, stack_sheets
+from lape_vit.encodings.base import LayerSpec
+from lape_vit.encodings.rotary import RopeMixed
 from tests.models import images, tiny
 
 SHEETS = [("learnable", "LaPE_share"), ("2D_RPE", "LaPE"), ("relative", "basic"), ("rope", "basic")]
@@ -173,6 +175,24 @@ def test_the_scale_can_be_fixed(scale: Any, expected: float) -> None:
     positions = measure(tiny("learnable", "LaPE"), "c", "m", scale=scale)
     assert {view.limits for view in positions.views} == {(-expected, expected)}
     assert positions.encoding_limits == (-expected, expected)
+
+
+def test_frequencies_are_drawn_from_their_start_and_the_title_says_how_far_they_moved() -> None:
+    torch.manual_seed(3)
+    encoding = RopeMixed(LayerSpec(16, 2, (4, 4), 1, 32))
+    start = encoding.frequencies.detach().clone()
+    torch.testing.assert_close(encoding.nearest_start(), start)
+    with torch.no_grad():
+        encoding.frequencies += 0.05 * torch.randn_like(start)
+    nearest = encoding.nearest_start()
+    assert (encoding.frequencies - nearest).norm() <= (encoding.frequencies - start).norm()
+    assert (nearest - start).norm() < 0.5 * (encoding.frequencies - start).norm()
+    positions = of("rope_mixed", "basic")
+    assert len(positions.starts) == 2
+    band = overview(positions).bands[-1]
+    moved = (torch.stack(positions.frequencies) - torch.stack(list(positions.starts))).norm(dim=-1).mean()
+    assert band.title.endswith(f"grey: from the nearest start, {moved:.2g} away in the mean")
+    assert not of("rope", "basic").starts
 
 
 def test_a_picture_of_one_head_is_that_heads_matrix_with_ticks_at_the_rows_of_patches() -> None:

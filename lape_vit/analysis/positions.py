@@ -14,6 +14,7 @@ from torch import Tensor
 from lape_vit.analysis import views
 from lape_vit.analysis.views import LayerView, cosine_similarity, mean_by_offset
 from lape_vit.attention import Attention, Block
+from lape_vit.encodings.rotary import RopeMixed
 from lape_vit.joins import Terms
 from lape_vit.places import Grid, Places
 from lape_vit.vit import VisionTransformer, VisionTransformerDistilled, first_weight
@@ -114,6 +115,17 @@ def plane_frequencies(model: Model) -> list[Tensor]:
     device = first_weight(model).device
     found = [views.plane_frequencies(attn.encoding, device) for attn in attentions(model) if attn.encoding is not None]
     return [frequencies for frequencies in found if frequencies is not None]
+
+
+@torch.no_grad()
+def nearest_starts(model: Model) -> list[Tensor]:
+    """Where the frequencies of `rope_mixed` may have started, as near to where they are as can be.
+
+    Returns:
+        (h, pairs, 2) per block; empty for other encodings.
+    """
+    encodings = [attn.encoding for attn in attentions(model)]
+    return [one.nearest_start().permute(1, 2, 0).double() for one in encodings if isinstance(one, RopeMixed)]
 
 
 def mean_by_distance(view: PositionView, grid: Grid) -> tuple[list[int], Tensor]:

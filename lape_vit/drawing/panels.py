@@ -403,10 +403,13 @@ def encoding_band(similarity: Tensor, grid: Grid, token: Token, limits: tuple[fl
     return Band(title, panels, grid[0] / grid[1], colours, with_ticks=True)
 
 
-def frequency_band(layers: list[str], frequencies: list[Tensor], with_ticks: bool = False) -> Band:
+def frequency_band(
+    layers: list[str], frequencies: list[Tensor], starts: list[Tensor], with_ticks: bool = False
+) -> Band:
     """The frequencies (V, pairs, 2) of each layer as points in the plane, a colour for each head.
 
     Args:
+        starts: where they may have started, to which a line is drawn; or empty.
         with_ticks: on each panel; else panels share their axes.
     """
     heads = len(frequencies[0])
@@ -416,11 +419,18 @@ def frequency_band(layers: list[str], frequencies: list[Tensor], with_ticks: boo
     colours = Colours(
         cmap, (-0.5, heads - 0.5), "head", list(spread(heads, 6)), [str(head) for head in spread(heads, 6)]
     )
+    of_layers: list[Tensor | None] = [*starts] or [None] * len(layers)
     panels = [
-        Panel(layer, partial(show_frequencies, points=points, colours=colours, reach=reach, with_names=with_ticks))
-        for layer, points in zip(layers, frequencies, strict=True)
+        Panel(
+            layer,
+            partial(show_frequencies, points=points, start=start, colours=colours, reach=reach, with_names=with_ticks),
+        )
+        for layer, points, start in zip(layers, frequencies, of_layers, strict=False)
     ]
     title = "frequencies in the plane (radians per patch)"
+    if starts:
+        moved = torch.stack(frequencies).sub(torch.stack(starts)).norm(dim=-1).mean().item()
+        title += f", grey: from the nearest start, {moved:.2g} away in the mean"
     shared = SharedAxes("across: radians per patch to the right; down: radians per patch down", plane_ticks)
     return Band(title, panels, 1.0, colours if heads > 1 else None, with_ticks, None if with_ticks else shared)
 
@@ -432,12 +442,17 @@ def plane_ticks(axes: Axes, is_first: bool) -> None:
         axes.yaxis.set_major_locator(MaxNLocator(2))
 
 
-def show_frequencies(axes: Axes, points: Tensor, colours: Colours, reach: float, with_names: bool) -> None:
+def show_frequencies(
+    axes: Axes, points: Tensor, start: Tensor | None, colours: Colours, reach: float, with_names: bool
+) -> None:
     """Points (V, pairs, 2); the y axis goes down, as rows do."""
     heads = torch.arange(len(points))[:, None].expand(points.shape[:2])
     axes.axhline(0, color="0.8", linewidth=0.6, zorder=0)
     axes.axvline(0, color="0.8", linewidth=0.6, zorder=0)
     x, y = points.flatten(0, 1).T.numpy()
+    if start is not None:
+        from_x, from_y = start.flatten(0, 1).T.numpy()
+        axes.plot([from_x, x], [from_y, y], color="0.55", linewidth=0.8, zorder=1)
     axes.scatter(x, y, c=heads.flatten().numpy(), s=9, linewidths=0, **colours.scale)
     axes.set(xlim=(-reach, reach), ylim=(reach, -reach))
     if with_names:

@@ -17,6 +17,7 @@ from lape_vit.analysis.positions import (
     cosine_similarity,
     encoding_tables,
     layer_titles,
+    nearest_starts,
     plane_frequencies,
     position_views,
 )
@@ -63,6 +64,7 @@ class Positions:
         frequencies: (V, pairs, 2) of each layer of a rotary encoding.
         encoding: the similarity of the absolute encoding itself, (T, H*W, H*W) of T tables, or None.
         places: what the grid is made of.
+        starts: where trained frequencies may have started, of each layer; empty where they are not trained.
         scale: of the colours, see :func:`limits_of`.
         config: options of the training, where the checkpoint has them.
     """
@@ -77,6 +79,7 @@ class Positions:
     frequencies: list[Tensor]
     encoding: Tensor | None
     places: str = "patches"
+    starts: Sequence[Tensor] = ()
     scale: Scale = "quantile"
     config: Mapping[str, Any] | None = None
 
@@ -127,6 +130,7 @@ def measure(model: Any, source: str, name: str, token: Token | None = None, scal
         frequencies=plane_frequencies(model) if ours else [],
         encoding=torch.stack([cosine_similarity(table) for table in tables]) if tables is not None else None,
         places="patches" if patch_grid(model) else "places of a window",
+        starts=nearest_starts(model) if ours else (),
         scale=scale,
     )
 
@@ -204,7 +208,13 @@ def bands(positions: Positions, choice: Choice) -> list[Band]:
     layers = [layer for layer in range(len(positions.frequencies)) if choice.has(layer)]
     if layers:
         titles, points = positions.layers, positions.frequencies
-        found.append(frequency_band([titles[layer] for layer in layers], [points[layer] for layer in layers]))
+        found.append(
+            frequency_band(
+                [titles[layer] for layer in layers],
+                [points[layer] for layer in layers],
+                [positions.starts[layer] for layer in layers] if positions.starts else [],
+            )
+        )
     return found
 
 
@@ -258,7 +268,10 @@ def single_bands(positions: Positions, choice: Choice = EVERYTHING) -> Iterator[
     for layer, (title, points) in enumerate(zip(positions.layers, positions.frequencies, strict=True)):
         if choice.has(layer):
             stem = f"{positions.join_type}_layer{layer}"
-            yield f"{stem}_frequencies", frequency_band([title], [points], with_ticks=True)
+            yield (
+                f"{stem}_frequencies",
+                frequency_band([title], [points], list(positions.starts[layer : layer + 1]), with_ticks=True),
+            )
 
 
 def raw_values(positions: Positions) -> dict[str, NDArray[Any]]:

@@ -210,6 +210,15 @@ class RopeMixed(Rotary):
         x, y = magnitude * direction.cos(), magnitude * direction.sin()
         self.frequencies.copy_(torch.stack([torch.cat([x, -y], dim=-1), torch.cat([y, x], dim=-1)]))
 
+    @torch.no_grad()
+    def nearest_start(self) -> Tensor:
+        """Of all that :meth:`reset_parameters` may draw, what is nearest to the frequencies: (2, h, pairs)."""
+        magnitude = axial_frequencies(self.head_dim, self.rope_theta).to(self.frequencies)
+        unturned = torch.cat([magnitude, magnitude * 1j])
+        frequencies = torch.complex(*self.frequencies)
+        start = unturned * torch.exp(1j * (frequencies * unturned.conj()).sum(dim=-1, keepdim=True).angle())
+        return torch.stack([start.real, start.imag])
+
     def no_weight_decay(self) -> set[str]:
         return {"frequencies"}
 

@@ -185,7 +185,7 @@ def show(model: Any, args: argparse.Namespace) -> int:
 
 
 def find_images(paths: Sequence[Path]) -> list[str]:
-    """The files, and all images in the folders, but for what is hidden, in the order of their names.
+    """The files, and in the order of their names all images in the folders that are not hidden.
 
     Raises:
         FileNotFoundError: no image in a folder.

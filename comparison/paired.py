@@ -76,18 +76,19 @@ def write_paired(plan: Plan, found: Mapping[Pair, Sequence[Outcome]]) -> None:
     differences = paired_differences(found)
     if not differences:
         return
-    tested = [one for one in differences if one.p is not None]
-    corrected = dict(zip(map(id, tested), holm([one.p for one in tested if one.p is not None]), strict=True))
+    tested = [one.p for one in differences if one.p is not None]
+    in_order = iter(holm(tested))
+    corrected = [None if one.p is None else next(in_order) for one in differences]
     rows: list[Row] = [
         {
             **dict(zip(NAMES, one.pair, strict=True)),
             "against": ", ".join(one.baseline),
             "difference (points)": f"{round(one.difference.mean, 2) + 0:+.2f} ± {one.difference.deviation:.2f}",
             "p": "-" if one.p is None else f"{one.p:.2g}",
-            "p, corrected": f"{corrected[id(one)]:.2g}" if id(one) in corrected else "-",
+            "p, corrected": "-" if p_corrected is None else f"{p_corrected:.2g}",
             "seeds": str(len(one.seeds)),
         }
-        for one in differences
+        for one, p_corrected in zip(differences, corrected, strict=True)
     ]
     remark = (
         "\nAccuracy of the last epoch, seed by seed: mean ± standard deviation of the differences, and a paired t-test "
@@ -105,8 +106,8 @@ def write_paired(plan: Plan, found: Mapping[Pair, Sequence[Outcome]]) -> None:
             "difference_mean": one.difference.mean,
             "difference_std": one.difference.deviation,
             "p": one.p,
-            "p_corrected": corrected.get(id(one)),
+            "p_corrected": p_corrected,
         }
-        for one in differences
+        for one, p_corrected in zip(differences, corrected, strict=True)
     ]
     write_text(plan.folder / "paired.csv", csv_text(numbers))

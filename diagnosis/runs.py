@@ -22,7 +22,7 @@ HERE = ("data_path", "eval_data_path", "device", "num_workers")
 def diagnose_runs(
     plan: Plan, sizes: Sequence[int], ways: Sequence[str], display: LoopDisplay
 ) -> tuple[Path, dict[str, str]]:
-    """Diagnose the best checkpoint of every finished run, but for those that were before, and write all that down.
+    """Diagnose the best checkpoints of the finished runs that have no diagnosis yet, and write everything down.
 
     Args:
         sizes, ways: of :func:`diagnosis.measure.measure`.

@@ -266,5 +266,5 @@ def test_compare_diagnoses_its_runs_over_their_seeds(
     for sizes, expected in (([], checkpoints[2:]), ([16], checkpoints), ([16], checkpoints[2:])):
         opened.clear()
         _, failures = diagnose_runs(plan, sizes, ["plain"], LoopDisplay(None))
-        assert opened == expected  # what is known is not measured again, but for a new size
+        assert opened == expected  # only a new size is measured; the rest is known
         assert [*failures] == ["the diagnosis of none, basic, seed 2"]

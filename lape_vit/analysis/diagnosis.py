@@ -198,7 +198,7 @@ def diagnose(
     ridge: float = RIDGE,
     seed: int = 0,
 ) -> Diagnosis:
-    """All measures of a model at the size of its images, but for those at other sizes.
+    """All measures of a model at the size of its images; :func:`at_size` gives those at other sizes.
 
     Args:
         model: in evaluation mode.

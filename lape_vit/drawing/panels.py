@@ -414,7 +414,7 @@ def frequency_band(
     """
     heads = len(frequencies[0])
     reach = 1.08 * max(points.abs().max().item() for points in frequencies) or 1.0
-    cmap = ListedColormap(colormaps["viridis"](torch.linspace(0, 0.9, heads).numpy()))  # but for the palest
+    cmap = ListedColormap(colormaps["viridis"](torch.linspace(0, 0.9, heads).numpy()))  # without the palest
     layers, frequencies = merged(layers if with_ticks else [short(layer) for layer in layers], frequencies)
     colours = Colours(
         cmap, (-0.5, heads - 0.5), "head", list(spread(heads, 6)), [str(head) for head in spread(heads, 6)]

@@ -218,7 +218,7 @@ def _shared(
 ) -> tuple[SharedBatches, Company]:
     """The batches of `num_images` an epoch in the folder of `--shared-batches`, and those that share them."""
     data = settings.data
-    # what says how to load, and where from, shapes no batch
+    # what only says how to load shapes no batch
     shaping = replace(settings, data=replace(data, num_workers=0, pin_mem=None, shared_batches=None))
     key = key_of(shaping, len(samples), batching.labels, rank, world_size)
     files = BatchFiles(Path(data.shared_batches or "").expanduser() / key)

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 if the training diverged, or a file could not be written; 2 for bad input; if a signal ended
-        the run, 130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1. All but 0 come with one line.
+        the run, 130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1, 142 for SIGALRM. All but 0 come with one line.
     """
     argv = sys.argv[1:] if argv is None else argv
     world = world_from_environment()

@@ -12,7 +12,10 @@ A folder holds, beneath a key of all that shapes a batch,
     joining       locked while a process joins
 
 A process that has gone ahead of another one by `window` batches waits for it, so that what is kept stays small. It does
-not wait for a process that has ended, that is further behind, or that takes no batch for a minute.
+not wait for a process that has ended, that is further behind, or that takes no batch for five minutes.
+
+No batch outlives the processes that share it: the first one to join removes what is there. So none is of an earlier
+state of the data set.
 """
 
 import fcntl
@@ -40,10 +43,10 @@ _logger = getLogger(__name__)
 
 WINDOW_BYTES = 2**30
 """Of images that a process may be ahead of another one that shares its batches."""
-SECONDS_OF_PATIENCE = 60.0
-"""That a process waits for another one that takes no batch."""
+SECONDS_OF_PATIENCE = 300.0
+"""That a process waits for another one that takes no batch, as it may evaluate."""
 SECONDS_BETWEEN_LOOKS = 0.01
-BATCHES_BETWEEN_CLEANINGS = 16
+CLEANINGS_PER_WINDOW = 16
 BATCH, POSITION = ".batch", ".position"
 LIBRARIES = ("torch", "torchvision", "timm", "pillow", "numpy")
 """Whose versions may change what a batch is."""
@@ -166,7 +169,7 @@ class Company:
         self.path: Path | None = None  # of this process, once it has joined
 
     def join(self, number: int) -> None:
-        """Say that this process takes this batch next; batches that nobody alive has made are removed."""
+        """Say that this process takes this batch next; if no other one lives, what is there is removed."""
         self.position = number
         if self.path is not None:
             self._publish()
@@ -189,7 +192,7 @@ class Company:
         self._wait_for(self.position - self.window)
         self.position += 1
         self._publish()
-        if self.position % BATCHES_BETWEEN_CLEANINGS == 0:
+        if self.position % max(1, self.window // CLEANINGS_PER_WINDOW) == 0:
             self._clean_up()
 
     def others(self) -> list[int]:

@@ -191,7 +191,6 @@ def test_a_fast_process_waits_for_a_slow_one_and_few_batches_are_kept(
 ) -> None:
     window = 3
     monkeypatch.setattr(sharing, "WINDOW_BYTES", window * 4 * 3 * 16 * 16 * 64)
-    monkeypatch.setattr(sharing, "BATCHES_BETWEEN_CLEANINGS", 1)
 
     def load(loader: ImageLoader, seconds: float) -> tuple[int, int]:
         """The longest lead over the other one, and the most batches that were there."""
@@ -217,6 +216,16 @@ def test_a_process_that_does_not_move_is_left_behind(tmp_path: Path, monkeypatch
     loader, stuck = loader_of(tmp_path), loader_of(tmp_path)
     stuck.set_epoch(0)
     assert batches_of(loader, [0]) == batches_of(loader_of(None), [0])
+
+
+def test_a_process_that_waits_for_another_one_heeds_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "WINDOW_BYTES", 1)
+    monkeypatch.setattr(sharing, "noted_signal", lambda: signal.SIGTERM)
+    loader, stuck = loader_of(tmp_path), loader_of(tmp_path)
+    stuck.set_epoch(0)
+    began = time.monotonic()
+    batches_of(loader, [0])
+    assert time.monotonic() - began < sharing.SECONDS_OF_PATIENCE
 
 
 def test_shards_cannot_be_shared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

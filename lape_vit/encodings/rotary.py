@@ -18,24 +18,26 @@ from lape_vit.places import Grid, Places
 
 
 @torch.fx.wrap
-def turn(x: Tensor, turns: Tensor, halves: bool = False) -> Tensor:
+def turn(x: Tensor, turns: Tensor, halves: bool) -> Tensor:
     """Turn each pair of channels of x (..., d), in float32 or better.
 
     Args:
-        turns: cosine and sine of each pair's angle, (..., d/2, 2) in float32 or float64.
+        turns: of :meth:`Rotary.turns`, in float32 or float64.
         halves: whether channels i and i + d/2 form pair i, and not channels 2i and 2i + 1.
     """
     channels = x.to(torch.promote_types(x.dtype, torch.float32))
     turns = turns.to(channels.dtype)
-    first, second = channels.chunk(2, dim=-1) if halves else channels.unflatten(-1, (-1, 2)).unbind(-1)
+    if halves:
+        of_itself, of_partner = turns.unbind(0)
+        first, second = channels.chunk(2, dim=-1)
+        return torch.addcmul(channels * of_itself, torch.cat([second, first], dim=-1), of_partner).to(x.dtype)
+    pairs, turns = channels.unflatten(-1, (-1, 2)), turns.unflatten(-1, (-1, 2))
     # Compilers and readers of a traced graph know no complex numbers, and need none to be fast.
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        cos, sin = turns.unbind(-1)
-        parts = [first * cos - second * sin, first * sin + second * cos]
-        return (torch.cat(parts, dim=-1) if halves else torch.stack(parts, dim=-1).flatten(-2)).to(x.dtype)
-    pairs = torch.complex(first, second) if halves else torch.view_as_complex(channels.unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs * torch.view_as_complex(turns))
-    return (turned.transpose(-2, -1) if halves else turned).flatten(-2).to(x.dtype)
+        (first, second), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
+        return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).to(x.dtype)
+    turned = torch.view_as_complex(pairs) * torch.view_as_complex(turns)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 @torch.fx.wrap
@@ -57,9 +59,21 @@ class Rotary(AttentionEncoding):
         raise NotImplementedError
 
     def turns(self, places: Places, dtype: torch.dtype) -> Tensor:
-        """Cosine and sine of each token's angles, in float32 or better: broadcasts to (B, h, N, d/2, 2)."""
+        """What :func:`turn` multiplies channels by, (h, N, d) or (B, h, N, d), in float32 or better.
+
+        Cosine and sine of each pair, side by side; of halves, two such tensors (2, ...): what a channel is multiplied
+        by, and what its partner is.
+        """
         angles = F.pad(self.angles(places), (0, 0, self.num_prefix_tokens, 0))
-        return in_float32_or_better(torch.stack([angles.cos(), angles.sin()], dim=-1), dtype)
+        cos, sin = angles.cos(), angles.sin()
+        if self.halves:
+            turns = torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
+        else:
+            turns = torch.stack([cos, sin], dim=-1).flatten(-2)
+        heads = turns.expand(*(-1,) * (self.halves + places.differs_by_image), self.num_heads, -1, -1)
+        # As q lies in memory, where heads and channels are one run: a product then takes half of the time.
+        in_order = heads.transpose(-3, -2).contiguous().transpose(-3, -2)
+        return in_float32_or_better(in_order, dtype)
 
     def rotate(self, q: Tensor, k: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         turns = self.compute(self.turns, places, q)

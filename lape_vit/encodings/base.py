@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lape_vit.places import Grid, Places
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | Bias | None"], Tensor]
 """From q, k, v (B, h, N, E) and a term of the logits, which broadcasts to (B, h, N, N), to what is gathered."""
 
 
@@ -77,8 +77,8 @@ class Encoding(nn.Module):
 
     hooks: ClassVar[tuple[str, ...]] = ()
     """Of a family: the methods of which its members define at least one."""
-    overridden: ClassVar[frozenset[str]] = frozenset()
-    """Of a member: those that it defines."""
+    overridden: frozenset[str] = frozenset()
+    """Of a member: those that it defines. An instance whose options need fewer takes the others out."""
 
     differs_by_layer: ClassVar[bool] = False
     """True where layers differ in more than their parameters: they then do not share what is kept for a grid."""
@@ -154,7 +154,7 @@ class Encoding(nn.Module):
             return self.fixed(formula, places, like)
         # Other tensors may stand in for parameters: those of a transform, which cannot be compared.
         are_ordinary = all(type(one) is nn.Parameter and one.device.type == "cpu" for one in parameters)
-        if torch.is_grad_enabled() or not are_ordinary or not can_be_kept(places, like):
+        if self.training or torch.is_grad_enabled() or not are_ordinary or not can_be_kept(places, like):
             return formula(places, like.dtype)
         key, values = (places.grid, places.device, like.dtype), [*parameters, *self.buffers()]
         return self.kept_of_layer.get(formula.__name__, key, values, lambda: formula(places, like.dtype), LAYER_LIMIT)
@@ -316,10 +316,10 @@ class AttentionEncoding(Encoding):
         q, k = self.rotate(q, k, places)
         if "rotate" in self.overridden and is_kept_for_gradients(v):
             v = v.clone()  # it is a part of one tensor, and would keep the memory of q and k before their turn
+        if "widen" not in self.overridden:
+            return attend(q, k, v, Bias(self, places) if self.overridden & {"patch_bias", "bias"} else None)
         bias = self.logits_bias(q, k, places)
-        if "widen" in self.overridden:
-            q, k, v = self.widen(q, k, v, read, places)
-        return self.narrow(attend(q, k, v, bias), places)
+        return self.narrow(attend(*self.widen(q, k, v, read, places), bias), places)
 
     def logits_bias(self, q: Tensor, k: Tensor, places: Places) -> Tensor | None:
         """The sum of :meth:`patch_bias`, padded for prefix tokens and cast, and :meth:`bias`; None without both."""
@@ -336,6 +336,25 @@ class AttentionEncoding(Encoding):
             bias = bias[:, None]
         P = self.num_prefix_tokens
         return F.pad(bias, (P, 0, P, 0)).to(dtype)
+
+
+class Bias(NamedTuple):
+    """A term of the logits that is yet to be made: it can be made twice, so that it need not be held for long."""
+
+    encoding: AttentionEncoding
+    places: Places
+
+    def make(self, q: Tensor, k: Tensor) -> Tensor | None:
+        """The term for q and k (B, h, N, d), which broadcasts to (B, h, N, N)."""
+        return self.encoding.logits_bias(q, k, self.places)
+
+    def parameters(self) -> dict[str, Tensor]:
+        return dict(self.encoding.named_parameters())
+
+    def needs_gradient(self, q: Tensor) -> bool:
+        """Whether a gradient flows through the term."""
+        reads_content = "bias" in self.encoding.overridden
+        return (reads_content and q.requires_grad) or any(one.requires_grad for one in self.encoding.parameters())
 
 
 class TokenEncoding(Encoding):

@@ -58,8 +58,8 @@ def build_parser() -> Parser:
              "data; with several GPUs each run has one; default: 1")
     add("--share-batches", action="store_true",
         help="runs of one seed that train at the same time make each augmented batch once, and share it through files "
-             "of some GB in DIR, which are removed at the end; the fast ones wait for the slow ones; results stay the "
-             "same to the bit")
+             "in DIR, which are removed at the end; the fast ones wait for the slow ones; results stay the same to the "
+             "bit")
     add("--minutes", type=number(), metavar="M",
         help="stop after M minutes: the runs save, which takes some seconds more, and the same command continues; exit "
              "code 142; default: no limit")

@@ -6,7 +6,7 @@ bit whether it is made or read.
 
 A folder holds, beneath a key of all that shapes a batch,
 
-    N.batch       batch N, counted from 0 over all epochs: images, labels and complaints, as three numpy arrays
+    N.batch       batch N, counted from 0 over all epochs: pixels, labels, places, complaints, each a numpy array
     making        byte N is locked while batch N is being made
     processes/    X.position is the number of the batch that process X takes next, 8 bytes; locked while X lives
     joining       locked while a process joins
@@ -41,8 +41,8 @@ from runtime.interrupt import noted_signal
 
 _logger = getLogger(__name__)
 
-WINDOW_BYTES = 2**30
-"""Of images that a process may be ahead of another one that shares its batches."""
+WINDOW_BYTES = 2**28
+"""Of pixels that a process may be ahead of another one that shares its batches."""
 SECONDS_OF_PATIENCE = 300.0
 """That a process waits for another one that takes no batch, as it may evaluate."""
 SECONDS_BETWEEN_LOOKS = 0.01
@@ -91,17 +91,18 @@ class BatchFiles:
     def _read(self, number: int) -> Loaded | None:
         try:
             with self.path(number).open("rb") as file:
-                images, labels, complaints = (np.load(file) for _ in range(3))
+                pixels, labels, places, complaints = (np.load(file) for _ in range(4))
         except FileNotFoundError:
             return None
-        return Loaded([torch.from_numpy(images), torch.from_numpy(labels)], complaints.tolist(), is_made=False)
+        batch = [torch.from_numpy(pixels), torch.from_numpy(labels)]
+        return Loaded(batch, list(map(tuple, places.tolist())), complaints.tolist(), is_made=False)
 
     def _write(self, number: int, made: Loaded) -> None:
         path = self.path(number)
         try:
             with whole_file(path) as file:
-                for part in (*(tensor.numpy() for tensor in made.batch), np.array(made.complaints)):
-                    np.save(file, part)
+                for part in (*made.batch, made.places, made.complaints):
+                    np.save(file, np.asarray(part))
         except OSError as error:
             if not self.has_warned:
                 _logger.warning("batches are not shared, as they cannot be written: %s", error)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape_vit.encodings.base import AttentionEncoding, LayerSpec
+from lape_vit.encodings.base import AttentionEncoding, LayerSpec, is_kept_for_gradients
 from lape_vit.places import Places
 
 
@@ -98,6 +98,8 @@ class Relative(AttentionEncoding):
 
     def widen(self, q: Tensor, k: Tensor, v: Tensor, read: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
         buckets, marks = self.fixed(self.buckets, places, q), self.fixed(self.marks, places, q)
+        if is_kept_for_gradients(q):
+            q = q.clone()  # it is a part of one tensor, and would keep the memory of k and v, too
         of_buckets = q.transpose(1, 2) @ self.vectors(self.key_x, self.key_y, q).T  # in the order of q's memory
         of_marks = torch.einsum("bihm,bime->bhie" if places.differs_by_image else "bihm,ime->bhie", of_buckets, buckets)
         marks = marks.expand(q.shape[0], q.shape[1], -1, -1)

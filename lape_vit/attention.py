@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lape_vit.biased_attention import BiasedAttention
 from lape_vit.encodings import AttentionEncoding
-from lape_vit.encodings.base import Bias
+from lape_vit.encodings.base import Bias, autograd_keeps
 from lape_vit.places import Places
 
 
@@ -74,14 +74,14 @@ class Attention(timm.layers.Attention):
             is_causal = bool(is_causal)
         temperature = self.temperature(q.shape[2])
         scale, dropout = self.scale * temperature, self.attn_drop.p if self.training else 0.0
-        is_trained = is_trained_on_cpu(bias, q)
         if isinstance(bias, Bias):
-            if is_trained and self.fused_attn and not (dropout or is_causal or attn_mask is not None):
+            is_plain = dropout == 0 and attn_mask is None and not is_causal
+            if self.fused_attn and is_plain and q.device.type == "cpu" and autograd_keeps() and bias.needs_gradient(q):
                 return BiasedAttention.apply(bias, scale, temperature, q, k, v, *bias.parameters().values())
             bias = bias.make(q, k)
         if bias is not None and self.trained_tokens is not None:
             bias = bias * temperature
-        if self.fused_attn and not is_trained:
+        if self.fused_attn and not is_trained_on_cpu(bias):
             if bias is not None:
                 attn_mask, is_causal = mask_logits(bias, attn_mask, is_causal), False
                 # Of this very shape: on a CPU torch's fused attention takes no other without loss.
@@ -95,12 +95,11 @@ class Attention(timm.layers.Attention):
         return self.attn_drop(mask_logits(logits, attn_mask, is_causal).softmax(dim=-1)) @ v
 
 
-def is_trained_on_cpu(bias: Tensor | Bias | None, q: Tensor) -> bool:
+def is_trained_on_cpu(bias: Tensor | None) -> bool:
     """Whether a bias needs what torch's fused attention cannot give on a CPU: a gradient."""
-    if not isinstance(bias, Tensor | Bias) or torch.jit.is_tracing() or not torch.is_grad_enabled():
+    if not isinstance(bias, Tensor) or torch.jit.is_tracing():
         return False
-    needs_gradient = bias.requires_grad if isinstance(bias, Tensor) else bias.needs_gradient(q)
-    return needs_gradient and q.device.type == "cpu"
+    return bias.requires_grad and bias.device.type == "cpu"
 
 
 @torch.fx.wrap

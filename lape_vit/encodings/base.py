@@ -25,9 +25,9 @@ Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | Bias | None"], Tensor]
 """From q, k, v (B, h, N, E) and a term of the logits, which broadcasts to (B, h, N, N), to what is gathered."""
 
 
-def is_kept_for_gradients(x: Tensor) -> bool:
-    """Whether autograd may keep x until the backward pass. A traced graph is for inference."""
-    return torch.is_grad_enabled() and not torch.jit.is_tracing()
+def autograd_keeps() -> bool:
+    """Whether autograd keeps tensors until the backward pass: not in a traced graph, nor where a compiler chooses."""
+    return torch.is_grad_enabled() and not torch.jit.is_tracing() and not torch.compiler.is_compiling()
 
 
 class Kept:
@@ -314,7 +314,7 @@ class AttentionEncoding(Encoding):
             attend: the rest of attention.
         """
         q, k = self.rotate(q, k, places)
-        if "rotate" in self.overridden and is_kept_for_gradients(v):
+        if "rotate" in self.overridden and autograd_keeps():
             v = v.clone()  # it is a part of one tensor, and would keep the memory of q and k before their turn
         if "widen" not in self.overridden:
             return attend(q, k, v, Bias(self, places) if self.overridden & {"patch_bias", "bias"} else None)

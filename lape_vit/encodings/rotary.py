@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape_vit.encodings.base import AttentionEncoding, LayerSpec
+from lape_vit.encodings.base import AttentionEncoding, LayerSpec, autograd_keeps
 from lape_vit.places import Grid, Places
 
 
@@ -28,8 +28,7 @@ def turn(x: Tensor, turns: Tensor, halves: bool) -> Tensor:
     # Compilers and readers of a traced graph know no complex numbers, and need none to be fast.
     is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if not halves and not is_recorded:
-        is_trained = turns.requires_grad and torch.is_grad_enabled()
-        return TrainedTurn.apply(x, turns) if is_trained else turn_pairs(x, turns)
+        return TrainedTurn.apply(x, turns) if turns.requires_grad and autograd_keeps() else turn_pairs(x, turns)
     channels = x.to(torch.promote_types(x.dtype, torch.float32))
     turns = turns.to(channels.dtype)
     if halves:

@@ -6,7 +6,7 @@ At each size all models take turns, a step each; a ratio is the median of the ra
 Memory is the peak of a process that makes two steps of one model.
 """
 
-from benchmarks.options import resolution_parser
+from benchmarks.options import STEPS, resolution_parser
 from runtime.startup import start_command
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -34,7 +34,6 @@ from runtime.logs import start_logging
 from runtime.tables import Row, print_table
 
 MODEL, PATCH = "deit_tiny_patch16_224", 16
-STEPS = {"train": "training step", "forward": "evaluation step"}
 Measured = dict[tuple[str, str], list[list[float]]]
 """By step and quantity: for each model, timm's first, the value at each size: timm's own, and the others' ratios."""
 

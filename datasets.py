@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
 from torch.utils.data import DistributedSampler
@@ -20,7 +21,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from loading.classes import order_of_classes
 from loading.folders import has_fewer_images, open_folders
-from loading.images import Batching, Images, ImageSettings, LabelledImages, read_image, read_pixels
+from loading.images import Batching, Finishing, Images, ImageSettings, LabelledImages, read_image, read_pixels
 from loading.inaturalist import open_inaturalist
 from loading.loader import ImageLoader
 from loading.samplers import REPEATS, Samples, SeededRepeatAugSampler, TrainSampler
@@ -157,18 +158,28 @@ def build_dataset(
             read_pixels if is_train and crops_pixels(settings.augmentation, data_set.small) else read_image
         )
     data_path = data.data_path or data_set.default_data_path
-    crop, finish = build_transform(is_train, settings, data_set.small).transforms
+    crop, augment, finish = build_transform(is_train, settings, data_set.small).transforms
     cropped, names = data_set.open(is_train, data_path, crop, **options)
-    return Images(cropped, finish, None if classes is None else order_of_classes(names, classes)), names
+    labels = None if classes is None else order_of_classes(names, classes)
+    return Images(cropped, augment, finish.transforms, labels), names
 
 
-def build_loader(dataset: Images, is_train: bool, settings: ImageSettings, rank: int, world_size: int) -> ImageLoader:
+def build_loader(
+    dataset: Images,
+    is_train: bool,
+    settings: ImageSettings,
+    rank: int,
+    world_size: int,
+    device: torch.device | None = None,
+) -> ImageLoader:
     """The batches of process `rank` of `world_size`: images (B, 3, H, W) and labels (B,), B = `--batch-size`.
 
     Training: full batches only, as many as fill whole updates of `--accum-steps`, in an order and with augmentations
     that `--seed` and `loader.set_epoch(epoch)` decide; `--skip-bad-images` is for training alone.
     Evaluation: batches of up to 1.5 B; the processes share out the data set, each image once, or without
     `--dist-eval` each process has them all.
+
+    Images are normalised, and erased, on `device`, by default the CPU, and stay there; the labels are on the CPU.
 
     While it loads, the random states of `random`, `numpy` and `torch` change in a way that `--num-workers` decides.
 
@@ -183,10 +194,12 @@ def build_loader(dataset: Images, is_train: bool, settings: ImageSettings, rank:
         _check_fills_a_batch(dataset, settings, world_size)
     elif not data.dist_eval:
         rank, world_size = 0, 1
+    seed = settings.seed if is_train else None
     load = partial(
         ImageLoader,
+        finish=Finishing(dataset.finish, seed, device or torch.device("cpu")),
         num_images=len(dataset),
-        collate_fn=Batching(dataset.finish, settings.seed if is_train else None, dataset.labels),
+        collate_fn=Batching(dataset.augment, seed, dataset.labels),
         skips_unreadable=is_train and data.skip_bad_images,
         batch_size=data.batch_size if is_train else int(1.5 * data.batch_size),
         drop_last=is_train,

@@ -122,13 +122,13 @@ def training_flops(workload: Workload) -> int:
     return counter.get_total_flops()
 
 
-def peak_memory(make: Callable[..., nn.Module], setting: Setting) -> int:
-    """Of a model, its optimiser and two training steps, in bytes."""
+def peak_memory(make: Callable[..., nn.Module], setting: Setting, step: str = "train") -> int:
+    """Of a model, its optimiser and two steps, ``train`` or ``forward``, in bytes."""
     meter = MemoryMeter(setting.device)
     workload = Workload(make, setting)
-    workload.model.train()
-    workload.train()
-    workload.train()
+    workload.model.train(step == "train")
+    for _ in range(2):
+        getattr(workload, step)()
     return meter.peak()
 
 

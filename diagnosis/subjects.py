@@ -129,7 +129,8 @@ class Half:
         Raises:
             Interrupted: a signal came where signals are deferred.
         """
-        runtime, loader = self.subject.runtime, build_loader(self.images, False, self.settings, 0, 1)
+        runtime = self.subject.runtime
+        loader = build_loader(self.images, False, self.settings, 0, 1, runtime.device)
         steps = -(-len(self) // int(1.5 * self.settings.data.batch_size))
         with runtime.display.show(title, steps) as loop:
             for images, labels in first_images(loop.batches(loader), len(self)):
@@ -169,7 +170,7 @@ def split(images: Images, count: int) -> tuple[Images, Images]:
     else:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].tolist()
         halves = [Subset(images.cropped, half) for half in (order[: len(order) // 2], order[len(order) // 2 :])]
-    fitted, held_out = (Images(half, images.finish, images.labels) for half in halves)
+    fitted, held_out = (Images(half, images.augment, images.finish, images.labels) for half in halves)
     if len(fitted) < 2:
         raise ValueError(f"{len(images)} images are too few, or --images {count} is: a probe needs four or more")
     return fitted, held_out

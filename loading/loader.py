@@ -6,16 +6,19 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from loading.images import UnreadableImageError
+from loading.images import Finishing, UnreadableImageError
 from loading.samplers import Samples, TrainSampler
 from loading.shards import ShardStream
 from runtime.interrupt import hold_signals, leave_signals_to_parent
+from runtime.memory import keep_freed_memory
 
 _logger = getLogger(__name__)
 
 
 class ImageLoader(DataLoader):
-    """Batches of images and labels.
+    """Batches of images, on the device of `finish`, and labels.
+
+    Workers hand over pixels of 8 bits, a quarter of the images' size.
 
     Attributes:
         num_images: of the data set, of which this process loads its share.
@@ -23,8 +26,16 @@ class ImageLoader(DataLoader):
         num_skipped: unreadable images so far, in the batches that were taken.
     """
 
-    def __init__(self, samples: Samples | ShardStream, num_images: int, skips_unreadable: bool, **options: Any) -> None:
-        super().__init__(samples, worker_init_fn=leave_signals_to_parent, **options)
+    def __init__(
+        self,
+        samples: Samples | ShardStream,
+        finish: Finishing,
+        num_images: int,
+        skips_unreadable: bool,
+        **options: Any,
+    ) -> None:
+        super().__init__(samples, worker_init_fn=start_worker, **options)
+        self.finish = finish
         self.num_images = num_images
         self.skips_unreadable = skips_unreadable
         self.num_skipped = 0
@@ -36,16 +47,22 @@ class ImageLoader(DataLoader):
         order.set_epoch(epoch, first)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator is all that a loop needs
+        keep_freed_memory()
         with hold_signals():
             batches = super().__iter__()  # which starts the workers
         for loaded in batches:
             if isinstance(loaded, Exception):
                 raise loaded
-            batch, complaints = loaded
+            (pixels, labels), places, complaints = loaded
             for complaint in filter(None, complaints):
                 # raised here, as an exception from a worker comes with that worker's traceback in its message
                 if not self.skips_unreadable:
                     raise UnreadableImageError(complaint)
                 _logger.warning("%s; skipped", complaint)
                 self.num_skipped += 1
-            yield batch
+            yield self.finish(pixels, places), labels
+
+
+def start_worker(worker_id: int) -> None:
+    leave_signals_to_parent(worker_id)
+    keep_freed_memory()

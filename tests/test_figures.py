@@ -3,25 +3,23 @@
 import re
 from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex, to_rgba
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from torch import Tensor
 
-from figures import comparison, explore
+from figures import comparison
 from lape_vit.analysis.attention_maps import attention_maps
 from lape_vit.analysis.positions import PositionView, layer_correlations, mean_by_distance, plane_frequencies
 from lape_vit.drawing import attention
 from lape_vit.drawing.attention import TokenAttention, of_token
-from lape_vit.drawing.panels import SIGNED, mosaic_shape, offset_ticks, same_place, varies_by_patch
+from lape_vit.drawing.panels import mosaic_shape, offset_ticks, same_place, varies_by_patch
 from lape_vit.drawing.positions import (
     Choice,
     Positions,
@@ -344,15 +342,6 @@ def test_each_axis_has_ticks_and_each_bar_is_as_high_as_its_panels(pe: str, join
         ]
         assert min(place.y0 for place in beside) == pytest.approx(bar.y0)
         assert max(place.y1 for place in beside) == pytest.approx(bar.y1)
-
-
-def test_pictures_and_the_page_have_the_same_colours() -> None:
-    script = (Path(explore.__file__).parent / "page" / "values.js").read_text(encoding="utf-8")
-    (light,) = re.findall(r'light: "([^"]+)"', script)
-    colours = light.split()
-    ours = [to_hex(colormaps[SIGNED](place / (len(colours) - 1))) for place in range(len(colours))]
-    for one, other in zip(ours, colours, strict=True):
-        np.testing.assert_allclose(to_rgba(one), to_rgba(other), atol=0.02)
 
 
 # ---- comparisons

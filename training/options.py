@@ -274,7 +274,7 @@ class AugmentationOptions:
     train_crop: str = option(default="random-resized", metavar="HOW",
         help="random-resized; pad, for a crop of the image padded by an eighth of its side; none")
     fast_crop: bool | None = option(
-        help="make the random resized crops of image files faster, within a rounding of PIL's pixels; without, by PIL; "
+        help="crop, shear and shift image files faster, within a rounding of PIL's pixels; without, by PIL; "
              "default: on")
     scale: Sequence[float] | None = option(read=FRACTION, nargs=2, metavar=("LOW", "HIGH"),
         help="area of the random resized crop, part of the image's; default: 0.08 1")

@@ -1,11 +1,12 @@
 """Images as they come from a file."""
 
 import io
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -96,12 +97,31 @@ class Sample:
     Attributes:
         place: (epoch, place in the order of all images), which its augmentation depends on.
         complaint: about the unreadable image that it stands in for, if it does.
+        seconds: of a core's time that it took.
     """
 
     image: Image.Image
     label: int
     place: tuple[int, int]
     complaint: str
+    seconds: float = field(default=0.0, compare=False)
+
+
+class Loaded(NamedTuple):
+    """A batch on its way from a loader's worker; a tuple, which torch knows how to pin.
+
+    Attributes:
+        batch: pixels, uint8 (B, H, W, 3), and labels (B,).
+        places, complaints: of the samples.
+        seconds: of a core's time that it took to make it, from the files on.
+        is_made: by this process; else another one has made it.
+    """
+
+    batch: Any
+    places: Sequence[tuple[int, int]]
+    complaints: Sequence[str]
+    seconds: float = 0.0
+    is_made: bool = True
 
 
 @dataclass(frozen=True)
@@ -121,13 +141,9 @@ class Batching:
     seed: int | None
     labels: Sequence[int] | None = None
 
-    def __call__(self, samples: Sequence[Sample | Exception]) -> Any:
-        """Make a batch.
-
-        Returns:
-            ((pixels, uint8 (B, H, W, 3), labels (B,)), places, complaints), or the error that stands in the place of
-            a sample.
-        """
+    def __call__(self, samples: Sequence[Sample | Exception]) -> Loaded | Exception:
+        """Make a batch; or return the error that stands in the place of a sample."""
+        start, seconds = time.thread_time(), 0.0
         augmented, places, complaints = [], [], []
         for sample in samples:
             if isinstance(sample, Exception):
@@ -138,7 +154,9 @@ class Batching:
             augmented.append((self.augment(sample.image), label))
             places.append(sample.place)
             complaints.append(sample.complaint)
-        return default_collate(augmented), places, complaints
+            seconds += sample.seconds
+        batch = default_collate(augmented)
+        return Loaded(batch, places, complaints, seconds + time.thread_time() - start)
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,9 @@ def resolution_parser() -> ArgumentParser:
     parser.add_argument(
         "--sides", type=whole(2), nargs="+", default=SIDES, metavar="N", help="N x N patches (default: 14 24 32 48 64)"
     )
+    parser.add_argument(
+        "--measure", nargs="+", choices=("time", "memory"), default=["time", "memory"], help="default: both"
+    )
     parser.add_argument("--depth", type=whole(1), default=4, metavar="N", help="blocks (default: 4)")
     parser.add_argument("--batch-size", type=whole(1), default=1, metavar="N", help="default: 1")
     parser.add_argument("--repeats", type=whole(1), default=5, metavar="N", help="steps of each kind (default: 5)")

@@ -42,6 +42,7 @@ bench: .venv/.installed ## speed next to plain timm, of models, loader (of DATA=
 	.venv/bin/python -m benchmarks.models
 	.venv/bin/python -m benchmarks.models --reference basic --join-type share unshare LaPE LaPE_share
 	.venv/bin/python -m benchmarks.models --compile
+	.venv/bin/python -m benchmarks.resolution
 	.venv/bin/python -m benchmarks.loader $(if $(DATA),--data-path $(DATA))
 	.venv/bin/python -m benchmarks.startup
 

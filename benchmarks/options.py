@@ -9,6 +9,7 @@ from training.options import whole
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "vit_compact_patch4_32")
 DEFAULT_MODELS = ["deit_tiny_patch16_224", "vit_compact_patch4_32"]
 DTYPES = ("float32", "bfloat16", "float16")
+STEPS = {"train": "training step", "forward": "evaluation step"}
 SIDES = [14, 24, 32, 48, 64]
 FORWARD = 4
 """Forward steps for each training step."""
@@ -18,10 +19,11 @@ def models_parser() -> ArgumentParser:
     """Of `benchmarks.models`."""
     parser = ArgumentParser(
         prog="python -m benchmarks.models",
-        description="Forward and training step of every legal pair of an encoding and a join, next to timm's model of "
-        "the same size.",
+        description="Training and evaluation step of every legal pair of an encoding and a join, next to timm's model "
+        "of the same size.",
     )
     parser.add_argument("--model", nargs="+", choices=MODELS, default=DEFAULT_MODELS, help="default: all but DeiT-S")
+    parser.add_argument("--step", nargs="+", choices=STEPS, default=list(STEPS), help="a table of each; default: both")
     parser.add_argument("--pe", nargs="+", metavar="NAME", help="encodings; default: all, without sums")
     parser.add_argument("--join-type", nargs="+", metavar="NAME", help="joins, where they are legal; default: all")
     parser.add_argument(
@@ -56,6 +58,9 @@ def resolution_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--sides", type=whole(2), nargs="+", default=SIDES, metavar="N", help="N x N patches (default: 14 24 32 48 64)"
+    )
+    parser.add_argument(
+        "--measure", nargs="+", choices=("time", "memory"), default=["time", "memory"], help="default: both"
     )
     parser.add_argument("--depth", type=whole(1), default=4, metavar="N", help="blocks (default: 4)")
     parser.add_argument("--batch-size", type=whole(1), default=1, metavar="N", help="default: 1")

@@ -6,7 +6,7 @@ At each size all models take turns, a step each; a ratio is the median of the ra
 Memory is the peak of a process that makes two steps of one model.
 """
 
-from benchmarks.options import resolution_parser
+from benchmarks.options import STEPS, resolution_parser
 from runtime.startup import start_command
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -34,7 +34,6 @@ from runtime.logs import start_logging
 from runtime.tables import Row, print_table
 
 MODEL, PATCH = "deit_tiny_patch16_224", 16
-STEPS = {"train": "training step", "forward": "evaluation step"}
 Measured = dict[tuple[str, str], list[list[float]]]
 """By step and quantity: for each model, timm's first, the value at each size: timm's own, and the others' ratios."""
 
@@ -60,16 +59,19 @@ def memories(makes: Sequence[Callable[..., nn.Module]], step: str, setting: Sett
     return [first / 2**20, *(other / first for other in others)]
 
 
-def measure(pairs: Sequence[Pair | None], sides: Sequence[int], depth: int, setting: Setting) -> Measured:
+MEASURES = {"time": times, "memory": memories}
+
+
+def measure(
+    pairs: Sequence[Pair | None], sides: Sequence[int], depth: int, quantities: Sequence[str], setting: Setting
+) -> Measured:
     measured: Measured = {}
     for side in sides:
         makes = makers(pairs, side, depth)
         for step in STEPS:
-            print(f"{side} x {side} patches: {STEPS[step]}s of {len(makes)} models", file=sys.stderr)
-            found = {"time": times(makes, step, setting)}
-            if MemoryMeter.can_measure(setting.device):
-                found["memory"] = memories(makes, step, setting)
-            for quantity, values in found.items():
+            for quantity in quantities:
+                print(f"{side} x {side} patches: {quantity} of {STEPS[step]}s of {len(makes)} models", file=sys.stderr)
+                values = MEASURES[quantity](makes, step, setting)
                 for of_model, value in zip(
                     measured.setdefault((step, quantity), [[] for _ in makes]), values, strict=True
                 ):
@@ -90,8 +92,9 @@ def rows_of(values: Sequence[Sequence[float]], pairs: Sequence[Pair], sides: Seq
 
 def draw(measured: Measured, pairs: Sequence[Pair], sides: Sequence[int], path: Path) -> None:
     """A panel for each step and quantity: the ratio to timm's over the side. Grey where it stays below 1.1."""
-    figure = Figure(figsize=(10, 4 * (len(measured) // 2)), layout="constrained")
-    panels = figure.subplots(len(measured) // 2, 2, squeeze=False).flat
+    height = len(measured) // len(STEPS)
+    figure = Figure(figsize=(10, 4 * height), layout="constrained")
+    panels = figure.subplots(height, len(STEPS), squeeze=False).T.flat
     for panel, ((step, quantity), values) in zip(panels, measured.items(), strict=True):
         number = 0
         for (pe, join_type), ratios in zip(pairs, values[1:], strict=True):
@@ -120,9 +123,11 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if "memory" in args.measure and not MemoryMeter.can_measure(device):
+        parser.error("--measure memory: memory is measured on Linux or on a GPU; name time alone")
     setting = Setting(device, getattr(torch, args.dtype), False, args.batch_size, args.repeats)
     console = start_logging(is_main=True)
-    measured = measure([None, *pairs], args.sides, args.depth, setting)
+    measured = measure([None, *pairs], args.sides, args.depth, args.measure, setting)
     units = {"time": "s", "memory": "MiB"}
     for (step, quantity), values in measured.items():
         title = f"{quantity} of a {STEPS[step]}: {MODEL}, {args.depth} blocks, batch {args.batch_size}, {args.dtype}"

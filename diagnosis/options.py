@@ -64,7 +64,7 @@ def build_diagnose_parser() -> OptionParser:
         help=f"look at N of the test images: a half fits probes, the other judges; default: {IMAGES}")
     add("--knock-out-images", type=whole(1), metavar="N",
         help="take N of the judging images for knock-outs and attention, which take longest; all of them if N is no "
-             "fewer; default: as many as have 25,000 patches, which is 128 of 14 x 14 and 1,563 of 4 x 4")
+             "fewer; default: as many as have 20,000 patches, which is 103 of 14 x 14 and 1,250 of 4 x 4")
     add("--sizes", nargs="+", type=whole(1), default=[], metavar="S",
         help="look at attention and accuracy at these sides of the input, too")
     add("--size-ways", nargs="+", choices=tuple(WAYS), default=[PLAIN], metavar="WAY",

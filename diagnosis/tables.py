@@ -55,7 +55,7 @@ def csv_rows(groups: Sequence[Group]) -> list[dict[str, object]]:
 def report(groups: Sequence[Group]) -> str:
     """The tables for the eye."""
     values = [one.all_values() for one in groups]
-    text = f"# Where are the patches? {heading(groups)}\n\n{REMARKS}\n\n{counts(groups[0].first)}\n"
+    text = f"# Where are the patches? {heading(groups)}\n\n{REMARKS}\n\n{all_counts(groups)}\n"
     text += f"\n## What the layers know, and what the model uses\n\n{markdown(overview_rows(groups, values), NAMES)}"
     for measure in ("accuracy", "agreement"):
         rows = knock_out_rows(groups, values, measure)
@@ -78,15 +78,24 @@ REMARKS = (
 )
 
 
+def all_counts(groups: Sequence[Group]) -> str:
+    """How many images each number is of, once for all groups where they agree."""
+    texts = {one.label: counts(one.first) for one in groups}
+    if len({*texts.values()}) == 1:
+        return counts(groups[0].first)
+    return "\n\n".join(f"*{label}*: {text}" for label, text in texts.items())
+
+
 def counts(record: Diagnosis) -> str:
     """How many images each number is of, and what that means for it."""
     error = 50 / math.sqrt(record.judged)  # of a half of all answers, in per cent
+    of_these = "all" if record.judged == record.held_out else record.judged
     floor = f" The untrained model has seen {record.floor} images of each half." if record.untrained else ""
     return (
         f"Probes are fitted to {record.fitted} images and judged on {record.held_out} others, and so is the accuracy "
-        f"in the first table. Knock-outs, with the intact model beside them, and attention are of {record.judged} of "
-        f"these: the same for every change, so that differences are paired. The standard error of a percentage of so "
-        f"many images is at most {error:.1f} points.{floor}"
+        f"in the first table. Knock-outs, with the intact model beside them, and attention are of {of_these} of "
+        f"these: the same for every change, so that differences are paired. The standard error of a percentage of "
+        f"{record.judged} images is at most {error:.1f} points.{floor}"
     )
 
 

@@ -19,7 +19,9 @@ def test_models_are_compared_with_timms() -> None:
     done = run("benchmarks.models", *small, "--pe", "relative", "learnable", "--join-type", "basic", "LaPE")
     assert done.returncode == 0, done.stderr
     rows = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in done.stdout.splitlines() if "|" in line]
-    assert rows[2:] == [("timm's, again", ""), ("relative", "basic"), ("learnable", "basic"), ("learnable", "LaPE")]
+    compared = [("timm's, again", ""), ("relative", "basic"), ("learnable", "basic"), ("learnable", "LaPE")]
+    tables = [rows[start + 2 : start + 6] for start, row in enumerate(rows) if row == ("encoding", "join")]
+    assert tables == [compared, compared]  # of training and of evaluation
 
 
 @pytest.mark.parametrize(

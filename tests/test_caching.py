@@ -170,8 +170,8 @@ def test_what_is_kept_is_kept_as_long_as_values_stay(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
-def test_with_gradients_only_what_depends_on_the_grid_alone_is_kept(name: str) -> None:
-    model = tiny(name)
+def test_in_training_only_what_depends_on_the_grid_alone_is_kept(name: str) -> None:
+    model = tiny(name).train()
     model(images())
     twin = disturb(copy.deepcopy(model))  # which keeps nothing yet
     twin(images())

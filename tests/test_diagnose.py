@@ -18,7 +18,7 @@ from diagnosis.pictures import write_pictures
 from diagnosis.runs import diagnose_runs
 from diagnosis.subjects import first_images, open_subject, split
 from diagnosis.summary import group
-from diagnosis.tables import read_records
+from diagnosis.tables import read_records, report
 from lape_vit import plot
 from lape_vit.analysis.diagnosis import Diagnosis
 from lape_vit.analysis.diagnosis_numbers import Key, numbers
@@ -141,6 +141,14 @@ def test_knock_outs_of_fewer_images_are_told_with_their_number_and_error(runs: d
     text = (tmp_path / "diagnosis.md").read_text()
     assert "10 images to fit probes, 10 to judge, 4 of these for knock-outs and attention" in text
     assert "at most 25.0 points" in text
+
+
+def test_the_number_of_images_is_told_once_or_of_each_model_where_they_differ(runs: dict[str, Any]) -> None:
+    one, _, other = read_records(runs["out"] / "diagnosis.json")
+    assert report(group([one, other])).count("Probes are fitted to 10 images") == 1
+    text = report(group([one, replace(other, judged=5)]))
+    assert "*learnable, LaPE*: Probes are fitted to 10 images" in text
+    assert "attention are of 5 of these" in text.partition("*rope_axial, basic*: ")[2]
 
 
 def test_pictures_are_drawn_once_and_also_where_a_later_checkpoint_is_no_good(

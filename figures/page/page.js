@@ -7,8 +7,8 @@ const state = {
   place: [0, 0], // the chosen patch, as shares of the image's height and width: it means the same in every grid
   pinned: false,
   /**
-   * What the mouse points at, the same in all panels: a pair of patches {from, to}, each a place, without `from` that of
-   * the chosen patch; {offset}, shares of the image, too; {table, cell} of a view's table; or {head, pair}.
+   * What the mouse points at, the same in all panels: {from, to}, two patches as places, the chosen one where there is
+   * no `from`; {offset}, as shares of the image; {table, cell} of a view between rows; or {head, pair} of frequencies.
    */
   pointed: null,
   difference: null, // the number of the layer from which differences are taken, or A_MINUS_B
@@ -98,7 +98,8 @@ function showControls() {
 /** Offer what there is: the values, two checkpoints' difference, and that from each layer. */
 function showDifferences({ view }) {
   const layers = view.layers.map(({ title }, i) => [`minus ${title}`, i]);
-  const choices = [["values", ""], ...(difference() ? [["A − B", A_MINUS_B]] : []), ...(layers.length > 1 ? layers : [])];
+  const ofTwo = difference() ? [["A − B", A_MINUS_B]] : [];
+  const choices = [["values", ""], ...ofTwo, ...(layers.length > 1 ? layers : [])];
   const select = byId("difference");
   if (JSON.stringify(choices) !== select.dataset.choices) {
     select.dataset.choices = JSON.stringify(choices);
@@ -253,7 +254,7 @@ function address() {
     ...(pinned && { pinned: 1 }),
     ...(state.difference !== null && { show: state.difference }),
   };
-  return Object.entries(parts).map(([name, value]) => `${name}=${encodeURIComponent(value)}`).join("&").replaceAll("%2C", ",");
+  return new URLSearchParams(parts).toString().replaceAll("%2C", ",");
 }
 
 /** Show what the address says; what it does not say, or what the page does not have, is as when the page was new. */

@@ -51,8 +51,8 @@ class Panel {
   }
 
   /**
-   * What the mouse points at in any panel, as it is found in this one: `cell` of the whole picture and, between patches,
-   * `from` one `to` another; null if it is not.
+   * What the mouse points at in any panel, as it is in this one: a `cell` of the whole picture and, between patches,
+   * `from` one `to` another; null if this one has none of it.
    */
   get pointed() {
     const { view, grid, patch } = this;
@@ -128,9 +128,8 @@ class Panel {
     this.find(".scale-low").textContent = brief(-limit);
     this.find(".scale-high").textContent = brief(limit);
     this.find(".scale-bar").style.background = `linear-gradient(to right, ${COLOURS.map(([, colour]) => colour)})`;
-    const isCut = largest > 1.001 * limit;
-    this.find(".cut").textContent = isCut ? `colours end at ±${brief(limit)}, the largest value is ${brief(largest)}` : "";
-    this.find(".cut").hidden = !isCut || this.view.points;
+    this.find(".cut").textContent = `colours end at ±${brief(limit)}, the largest value is ${brief(largest)}`;
+    this.find(".cut").hidden = largest <= 1.001 * limit || this.view.points;
     this.find(".reading").textContent = this.reading();
     this.drawMap();
   }
@@ -204,7 +203,7 @@ class Panel {
     const make = (available) => {
       const z = wholePicture(this.terms());
       if (!z) return undefined;
-      const side = view.rows.length ? 8 + 7 * Math.max(...view.rows.map((row) => row.length)) : 0;
+      const side = view.rows.length ? 8 + Math.max(...view.rows.map((row) => textWidth(row))) : 0;
       const cell = cellSize(available, height, width, side);
       const layout = gridLayout(cell, height, width, ...this.wholeAxes(), side);
       if (view.byOffset) {

@@ -1,7 +1,7 @@
 // What Plotly is told: layouts and marks.
 
 const MARGIN = { left: 46, right: 8, top: 8, bottom: 40 };
-const LETTER = 5.6; // width of one, in pixels, in the mean
+const FONT = { family: "system-ui, Segoe UI, Helvetica Neue, Arial, sans-serif", size: 11 };
 const LABEL = 15; // height of a small picture's label, in pixels
 const GAP = 8; // between small pictures
 const FRAME = 3; // what the frame of the first of them needs to its left
@@ -18,7 +18,7 @@ function baseLayout(width, height, margin) {
     width: width + margin.l + margin.r,
     height: height + margin.t + margin.b,
     margin: { ...margin, pad: 0 },
-    font: { family: "system-ui, Segoe UI, Helvetica Neue, Arial, sans-serif", size: 11, color: styleColour("--quiet") },
+    font: { ...FONT, color: styleColour("--quiet") },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     hovermode: "closest",
@@ -27,8 +27,18 @@ function baseLayout(width, height, margin) {
   };
 }
 
-/** How far a text, centred at a side of so many pixels, reaches beyond each end of it. */
-const overhang = (text, side) => Math.max(0, (LETTER * text.length - side) / 2);
+const AXIS_NAME = 12; // its size
+const axisTitle = (text) => ({ text, standoff: 4, font: { size: AXIS_NAME } });
+const pen = document.createElement("canvas").getContext("2d");
+
+/** Of a line of text, in pixels. */
+function textWidth(text, size = FONT.size) {
+  pen.font = `${size}px ${FONT.family}`;
+  return pen.measureText(text).width;
+}
+
+/** How far the name of an axis of so many pixels reaches beyond each end of it. */
+const overhang = (name, side) => Math.max(0, (textWidth(name, AXIS_NAME) - side) / 2);
 
 /**
  * Of a picture of cells; `down` and `across` are its axes: {name, ticks: [place, text]}; `side` is the room for long
@@ -38,7 +48,7 @@ function gridLayout(cell, rows, columns, down, across, side = 0) {
   const axis = ({ name, ticks }) => ({
     ...{ fixedrange: true, showgrid: false, zeroline: false, showline: false, ticks: "" },
     ...{ tickvals: ticks.map(([place]) => place), ticktext: ticks.map(([, text]) => text) },
-    title: { text: name, standoff: 4 },
+    title: axisTitle(name),
   });
   const margin = {
     l: MARGIN.left + side,
@@ -83,7 +93,7 @@ function offsetTicks(size) {
   return [...offsets].map((offset) => [offset + size - 1, format(offset, 0)]);
 }
 
-/** Points [right, down] of each head about the origin, as far as `reach`; one head stands out, and one of its points. */
+/** Points [right, down] of each head about the origin, as far as `reach`; one head stands out, and one point. */
 function scatter(heads, selected, reach, side, pointed) {
   const colour = (head) => styleColour(head === selected ? "--accent" : "--quiet");
   const traces = heads.map((points, head) => ({
@@ -100,7 +110,7 @@ function scatter(heads, selected, reach, side, pointed) {
   }
   const line = { zerolinecolor: styleColour("--line"), linecolor: styleColour("--line") };
   const axis = { ...line, fixedrange: true, showgrid: false, nticks: 7, mirror: true, showline: true };
-  const named = (where) => ({ ...axis, title: { text: `radians per patch ${where}`, standoff: 4 } });
+  const named = (where) => ({ ...axis, title: axisTitle(`radians per patch ${where}`) });
   const layout = {
     ...baseLayout(side, side, { l: MARGIN.left, r: MARGIN.right, t: MARGIN.top, b: MARGIN.bottom }),
     xaxis: { ...named("to the right"), range: [-1.08 * reach, 1.08 * reach] },
@@ -216,7 +226,7 @@ function curveSheet(curves, layer, width) {
   ]);
   const blocks = curves[0].lines[0].values.length;
   const at = { type: "line", xref: "x", yref: "paper", x0: layer, x1: layer, y0: 0, y1: 1 };
-  const below = { anchor: "free", position: 0, title: { text: "block", standoff: 4 } };
+  const below = { anchor: "free", position: 0, title: axisTitle("block") };
   const layout = {
     ...baseLayout(width - margin.l - margin.r, height, margin),
     xaxis: { ...axis, ...below, range: [-0.4, blocks - 0.6], dtick: Math.ceil(blocks / 12) },
@@ -231,29 +241,28 @@ const EXPORT = { line: 15, scale: 64, pad: 10 }; // of a saved picture: a line o
 
 /** Save a picture as a PNG file, with lines of text above it and, of heat maps, the scale beside it. */
 function savePng(filename, lines, data, layout, hasScale) {
-  const top = EXPORT.line * lines.length + EXPORT.pad;
-  const { l, r, t, b } = layout.margin;
-  const inner = [layout.width - l - r, layout.height - t - b];
-  const needed = LETTER * Math.max(...lines.map((line) => line.length)) + 2 * EXPORT.pad;
-  const right = Math.max(r + (hasScale ? EXPORT.scale : 0), needed - l - inner[0]);
+  const { r, t, b } = layout.margin;
+  const l = Math.max(layout.margin.l, EXPORT.pad);
+  const [across, down] = [layout.width - layout.margin.l - r, layout.height - t - b];
+  const top = t + EXPORT.line * lines.length + EXPORT.pad;
+  const text = Math.max(...lines.map((line) => textWidth(line))) + 2 * EXPORT.pad;
+  const right = Math.max(r + (hasScale ? EXPORT.scale : 0), text - l - across);
   const titles = lines.map((line, i) => ({
     ...{ xref: "paper", yref: "paper", x: 0, y: 1, xanchor: "left", yanchor: "bottom", showarrow: false },
-    ...{ xshift: EXPORT.pad - l, yshift: t + EXPORT.line * (lines.length - 1 - i), text: plain(line) },
+    ...{ xshift: EXPORT.pad - l, yshift: t + EXPORT.line * (lines.length - 1 - i) },
+    ...{ text: plain(line), font: { size: FONT.size } },
   }));
+  const bar = { thickness: 10, outlinewidth: 0, x: 1, xpad: 8 };
   const [first, ...rest] = data;
-  const bar = { thickness: 10, outlinewidth: 0, x: 1, xpad: 8, tickfont: { color: layout.font.color } };
-  const traces = hasScale ? [{ ...first, showscale: true, colorbar: bar }, ...rest] : data;
+  const [width, height] = [l + across + right, top + down + b];
   const figure = {
-    data: traces,
+    data: hasScale ? [{ ...first, showscale: true, colorbar: bar }, ...rest] : data,
     layout: {
       ...layout,
-      margin: { ...layout.margin, l: Math.max(l, EXPORT.pad), t: t + top, r: right },
-      width: Math.max(l, EXPORT.pad) + inner[0] + right,
-      height: layout.height + top,
+      ...{ width, height, margin: { ...layout.margin, l, t: top, r: right } },
       paper_bgcolor: styleColour("--card"),
       annotations: [...(layout.annotations ?? []), ...titles],
     },
   };
-  const { width, height } = figure.layout;
   return Plotly.downloadImage(figure, { format: "png", scale: 2, filename, width, height });
 }

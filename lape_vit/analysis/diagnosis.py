@@ -43,10 +43,10 @@ from lape_vit.analysis.probes import (
 )
 from lape_vit.places import Grid
 
-FLOOR_PATCHES = 16_000
-"""An untrained model is probed with as many images of each half as have so many patches together: 82 of 14 x 14."""
-JUDGED_PATCHES = 25_000
-"""Knock-outs and attention are by default of as many images as have so many patches together: 128 of 14 x 14."""
+FLOOR_PATCHES = 12_000
+"""An untrained model is probed with as many images of each half as have so many patches together: 62 of 14 x 14."""
+JUDGED_PATCHES = 20_000
+"""Knock-outs and attention are by default of as many images as have so many patches together: 103 of 14 x 14."""
 ALL_TAKEN_AWAY = "all positions taken away"
 
 Batch = tuple[Tensor, Tensor | None]

@@ -19,11 +19,13 @@ from lape_vit.encodings.base import AttentionEncoding, LayerSpec, autograd_keeps
 from lape_vit.places import Places
 
 
+@torch.fx.wrap
 def to_buckets(of_marks: Tensor, buckets: Tensor) -> Tensor:
     """What each query has for marks (B, h, N, E), summed by buckets (N, A, E) or (B, N, A, E): (B, N, h, A)."""
     return torch.einsum("bhie,bime->bihm" if buckets.dim() == 4 else "bhie,ime->bihm", of_marks, buckets)
 
 
+@torch.fx.wrap
 def widen_query(q: Tensor, vectors: Tensor, buckets: Tensor) -> Tensor:
     """q (B, h, N, d) and, beside it, its product with each mark (B, h, N, d + E).
 
@@ -31,6 +33,8 @@ def widen_query(q: Tensor, vectors: Tensor, buckets: Tensor) -> Tensor:
         vectors: of each bucket, (A, d).
         buckets: how often each mark counts for each bucket of a query, (N, A, E) or (B, N, A, E).
     """
+    if autograd_keeps():
+        return WidenQuery.apply(q, vectors, buckets)
     of_buckets = q.transpose(1, 2) @ vectors.T  # in the order of q's memory
     of_marks = torch.einsum("bihm,bime->bhie" if buckets.dim() == 4 else "bihm,ime->bhie", of_buckets, buckets)
     return torch.cat([q, of_marks], dim=-1)
@@ -45,7 +49,7 @@ class WidenQuery(torch.autograd.Function):
 
     @staticmethod
     def forward(q: Tensor, vectors: Tensor, buckets: Tensor) -> Tensor:
-        return widen_query(q, vectors, buckets)
+        return widen_query(q, vectors, buckets)  # autograd keeps nothing in here
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -143,7 +147,7 @@ class Relative(AttentionEncoding):
     def widen(self, q: Tensor, k: Tensor, v: Tensor, read: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
         buckets, marks = self.fixed(self.buckets, places, q), self.fixed(self.marks, places, q)
         vectors = self.vectors(self.key_x, self.key_y, q)
-        wide = WidenQuery.apply(q, vectors, buckets) if autograd_keeps() else widen_query(q, vectors, buckets)
+        wide = widen_query(q, vectors, buckets)
         marks = marks.expand(q.shape[0], q.shape[1], -1, -1)
         return wide, torch.cat([k, marks], dim=-1), torch.cat([v, marks], dim=-1)
 

@@ -102,7 +102,7 @@ def draw(measured: Measured, pairs: Sequence[Pair], sides: Sequence[int], path: 
             style = (
                 {"color": f"C{number % 10}", "marker": "osv^D"[number // 10 % 5]} if stands_out else {"color": "0.8"}
             )
-            label = (pe if join_type == "basic" else f"{pe}, {join_type}") if stands_out else None
+            label = f"{pe}, {join_type}" if stands_out else None
             panel.plot(sides, ratios, label=label, markersize=4, zorder=1 + stands_out, **style)
             number += stands_out
         panel.axhline(1, color="black", linewidth=0.8)

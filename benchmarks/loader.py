@@ -171,7 +171,7 @@ def _ours(is_train: bool, settings: ImageSettings, decode: Callable[[bytes], Any
         [{STAGES[1]: Path.read_bytes, STAGES[2]: decode}, {STAGES[3]: crop}],
         {
             STAGES[4]: lambda batch: batching([Sample(image, label, place, "") for image, label, place in batch]),
-            STAGES[5]: lambda loaded: finishing(loaded[0][0], loaded[1]),
+            STAGES[5]: lambda loaded: finishing(loaded.batch[0], loaded.places),
         },
         group=GROUP,
         seeds=True,

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from plotly.offline import get_plotlyjs
 from torch import Tensor
 
 from lape_vit.analysis.diagnosis import Diagnosis
 from lape_vit.analysis.diagnosis_numbers import INPUT, READ, TAKEN_AWAY, Key, numbers
 from lape_vit.analysis.positions import PositionView
+from lape_vit.drawing.panels import SIGNED
 from lape_vit.drawing.positions import Positions
 
 FOLDER = Path(__file__).parent / "page"
@@ -28,6 +31,8 @@ LIMIT = 10_000_000
 """Bytes of a page that is not to be exceeded while values can be kept less finely."""
 FINEST, COARSEST = 16, 8
 """Bits of a value."""
+STOPS = 41
+"""Colours of the files' scale that the page is told; between two it draws those between them."""
 FREQUENCIES = "frequencies"
 """The name of the one view that has no patches but points in the plane."""
 
@@ -44,6 +49,7 @@ def explore_page(shown: Sequence[Positions], diagnoses: Mapping[str, Diagnosis] 
         "style": read("page.css"),
         "script": "\n".join(map(read, SCRIPTS)),
         "plotly": pack(get_plotlyjs().encode()),
+        "colours": json.dumps([to_hex(colormaps[SIGNED](place / (STOPS - 1))) for place in range(STOPS)]),
         "data": "",
     }
     views = [views_of(one) for one in shown]
@@ -86,7 +92,8 @@ def describe(one: Positions, views: list[dict[str, Any]]) -> dict[str, Any]:
     nothing = "" if views else f"Nothing to draw: pe={one.pe!r} has no positions."
     source, caption = one.heading
     texts = {"name": source, "caption": caption, "nothing": nothing}
-    return {**texts, "grid": one.grid, "token": one.token, "views": views}
+    stem = re.sub(r"[^\w.+-]+", "-", f"{one.model}_{one.pe}_{one.join_type}")
+    return {**texts, "stem": stem, "grid": one.grid, "token": one.token, "scale": one.scale, "views": views}
 
 
 CURVES: tuple[tuple[str, tuple[tuple[str, Key], ...]], ...] = (
@@ -142,7 +149,8 @@ def pack_view(view: PositionView, bits: int) -> dict[str, Any]:
         "points": view.name == FREQUENCIES,
         "panels": view.panels,
         "rows": view.rows,
-        "limits": view.limits,
+        "limit": view.limits[1],
+        "largest": max(value.abs().max().item() for value in view.values),
         "heads": heads,
         "shape": shape,
         "layers": layers,

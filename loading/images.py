@@ -1,12 +1,13 @@
 """Images as they come from a file."""
 
 import io
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -100,12 +101,31 @@ class Sample:
     Attributes:
         place: (epoch, place in the order of all images), which its crop and its augmentation depend on.
         complaint: about the unreadable image that it stands in for, if it does.
+        seconds: of a core's time that it took.
     """
 
     image: Picture
     label: int
     place: tuple[int, int]
     complaint: str
+    seconds: float = field(default=0.0, compare=False)
+
+
+class Loaded(NamedTuple):
+    """A batch on its way from a loader's worker; a tuple, which torch knows how to pin.
+
+    Attributes:
+        batch: pixels, uint8 (B, H, W, 3), and labels (B,).
+        places, complaints: of the samples.
+        seconds: of a core's time that it took to make it, from the files on.
+        is_made: by this process; else another one has made it.
+    """
+
+    batch: Any
+    places: Sequence[tuple[int, int]]
+    complaints: Sequence[str]
+    seconds: float = 0.0
+    is_made: bool = True
 
 
 GROUP = 8
@@ -126,8 +146,10 @@ def crop_in_groups(samples: Iterable[Sample], crop: Crop, seed: int) -> Iterator
         except Exception as failure:
             error = failure
         for sample in group:
+            start = time.thread_time()
             seed_everything(seed, CROP, *sample.place)
-            yield replace(sample, image=crop(sample.image))
+            image = crop(sample.image)
+            yield replace(sample, image=image, seconds=sample.seconds + time.thread_time() - start)
         if not group and error is None:
             return
     raise error
@@ -150,13 +172,9 @@ class Batching:
     seed: int | None
     labels: Sequence[int] | None = None
 
-    def __call__(self, samples: Sequence[Sample | Exception]) -> Any:
-        """Make a batch.
-
-        Returns:
-            ((pixels, uint8 (B, H, W, 3), labels (B,)), places, complaints), or the error that stands in the place of
-            a sample.
-        """
+    def __call__(self, samples: Sequence[Sample | Exception]) -> Loaded | Exception:
+        """Make a batch; or return the error that stands in the place of a sample."""
+        start, seconds = time.thread_time(), 0.0
         augmented, places, complaints = [], [], []
         for sample in samples:
             if isinstance(sample, Exception):
@@ -167,7 +185,9 @@ class Batching:
             augmented.append((self.augment(sample.image), label))
             places.append(sample.place)
             complaints.append(sample.complaint)
-        return default_collate(augmented), places, complaints
+            seconds += sample.seconds
+        batch = default_collate(augmented)
+        return Loaded(batch, places, complaints, seconds + time.thread_time() - start)
 
 
 @dataclass(frozen=True)

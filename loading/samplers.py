@@ -1,5 +1,6 @@
 """The order of an epoch, and one image of it."""
 
+import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
@@ -78,6 +79,7 @@ class Samples(Dataset[Sample]):
         return list(crop_in_groups(map(self._read, indices_and_places), self.images.crop, self.seed))
 
     def _read(self, index_and_place: tuple[int, int, int]) -> Sample:
+        start = time.thread_time()
         index, epoch, number = index_and_place
         complaint = ""
         for other in range(len(self)):
@@ -86,5 +88,5 @@ class Samples(Dataset[Sample]):
             except UnreadableImageError as error:
                 complaint = complaint or str(error)
             else:
-                return Sample(image, label, (epoch, number), complaint)
+                return Sample(image, label, (epoch, number), complaint, time.thread_time() - start)
         raise UnreadableImageError(complaint)

@@ -14,6 +14,7 @@ import json
 import math
 import re
 import tarfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -405,6 +406,7 @@ class ShardStream(IterableDataset):
 
     def _item(self, block: list[dict[str, Any]], place: int, number: int) -> Sample:
         """The image at a place of the block, as the showing of this number."""
+        start = time.thread_time()
         complaint = ""
         for other in range(len(block)):
             sample = block[(place + other) % len(block)]
@@ -416,7 +418,8 @@ class ShardStream(IterableDataset):
             except UnreadableImageError as error:
                 complaint = complaint or str(error)
             else:
-                return Sample(image, int(sample[LABEL_SUFFIX]), (self.epoch, number), complaint)
+                place_of_all, label = (self.epoch, number), int(sample[LABEL_SUFFIX])
+                return Sample(image, label, place_of_all, complaint, time.thread_time() - start)
         raise UnreadableImageError(complaint)
 
 

@@ -61,7 +61,7 @@ class Page:
     def __init__(
         self, driver: webdriver.Chrome, file: Path, size: tuple[int, int] = (1280, 800), scheme: str = "light"
     ) -> None:
-        self.driver = driver
+        self.driver, self.file = driver, file
         self.resize(*size)
         self.prefer(scheme)
         driver.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
@@ -123,6 +123,13 @@ class Page:
         columns = (len(values[0]) + 1) // (width + 1)
         corners = [(place // columns * (height + 1), place % columns * (width + 1)) for place in range(count)]
         return [[line[left : left + width] for line in values[top : top + height]] for top, left in corners]
+
+    def frames(self, name: str, panel: int = 0, dash: str = "solid") -> list[list[float]]:
+        """The [row, column] of each cell of a heat map that is framed."""
+        self.settle()
+        shapes = self.js(f"{self.figure(name, panel)}.layout.shapes")
+        found = [shape for shape in shapes if shape["line"]["color"] == "black" and shape["line"]["dash"] == dash]
+        return [[(shape["y0"] + shape["y1"]) / 2, (shape["x0"] + shape["x1"]) / 2] for shape in found]
 
     def text(self, selector: str, panel: int = 0) -> str:
         """Of the first such element of a panel, or of the page if it has an id."""

@@ -102,6 +102,7 @@ def make_args(**changes) -> Namespace:
         accum_steps=1,
         skip_bad_images=False,
         dist_eval=True,
+        shared_batches=None,
     )
     assert changes.keys() <= vars(args).keys()
     return Namespace(**{**vars(args), **changes})

@@ -6,7 +6,6 @@ from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from zlib import decompress
 
@@ -14,10 +13,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from numpy.typing import NDArray
+from PIL import Image
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import Select
+from selenium.webdriver.support.ui import Select, WebDriverWait
 from torch import Tensor
 
 import similarity_visualize
@@ -26,15 +28,17 @@ from figures.explore import explore_page, quantise
 from lape_vit import encodings
 from lape_vit.analysis.diagnosis import Diagnosis, diagnose
 from lape_vit.analysis.positions import PositionView
+from lape_vit.drawing.panels import SIGNED, limits_of
 from lape_vit.drawing.positions import Positions, measure
 from lape_vit.joins import legal_joins
-from tests.browser import Page, find_browser, open_browser
+from tests.browser import PATIENCE, Page, find_browser, open_browser
 from tests.models import COMPACT, DEIT, tiny
 from training.checkpoint import save_checkpoint
 
 GRID = (4, 6)
 OTHER_GRID = (8, 3)
 LAYERS, HEADS = 3, 4
+MINUS = "\N{MINUS SIGN}"
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -120,6 +124,14 @@ def test_a_name_stays_text() -> None:
     assert "<title>&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;&amp;amp;{{data}}</title>" in page
 
 
+def test_the_page_has_the_colours_of_the_pictures() -> None:
+    page = explore_page([positions(view("bias"))]).decode()
+    (text,) = re.findall(r'id="colours">(.*?)</script>', page)
+    colours = json.loads(text)
+    assert colours == [to_hex(colormaps[SIGNED](place / (len(colours) - 1))) for place in range(len(colours))]
+    assert len(set(colours)) == len(colours)
+
+
 # ---- the command
 
 
@@ -198,8 +210,8 @@ def in_browser(test: Callable) -> Callable:
     return pytest.mark.browser(pytest.mark.skipif(missing, reason="needs Chromium or Chrome, and chromedriver")(test))
 
 
-def assert_shown(page: Page, figure: str, expected: Tensor, panel: int = 0) -> None:
-    np.testing.assert_allclose(page.values(figure, panel), expected, rtol=0, atol=2e-5)
+def assert_shown(page: Page, figure: str, expected: Tensor, panel: int = 0, within: float = 2e-5) -> None:
+    np.testing.assert_allclose(page.values(figure, panel), expected, rtol=0, atol=within)
 
 
 def reading(page: Page, start: str, panel: int = 0) -> str:
@@ -210,7 +222,7 @@ def reading(page: Page, start: str, panel: int = 0) -> str:
 
 
 def number(text: str) -> float:
-    return float(text.replace("\N{MINUS SIGN}", "-"))
+    return float(text.replace(MINUS, "-"))
 
 
 @in_browser
@@ -342,12 +354,13 @@ def test_every_control_is_named_and_reached_by_tab_with_a_visible_focus(open_pag
     page = open_page(positions(view("bias"), view("other")))
     assert page.js("[...document.querySelectorAll('input, select')].every((input) => input.labels.length === 1)")
     seen = []
-    for _ in range(9):
+    for _ in range(11):
         page.press(Keys.TAB)
         focus = "document.activeElement"
         assert page.js(f"getComputedStyle({focus}).outlineStyle") == "solid"
-        seen.append(page.js(f"{focus}.id || {focus}.closest('label, figure').className"))
-    assert seen == ["keys", "theme", "layer", "play", "head", "row", "column", "pin", "pick-view"]
+        seen.append(page.js(f"{focus}.id || {focus}.closest('label, button, figure').className"))
+    controls = ["layer", "play", "head", "row", "column", "pin", "difference"]
+    assert seen == ["keys", "theme", *controls, "pick-view", "save"]
     page.press(Keys.TAB, Keys.ARROW_LEFT)
     assert page.js(f"getComputedStyle({focus}).outlineStyle") == "solid"
     assert page.js(f"{focus}.closest('figure').className") == "map"
@@ -367,16 +380,15 @@ def test_space_plays_through_the_layers_and_pauses(open_page: Open) -> None:
 
 
 @in_browser
-def test_the_theme_follows_the_system_until_it_is_switched(open_page: Open) -> None:
+def test_the_theme_follows_the_system_until_it_is_switched_and_leaves_the_files_colours(open_page: Open) -> None:
     page = open_page(positions(view("bias")), scheme="dark")
 
     def colours() -> list[str]:
         page.settle()
-        plot = page.plot("map")
-        return [
-            page.js("getComputedStyle(document.body).backgroundColor"),
-            *page.js("[args[0].data[0].colorscale[20][1], args[0].layout.font.color]", plot),
-        ]
+        scale, font = page.js("[args[0].data[0].colorscale, args[0].layout.font.color]", page.plot("map"))
+        for place, colour in scale:
+            assert colour == to_hex(colormaps[SIGNED](float(place)))
+        return [page.js("getComputedStyle(document.body).backgroundColor"), font]
 
     dark = colours()
     page.prefer("light")
@@ -411,6 +423,190 @@ def test_two_checkpoints_stand_side_by_side_at_the_same_place_of_the_image_and_o
 
 
 @in_browser
+def test_what_is_pointed_at_in_one_checkpoint_is_marked_in_the_other(open_page: Open) -> None:
+    ours, theirs, offsets = view("bias"), view("bias"), view("kernel", by_offset=True)
+    theirs = replace(theirs, values=[-value for value in theirs.values])
+    page = open_page(positions(ours), positions(theirs, offsets, source="runs/b.pth"))
+    page.point("whole", 8, 21, (24, 24))
+    for panel, values in enumerate((ours.values[0][0], theirs.values[0][0])):
+        line = reading(page, "row 1, column 2 to row 3, column 3: ", panel)
+        assert number(line.split(": ")[1]) == pytest.approx(values[8, 21].item(), abs=1e-4)
+        assert page.frames("map", panel) == [[3, 3]]
+        assert page.frames("whole", panel) == [[8, 21]]
+    page.press(Keys.ENTER)  # pins row 1, column 2: the query of another pair is marked apart
+    page.point("whole", 20, 4, (24, 24), panel=1)
+    for panel in range(2):
+        reading(page, "row 3, column 2 to row 0, column 4: ", panel)
+        assert page.frames("map", panel) == [[0, 4]]
+        assert page.frames("map", panel, dash="dot") == [[3, 2]]
+    Select(page.driver.find_elements(By.CSS_SELECTOR, ".pick-view select")[1]).select_by_visible_text("the kernel")
+    page.point("whole", 20, 4, (24, 24))
+    line = reading(page, "row 3, column 2 to row 0, column 4: ", panel=1)
+    assert number(line.split(": ")[1]) == pytest.approx(offsets.values[0][0, 0, 7].item(), abs=1e-4)
+    assert page.frames("whole", panel=1) == [[0, 7]]
+    page.point("whole", 1, 7, (7, 11), panel=1)  # two rows up, two columns right, which from row 1 is no patch
+    reading(page, "row 1, column 2: ")
+    assert page.frames("map") == page.frames("whole") == []
+    page.point("whole", 4, 7, (7, 11), panel=1)
+    line = reading(page, "row 1, column 2 to row 2, column 4: ")
+    assert number(line.split(": ")[1]) == pytest.approx(ours.values[0][0, 8, 16].item(), abs=1e-4)
+    assert page.frames("map") == page.frames("map", panel=1) == [[2, 4]]
+    assert page.frames("whole") == [[8, 16]]
+
+
+def differ(values: list[Tensor], others: list[Tensor]) -> list[Tensor]:
+    return [value - other for value, other in zip(values, others, strict=True)]
+
+
+def outlier(shown: PositionView) -> PositionView:
+    """The same with one large value in its last layer."""
+    values = [value.clone() for value in shown.values]
+    values[-1][0, 0, 1] = 9.0
+    return replace(shown, values=values, limits=(-9.0, 9.0))
+
+
+def limit_of(values: list[Tensor]) -> tuple[float, float]:
+    """Where files would end the colours of such values, and the largest."""
+    largest = max(value.abs().max().item() for value in values)
+    return limits_of(values, "quantile", (-largest, largest))[1], largest
+
+
+def assert_scale(page: Page, values: list[Tensor], name: str) -> None:
+    """The colours of all layers are those that files would have of such values, and it says where they end."""
+    limit, largest = limit_of(values)
+    assert limit < largest
+    scale = page.js(f"(({{ zmin, zmax }}) => [zmin, zmax])({page.figure('whole')}.data[0])")
+    assert scale == pytest.approx([-limit, limit])
+    assert [page.text(f".scale-{part}") for part in ("name", "zero", "high")] == [name, "0", f"{limit:.1f}"]
+    assert page.text(".cut") == f"colours end at ±{limit:.1f}, the largest value is {largest:.1f}"
+
+
+@in_browser
+@pytest.mark.parametrize("by_offset", [False, True])
+def test_what_two_checkpoints_differ_by_has_pictures_and_a_scale_of_its_own(open_page: Open, by_offset: bool) -> None:
+    ours = view("bias", by_offset=by_offset)
+    theirs = outlier(replace(ours, values=[value.roll(1, dims=0) / 2 for value in ours.values]))
+    page = open_page(positions(ours), positions(theirs, source="runs/b.pth"))
+    page.press("]", ".", ".", "d")
+    found = differ(ours.values, theirs.values)
+    names = [page.js(f"document.querySelectorAll('.panel')[{panel}].ariaLabel") for panel in range(3)]
+    assert names == [f"A {MINUS} B", "A: runs/a.pth", "B: runs/b.pth"]
+    assert_shown(page, "whole", found[1][2], within=4e-5)
+    assert_shown(page, "whole", ours.values[1][2], panel=1)
+    expected = replace(ours, values=found)
+    assert_shown(page, "map", token_map(expected, 1, 2, (2, 3), GRID), within=4e-5)
+    tiles = page.small_pictures("layers", LAYERS, GRID)
+    np.testing.assert_allclose(tiles, [token_map(expected, i, 2, (2, 3), GRID) for i in range(LAYERS)], atol=2e-4)
+    assert_scale(page, found, f"difference A {MINUS} B")
+    page.point("map", 3, 5, GRID)
+    page.click("map", 3, 5, GRID)
+    page.point("map", 1, 4, GRID)
+    line = reading(page, "row 3, column 5 to row 1, column 4: ")
+    of_each = [token_map(shown, 1, 2, (3, 5), GRID)[1, 4].item() for shown in (expected, ours, theirs)]
+    assert [number(one) for one in re.findall(r"(?<=: )[^ ;)]+", line)] == pytest.approx(of_each, abs=1e-4)
+    assert page.frames("map", panel=2) == [[1, 4]]
+    page.press("d", "d")
+    assert page.js("document.querySelectorAll('.panel').length") == 2
+
+
+@in_browser
+def test_a_difference_between_what_cannot_be_compared_says_so(open_page: Open) -> None:
+    page = open_page(positions(view("bias")), positions(view("bias", OTHER_GRID), source="b.pth", grid=OTHER_GRID))
+    page.press("d")
+    assert page.text(".nothing") == "No difference: A and B show different views, grids or numbers of heads."
+    assert_shown(page, "map", token_map(view("bias"), 0, 0, (2, 3), GRID), panel=1)
+
+
+@in_browser
+def test_differences_from_a_layer_are_shown_in_every_checkpoint_on_one_scale(open_page: Open) -> None:
+    ours, theirs = view("bias"), outlier(view("bias"))
+    page = open_page(positions(ours), positions(theirs, source="runs/b.pth"))
+    page.press("]", "]", ".")
+    Select(page.find("#difference")).select_by_visible_text("minus block 1, LaPE")
+    by_checkpoint = [differ(shown.values, [shown.values[1]] * LAYERS) for shown in (ours, theirs)]
+    for panel, found in enumerate(by_checkpoint):
+        assert_shown(page, "whole", found[2][1], panel, within=2e-4)
+    limit = max(limit_of(found)[0] for found in by_checkpoint)
+    for panel in range(2):
+        assert page.js(f"{page.figure('map', panel)}.data[0].zmax") == pytest.approx(limit, rel=1e-4)
+        assert page.text(".scale-name", panel) == f"difference block 2, LaPE {MINUS} block 1, LaPE"
+    page.find("#layer").send_keys(Keys.ARROW_LEFT)
+    assert_shown(page, "map", torch.zeros(GRID))
+
+
+@in_browser
+def test_the_address_opens_the_same_view_again(open_page: Open) -> None:
+    shown = [positions(view("bias"), view("kernel", by_offset=True), source=f"{place}.pth") for place in range(3)]
+    page = open_page(*shown)
+    choose_b = Select(page.driver.find_elements(By.CSS_SELECTOR, ".pick-checkpoint select")[1])
+
+    def seen() -> list:
+        page.settle()
+        controls = page.js("[...document.querySelectorAll('input, select')].map(({ value }) => value)")
+        return [*controls, page.js("document.getElementById('pin').ariaPressed"), page.values("map"), page.text("h2")]
+
+    fresh = seen()
+    page.press("v", "]", "]", ".", Keys.ARROW_UP, Keys.ENTER, "d")
+    choose_b.select_by_value("2")
+    kept = seen()
+    address = "#checkpoints=0,2&views=kernel,kernel&layer=2&head=1&patch=1,3&pinned=1&show=A-B"
+    page.until("location.hash === args[0]", address)
+    page.driver.refresh()
+    assert seen() == kept
+    page.js("location.hash = args[0]", address.replace("A-B", "1").replace("layer=2", "layer=0"))
+    page.until("document.getElementById('layer').value === '0'")
+    assert page.js("document.getElementById('difference').value") == "1"
+    for bad in (
+        "#layer=-1&head=1e9&patch=4,0&show=x&views=what&checkpoints=3,-1",
+        "#%E0%A4%A&=&&<script>&layer=99999999999999999999&patch=1&checkpoints=a&pinned=yes&show=7",
+    ):
+        page.driver.get("about:blank")
+        page.driver.get(page.file.as_uri() + bad)
+        assert seen() == fresh
+
+
+@in_browser
+@pytest.mark.parametrize("figure", ["map", "whole"])
+def test_a_picture_is_saved_under_a_name_that_tells_what_it_shows(open_page: Open, tmp_path: Path, figure: str) -> None:
+    page = open_page(positions(outlier(view("bias"))))
+    page.press("]", ".", ".", "d")
+    page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    page.find(f".{figure} .save").click()
+    patch = "" if figure == "whole" else "from_2_3_"
+    file = tmp_path / f"deit_a_pe_a_join_bias_layer1_head2_minus_layer1_{patch}{figure}.png"
+    WebDriverWait(page.driver, PATIENCE).until(lambda _: file.exists())
+    width, height = page.js("(({ width, height }) => [width, height])(args[0].layout)", page.plot(figure))
+    with Image.open(file) as image:
+        assert image.width >= 2 * width
+        assert image.height > 2 * height  # below lines that say what it is
+        assert len(image.convert("RGB").getcolors(image.width * image.height) or []) > 40  # the scale beside it
+
+
+@in_browser
+def test_every_axis_has_a_name(open_page: Open) -> None:
+    rows = replace(view("table", (1, 5)), rows=tuple("abcde"))
+    plane = measure(tiny("rope_mixed", "basic", depth=2), "b.pth", DEIT)
+    page = open_page(positions(view("bias"), view("kernel", by_offset=True), rows), plane)
+    names = []
+    for _ in range(3):
+        page.settle()
+        names += page.js("""[...document.querySelector('.panel').querySelectorAll('.map .plot, .whole .plot')]
+            .filter((plot) => plot.checkVisibility())
+            .flatMap(({ layout }) => [layout.xaxis, layout.yaxis]).map(({ title }) => title.text)""")
+        page.press("v")
+    assert names == [
+        *["column (patches)", "row (patches)", "key patch, row by row", "query patch, row by row"],
+        *["column (patches)", "row (patches)", "columns to the key (patches)", "rows to the key (patches)"],
+        *["offset (patches)", "offset (patches)"],
+    ]
+    Select(page.driver.find_elements(By.CSS_SELECTOR, ".pick-view select")[1]).select_by_value("frequencies")
+    page.settle()
+    plot = page.plot("plane", panel=1)
+    axes = page.js("[args[0].layout.xaxis, args[0].layout.yaxis].map(({ title }) => title.text)", plot)
+    assert axes == ["radians per patch to the right", "radians per patch down"]
+
+
+@in_browser
 def test_of_more_than_two_checkpoints_two_are_chosen(open_page: Open) -> None:
     shown = [view("bias", layers=1, heads=1 + place) for place in range(3)]
     page = open_page(*(positions(one, source=f"runs/{place}.pth") for place, one in enumerate(shown)))
@@ -435,19 +631,38 @@ def test_a_checkpoint_without_positions_says_so_in_one_line(open_page: Open) -> 
     assert not alone.js("document.getElementById('controls').checkVisibility()")
 
 
+OUTSIDE = """[...document.querySelectorAll('.panel, #controls, header')].flatMap((card) => {
+    const [least, most] = [card.getBoundingClientRect().left, card.getBoundingClientRect().right];
+    const parts = [...card.querySelectorAll('*')].filter((part) => !part.ownerSVGElement && part.checkVisibility());
+    return parts.filter((part) => {
+        const { left, right, width } = part.getBoundingClientRect();
+        return width > 0 && (left < least || right > most);
+    });
+}).map((part) => part.outerHTML.slice(0, 80))"""
+
+
 @in_browser
-def test_nothing_reaches_beyond_a_window_of_any_width(open_page: Open) -> None:
+@pytest.mark.parametrize("mode", ["", "A-B", "1"])
+def test_nothing_leaves_its_card_at_any_width(open_page: Open, mode: str) -> None:
     long = positions(replace(view("bias"), title="a long title " * 10), source="/".join(["a-long-folder"] * 20))
     page = open_page(long, positions(view("bias", (14, 3)), grid=(14, 3)))
-    for width in (1280, 700, 360):
+    page.js("location.hash = args[0]", f"show={mode}")
+    for width in (1280, 700, 390, 360):
         page.resize(width, 800)
         page.settle()
         assert page.js("document.documentElement.scrollWidth") <= width
-        for panel, figure in product(range(2), ("map", "whole", "layers", "heads")):
-            plot = page.plot(figure, panel)
-            right = "args[0].{}.getBoundingClientRect().right"
-            inner, outer = (page.js(right.format(part), plot) for part in ("querySelector('svg')", "parentElement"))
-            assert inner <= outer
+        assert page.js(OUTSIDE) == []
+
+
+@in_browser
+def test_a_window_as_high_as_the_page_ends_to_fit_its_pictures(open_page: Open) -> None:
+    page = open_page(positions(view("bias")))
+    for width in (1280, 700, 390):
+        page.resize(width, 2000)
+        page.settle()
+        for height in range(page.js("document.getElementById('note').getBoundingClientRect().bottom | 0"), 300, -211):
+            page.resize(width, height)
+            page.settle()
 
 
 @in_browser

@@ -1,41 +1,27 @@
-// A panel: one checkpoint in one of its views, as pictures and a line that reads out values.
+// A panel: a view as pictures and a line that reads out values; of one checkpoint, or of what two differ by.
 
 class Panel {
-  constructor(index) {
+  constructor() {
     this.root = byId("panel").content.cloneNode(true).firstElementChild;
     this.find = (selector) => this.root.querySelector(selector);
     this.shown = new Map(); // what each figure shows
-    const [pick, pickView] = [this.find(".pick-checkpoint select"), this.find(".pick-view select")];
-    pick.append(...checkpoints.map((checkpoint, i) => new Option(checkpoint.name, i)));
-    pick.value = index;
-    pick.addEventListener("change", () => this.showCheckpoint(Number(pick.value)));
-    pickView.addEventListener("change", () => showView(pickView.value, this));
-    this.find(".pick-checkpoint").hidden = checkpoints.length < 3;
-    this.find(".name").hidden = checkpoints.length > 2; // the choice says it
-    this.showCheckpoint(index);
+    this.scales = new Map(); // of differences
+    this.view = undefined;
+    for (const button of this.root.querySelectorAll(".save")) {
+      button.addEventListener("click", () => this.save(button.closest("figure")));
+    }
   }
 
   // ---- what it shows
 
-  showCheckpoint(index) {
-    this.checkpoint = checkpoints[index];
-    const { name, caption, nothing, views } = this.checkpoint;
-    for (const [part, text] of Object.entries({ name, caption, nothing })) this.find(`.${part}`).textContent = text;
-    this.root.setAttribute("aria-label", name);
-    for (const part of ["pick-view", "scale", "reading", "pictures"]) this.find(`.${part}`).hidden = !views.length;
-    this.find(".nothing").hidden = views.length > 0;
-    this.find(".pick-view select").replaceChildren(...views.map((view) => new Option(view.title, view.name)));
-    this.showView(this.named((this.view ?? leading()?.view)?.name) ?? views[0]);
-  }
-
-  named(name) {
-    return this.checkpoint.views.find((view) => view.name === name);
-  }
-
-  showView(view) {
-    this.view = view;
-    if (view) this.find(".pick-view select").value = view.name;
-    schedule();
+  /** Write what it is; `nothing` is why there is nothing to see, if so. */
+  tell({ letter, name, caption, nothing }) {
+    for (const [part, text] of Object.entries({ letter, name, caption, nothing })) {
+      this.find(`.${part}`).textContent = text;
+    }
+    this.root.setAttribute("aria-label", [letter, name].filter(Boolean).join(": "));
+    for (const part of ["pick-view", "scale", "reading", "pictures"]) this.find(`.${part}`).hidden = Boolean(nothing);
+    this.find(".nothing").hidden = !nothing;
   }
 
   /** Of the patches; values by offset may be between the places of a window. */
@@ -64,40 +50,64 @@ class Panel {
     return this.view.rows.length || this.view.points ? null : patchOf(this.grid);
   }
 
-  /** The other patch that the mouse points at; null if there is none. */
-  get other() {
-    const { patch, cell } = this.pointed ?? {};
-    if (patch) return patch;
-    if (!cell || this.view.rows.length) return null;
-    if (!this.view.byOffset) return this.patchAt(cell[1]);
-    const [row, column] = this.patch.map((place, axis) => place + this.offset(cell)[axis]);
-    return row >= 0 && row < this.grid[0] && column >= 0 && column < this.grid[1] ? [row, column] : null;
-  }
-
+  /**
+   * What the mouse points at in any panel, as it is in this one: a `cell` of the whole picture and, between patches,
+   * `from` one `to` another; null if this one has none of it.
+   */
   get pointed() {
-    return state.pointed?.panel === this ? state.pointed : null;
+    const { view, grid, patch } = this;
+    const { from, to, offset, cell, table } = state.pointed ?? {};
+    if (table) return table === view.name && cell.every((row) => row < view.rows.length) ? { cell } : null;
+    if (!patch || !(to || offset)) return null;
+    const query = from ? patchOf(grid, from) : patch;
+    const steps = offset?.map((share, axis) => Math.round(share * grid[axis]));
+    const key = to ? patchOf(grid, to) : query.map((place, axis) => place + steps[axis]);
+    const isInside = key.every((place, axis) => place >= 0 && place < grid[axis]);
+    const between = isInside ? { from: query, to: key } : {};
+    if (view.byOffset) return { ...between, cell: key.map((place, axis) => place - query[axis] + grid[axis] - 1) };
+    return isInside ? { ...between, cell: [this.numberOf(query), this.numberOf(key)] } : null;
   }
 
   patchAt(index) {
     return [Math.floor(index / this.grid[1]), index % this.grid[1]];
   }
 
+  numberOf([row, column]) {
+    return row * this.grid[1] + column;
+  }
+
   offset(cell) {
     return cell.map((place, axis) => place - this.grid[axis] + 1);
+  }
+
+  /** The scale of differences of these pairs of layers, kept. */
+  scaleOfPairs(pairs) {
+    const key = JSON.stringify([this.indices, this.view.name, state.difference]);
+    if (!this.scales.has(key)) {
+      const scale = scaleOfDifferences(pairs, this.view, checkpoints[0].scale === "range");
+      if (!scale) return undefined;
+      this.scales.set(key, scale);
+    }
+    return this.scales.get(key);
   }
 
   // ---- what the mouse does
 
   /** It is over a patch, which becomes the chosen one unless one is pinned. */
   pointAtPatch(patch) {
-    set(state.pinned ? { pointed: { panel: this, patch } } : { place: placeOf(patch, this.grid), pointed: null });
+    const place = placeOf(patch, this.grid);
+    set(state.pinned ? { pointed: { to: place } } : { place, pointed: null });
   }
 
   /** It is over a cell of the whole picture; its query patch, if any, becomes the chosen one likewise. */
   pointAtCell(cell) {
-    const stays = state.pinned || this.view.byOffset || this.view.rows.length;
-    const place = stays ? state.place : placeOf(this.patchAt(cell[0]), this.grid);
-    set({ place, pointed: { panel: this, cell } });
+    const { view, grid } = this;
+    if (view.rows.length) set({ pointed: { table: view.name, cell } });
+    else if (view.byOffset) set({ pointed: { offset: this.offset(cell).map((steps, axis) => steps / grid[axis]) } });
+    else {
+      const [from, to] = cell.map((index) => placeOf(this.patchAt(index), grid));
+      set(state.pinned ? { pointed: { from, to } } : { place: from, pointed: { from, to } });
+    }
   }
 
   pin(patch) {
@@ -110,18 +120,23 @@ class Panel {
   /** Draw what must follow the mouse at once. */
   draw() {
     if (!this.view) return;
-    this.limits = limitsOf(this.view.name);
+    this.scale = this.makeScale();
+    if (!this.scale) return;
     this.find(".scale").hidden = this.view.points;
-    const [low, bar, high] = this.find(".scale").children;
-    [low.textContent, high.textContent] = this.limits.map(brief);
-    bar.style.background = `linear-gradient(to right, ${colourScale(this.limits).map(([, c]) => c)})`;
+    const { limit, largest } = this.scale;
+    this.find(".scale-name").textContent = this.scaleName();
+    this.find(".scale-low").textContent = brief(-limit);
+    this.find(".scale-high").textContent = brief(limit);
+    this.find(".scale-bar").style.background = `linear-gradient(to right, ${COLOURS.map(([, colour]) => colour)})`;
+    this.find(".cut").textContent = `colours end at ±${brief(limit)}, the largest value is ${brief(largest)}`;
+    this.find(".cut").hidden = largest <= 1.001 * limit || this.view.points;
     this.find(".reading").textContent = this.reading();
     this.drawMap();
   }
 
   /** Draw a figure that may come a moment later: not before this layer is unpacked, lest others be unpacked first. */
   drawLater(name) {
-    if (!this.view || !levelsOf(this.layer)) return;
+    if (!this.view || !this.scale || !areUnpacked(this.terms())) return;
     if (name === "whole") this.drawWhole();
     else if (name === "plane") this.drawPlane();
     else if (name === "curves") this.drawCurves();
@@ -133,10 +148,11 @@ class Panel {
     const figure = this.find(`.${name}`);
     const div = figure.querySelector(".plot");
     figure.querySelector("figcaption").textContent = caption;
+    figure.querySelector(".save").setAttribute("aria-label", `Save as PNG: ${caption}`);
     div.setAttribute("aria-label", caption);
     const width = Math.floor(figure.getBoundingClientRect().width);
-    const room = [width, window.innerHeight];
-    const content = JSON.stringify([this.checkpoint.name, this.view.name, theme(), room, signature]);
+    const what = [this.indices, this.view.name, state.difference, this.scale.limit];
+    const content = JSON.stringify([what, theme(), [width, window.innerHeight], signature]);
     if (this.shown.get(name) === content || width === 0) return;
     const made = make(width);
     if (!made) return;
@@ -148,22 +164,29 @@ class Panel {
   }
 
   drawMap() {
-    const { patch, grid } = this;
+    const { patch, grid, pointed } = this;
     this.find(".map").hidden = !patch;
     if (!patch) return;
-    const other = this.other;
     const make = (width) => {
-      const z = patchPicture(this.view, this.layer, this.head, grid, patch);
+      const z = patchPicture(this.terms(), grid, patch);
       if (!z) return undefined;
       const [H, W] = grid;
       const cell = cellSize(width, H, W);
-      const layout = gridLayout(cell, H, W, spread(H, 7).map((i) => [i, i]), spread(W, 7).map((i) => [i, i]));
-      if (other) layout.shapes = [box(other[1] - 0.5, other[0] - 0.5, 1, 1)];
+      const [down, across] = [
+        { name: "row (patches)", ticks: spread(H, 7).map((i) => [i, i]) },
+        { name: "column (patches)", ticks: spread(W, 7).map((i) => [i, i]) },
+      ];
+      const layout = gridLayout(cell, H, W, down, across);
+      if (pointed?.to) {
+        if (String(pointed.from) !== String(patch)) layout.shapes.push(...cellFrame(pointed.from, cell, "dot"));
+        layout.shapes.push(...cellFrame(pointed.to, cell));
+      }
       const gap = cell > 12 ? 1 : 0;
-      const tiles = heat(z, this.limits, { xgap: gap, ygap: gap });
-      return { traces: [tiles, ...numbers(z, cell, this.limits, patch), patchMark(patch, cell, state.pinned)], layout };
+      const tiles = heat(z, this.scale.limit, { xgap: gap, ygap: gap });
+      const values = numbers(z, cell, this.scale.limit, patch);
+      return { traces: [tiles, ...values, patchMark(patch, cell, state.pinned)], layout };
     };
-    const signature = [this.layerIndex, this.head, patch, state.pinned, other];
+    const signature = [this.layerIndex, this.head, patch, state.pinned, pointed];
     this.plot("map", `From ${patchName(patch)} to every patch`, signature, make, (div) => {
       div.on("plotly_hover", ({ points }) => this.pointAtPatch([points[0].y, points[0].x]));
       div.on("plotly_unhover", () => set({ pointed: null }));
@@ -172,31 +195,30 @@ class Panel {
   }
 
   drawWhole() {
-    const { patch, view } = this;
+    const { patch, view, pointed } = this;
     this.find(".whole").hidden = view.points;
     if (view.points) return;
     const [H, W] = this.grid;
     const [height, width] = view.shape;
     const make = (available) => {
-      const z = wholePicture(view, this.layer, this.head);
+      const z = wholePicture(this.terms());
       if (!z) return undefined;
-      const side = 8 + 7 * Math.max(0, ...view.rows.map((row) => row.length));
+      const side = view.rows.length ? 8 + Math.max(...view.rows.map((row) => textWidth(row))) : 0;
       const cell = cellSize(available, height, width, side);
-      const starts = spread(H, 5).map((row) => [row * W, row * W]);
-      let [down, across] = [starts, starts];
-      if (view.byOffset) [down, across] = [H, W].map((size) => offsetTicks(size));
-      if (view.rows.length) down = across = view.rows.map((row, i) => [i, plain(row)]);
-      const layout = gridLayout(cell, height, width, down, across, view.rows.length ? side : 0);
+      const layout = gridLayout(cell, height, width, ...this.wholeAxes(), side);
       if (view.byOffset) {
         const [x, y] = [W - 1.5, H - 1.5]; // the corner of no offset at all
-        layout.shapes = [box(x - patch[1], y - patch[0], W, H), box(x, y, 1, 1)]; // what the chosen patch reaches
+        layout.shapes.push(...frame(x - patch[1], y - patch[0], W, H, "dash")); // what the chosen patch reaches
+        layout.shapes.push(...frame(x, y, 1, 1, "dash"));
       }
-      const marks = view.byOffset || !patch ? [] : [rowMark(patch[0] * W + patch[1])];
-      return { traces: [heat(z, this.limits), ...numbers(z, cell, this.limits), ...marks], layout };
+      if (pointed) layout.shapes.push(...cellFrame(pointed.cell, cell));
+      const marks = view.byOffset || !patch ? [] : [rowMark(this.numberOf(pointed?.from ?? patch))];
+      const values = numbers(z, cell, this.scale.limit);
+      return { traces: [heat(z, this.scale.limit), ...values, ...marks], layout };
     };
     const what = view.rows.length ? "row" : "patch";
     const caption = view.byOffset ? "By offset from query to key" : `From every ${what} to every ${what}`;
-    this.plot("whole", caption, [this.layerIndex, this.head, patch], make, (div) => {
+    this.plot("whole", caption, [this.layerIndex, this.head, patch, pointed], make, (div) => {
       div.on("plotly_hover", ({ points }) => this.pointAtCell([points[0].y, points[0].x]));
       div.on("plotly_unhover", () => set({ pointed: null }));
       div.on("plotly_click", ({ points }) => {
@@ -205,18 +227,33 @@ class Panel {
     });
   }
 
+  /** The axes of the whole picture, down and across. */
+  wholeAxes() {
+    const { view, grid } = this;
+    if (view.rows.length) {
+      const axis = { name: "offset (patches)", ticks: view.rows.map((row, i) => [i, plain(row)]) };
+      return [axis, axis];
+    }
+    if (view.byOffset) {
+      const names = ["rows to the key (patches)", "columns to the key (patches)"];
+      return names.map((name, axis) => ({ name, ticks: offsetTicks(grid[axis]) }));
+    }
+    const ticks = spread(grid[0], 5).map((row) => [row * grid[1], row * grid[1]]);
+    return ["query patch, row by row", "key patch, row by row"].map((name) => ({ name, ticks }));
+  }
+
   /** Frequencies as points in the plane, of all heads; a click on one chooses its head. */
   drawPlane() {
     const { view, layer } = this;
     this.find(".plane").hidden = !view.points;
     if (!view.points) return;
-    const heads = Array.from({ length: view.heads }, (_, head) => wholePicture(view, layer, head));
-    const make = (width) => scatter(heads, this.head, this.limits[1], cellSize(width, 1, 1));
-    const caption = `Right and down, of every head, ${layer.title}`;
-    this.plot("plane", caption, [this.layerIndex, this.head], make, (div) => {
+    const heads = Array.from({ length: view.heads }, (_, head) => wholePicture(this.terms(this.layerIndex, head)));
+    const point = state.pointed?.pair === undefined ? undefined : state.pointed;
+    const make = (width) => scatter(heads, this.head, this.scale.limit, cellSize(width, 1, 1), point);
+    this.plot("plane", `Every head, ${layer.title}`, [this.layerIndex, this.head, point], make, (div) => {
       div.on("plotly_hover", ({ points }) => {
         const [{ curveNumber: head, pointIndex: pair }] = points;
-        set({ pointed: { panel: this, head, pair } });
+        set({ pointed: { head, pair } });
       });
       div.on("plotly_unhover", () => set({ pointed: null }));
       div.on("plotly_click", ({ points }) => set({ head: points[0].curveNumber }, true));
@@ -233,11 +270,11 @@ class Panel {
     if (hidden) return;
     const selected = ofLayers ? this.layerIndex : this.head;
     const make = (width) => {
-      const source = (i) => (ofLayers ? [view.layers[i], this.head] : [this.layer, i]);
-      const images = Array.from({ length: count }, (_, i) => patchPicture(view, ...source(i), grid, patch));
+      const terms = (i) => (ofLayers ? this.terms(i) : this.terms(this.layerIndex, i));
+      const images = Array.from({ length: count }, (_, i) => patchPicture(terms(i), grid, patch));
       if (images.includes(undefined)) return undefined;
       const names = images.map((_, i) => (ofLayers ? String(i) : (view.panels[i] ?? String(i))));
-      const made = contactSheet(images, names, selected, this.limits, width, this.sheetHeight());
+      const made = contactSheet(images, names, selected, this.scale.limit, width, this.sheetHeight());
       this.columns = { ...this.columns, [name]: made.columns };
       return made;
     };
@@ -274,36 +311,68 @@ class Panel {
     return both ? 150 : 180;
   }
 
+  /** Save a figure as a file: on the page's own background, below what it is, beside its scale. */
+  save(figure) {
+    const { view, patch } = this;
+    const [name] = figure.classList;
+    const { data, layout } = figure.querySelector(".plot");
+    const caption = figure.querySelector("figcaption").textContent;
+    const lines = [this.checkpoint.caption, `${this.layer.title}, ${this.headName()}: ${this.scaleName()}`, caption];
+    const hasScale = !view.points && name !== "curves";
+    const file = [
+      this.checkpoint.stem,
+      view.name,
+      `layer${this.layerIndex}`,
+      view.heads > 1 && `head${this.head}`,
+      Number.isInteger(state.difference) && `minus_layer${this.base}`,
+      patch && name !== "whole" && `from_${patch.join("_")}`,
+      name,
+    ];
+    return savePng(file.filter(Boolean).join("_"), lines, data, layout, hasScale);
+  }
+
   // ---- words
 
   /** By how much the values of this layer may be off, having been rounded for the page. */
   error() {
-    return String(Number((this.layer.step / 2).toPrecision(1)));
+    const steps = this.terms().reduce((sum, { layer }) => sum + layer.step, 0);
+    return String(Number((steps / 2).toPrecision(1)));
   }
 
   /** What the numbers are: of the cell that the mouse points at, else of the chosen patch. */
   reading() {
-    const { view, layer, patch, other } = this;
-    if (!levelsOf(layer)) return "";
-    const cell = this.pointed?.cell;
+    const { view, patch, pointed } = this;
+    if (!areUnpacked(this.terms())) return "";
     if (view.points) return this.frequency();
-    if (!patch && !cell) return "Point at a cell to read its value.";
-    if (cell && (view.byOffset || !patch)) {
-      const [down, right] = this.offset(cell).map((places) => format(places, 0));
-      const rows = cell.map((row) => view.rows[row]);
-      const where = patch ? `rows ${down}, columns ${right} from the query` : rows.join(" to ");
-      return `${where}: ${this.say(wholePicture(view, layer, this.head)[cell[0]][cell[1]])}`;
-    }
-    const from = cell ? this.patchAt(cell[0]) : patch; // which differ if one is pinned
-    const z = patchPicture(view, layer, this.head, this.grid, from);
-    if (other) return `${patchName(from)} to ${patchName(other)}: ${this.say(z[other[0]][other[1]])}`;
+    if (pointed) return `${this.whereIs(pointed)}: ${this.sayAt(pointed.cell)}`;
+    if (!patch) return "Point at a cell to read its value.";
+    const z = patchPicture(this.terms(), this.grid, patch);
     return `${patchName(patch)}: ${this.say(z[patch[0]][patch[1]])} to itself${this.extremes(z.flat())}`;
   }
 
+  whereIs({ from, to, cell }) {
+    if (this.view.rows.length) return cell.map((row) => this.view.rows[row]).join(" to ");
+    if (to && !(this.view.byOffset && state.pointed.offset)) return `${patchName(from)} to ${patchName(to)}`;
+    const [down, right] = this.offset(cell).map((places) => format(places, 0));
+    return `rows ${down}, columns ${right} from the query`;
+  }
+
+  /** A value and, of a difference, what it is the difference of. */
+  sayAt([row, column]) {
+    const terms = this.terms();
+    const value = (of) => this.say(valueAt(of, row * this.view.shape[1] + column));
+    const names = this.termNames();
+    const parts = terms.length > 1 ? ` (${terms.map((term, i) => `${names[i]}: ${value([term])}`).join("; ")})` : "";
+    return value(terms) + parts;
+  }
+
   frequency() {
-    if (!this.pointed) return "Point at a frequency to read it, click on it to choose its head.";
-    const { head, pair } = this.pointed;
-    const [right, down] = wholePicture(this.view, this.layer, head)[pair].map((value) => this.say(value));
+    const { head, pair } = state.pointed ?? {};
+    if (!(head < this.view.heads && pair < this.view.shape[0])) {
+      return "Point at a frequency to read it, click on it to choose its head.";
+    }
+    const terms = this.terms(this.layerIndex, head);
+    const [right, down] = [0, 1].map((axis) => this.say(valueAt(terms, 2 * pair + axis)));
     return `head ${head}, pair ${pair}: ${right} to the right, ${down} down`;
   }
 
@@ -318,5 +387,115 @@ class Panel {
 
   say(value) {
     return format(value, decimals(this.view, this.layer));
+  }
+  /** What the colours of the scale are of. */
+  scaleName() {
+    const names = this.termNames();
+    return names.length > 1 ? `difference ${names.join(" − ")}` : this.view.title;
+  }
+}
+
+/** A checkpoint in one of its views: the values, or what they differ by from one of its layers. */
+class CheckpointPanel extends Panel {
+  constructor(index) {
+    super();
+    this.letter = checkpoints.length > 1 ? "AB"[index] : "";
+    const [pick, pickView] = [this.find(".pick-checkpoint select"), this.find(".pick-view select")];
+    pick.append(...checkpoints.map((checkpoint, i) => new Option(checkpoint.name, i)));
+    pick.addEventListener("change", () => this.showCheckpoint(Number(pick.value)));
+    pickView.addEventListener("change", () => showView(pickView.value, this));
+    this.find(".pick-checkpoint").hidden = checkpoints.length < 3;
+    this.find(".name").hidden = checkpoints.length > 2; // the choice says it
+    this.showCheckpoint(index);
+  }
+
+  showCheckpoint(index) {
+    this.checkpoint = checkpoints[index];
+    this.indices = [index];
+    const { views } = this.checkpoint;
+    this.tell({ letter: this.letter, ...this.checkpoint });
+    this.find(".pick-checkpoint select").value = index;
+    this.find(".pick-view select").replaceChildren(...views.map((view) => new Option(view.title, view.name)));
+    this.showView(this.named((this.view ?? leading()?.view)?.name) ?? views[0]);
+  }
+
+  named(name) {
+    return this.checkpoint.views.find((view) => view.name === name);
+  }
+
+  showView(view) {
+    this.view = view;
+    if (view) this.find(".pick-view select").value = view.name;
+    schedule();
+  }
+
+  /** The layer from which differences are taken, if so. */
+  get base() {
+    return Number.isInteger(state.difference) ? clamp(state.difference, 0, this.view.layers.length - 1) : null;
+  }
+
+  terms(layer = this.layerIndex, head = this.head) {
+    const layers = this.base === null ? [layer] : [layer, this.base];
+    return layers.map((i) => ({ view: this.view, layer: this.view.layers[i], head }));
+  }
+
+  termNames() {
+    return this.terms().map(({ layer }) => layer.title);
+  }
+
+  makeScale() {
+    if (this.base === null) return scaleOf(this.view.name);
+    const { name } = this.view;
+    return widest(panels.filter(({ view }) => view?.name === name).map((panel) => panel.scaleFromBase()));
+  }
+
+  scaleFromBase() {
+    const { layers } = this.view;
+    return this.scaleOfPairs(layers.map((layer) => [layer, layers[this.base]]));
+  }
+}
+
+/** What two checkpoints differ by, where both show the same. */
+class DifferencePanel extends Panel {
+  constructor(first, second) {
+    super();
+    this.sides = [first, second];
+    this.root.classList.add("difference");
+  }
+
+  /** Follow what the two panels show. */
+  update() {
+    if (state.difference !== A_MINUS_B) {
+      this.view = undefined;
+      this.root.remove();
+      return;
+    }
+    if (!this.root.isConnected) byId("panels").prepend(this.root);
+    const shown = this.sides.map(({ view, grid }) => view && [view.name, view.heads, view.rows, grid]);
+    const isSame = shown.every(Boolean) && new Set(shown.map((one) => JSON.stringify(one))).size === 1;
+    const [a, b] = this.sides.map(({ view }) => view);
+    this.view = isSame ? { ...a, layers: a.layers.slice(0, b.layers.length) } : undefined;
+    this.indices = this.sides.map(({ indices }) => indices);
+    this.checkpoint = {
+      name: "A − B",
+      caption: isSame ? this.terms().map(({ layer }) => layer.title).join(" − ") : "",
+      nothing: isSame ? "" : "No difference: A and B show different views, grids or numbers of heads.",
+      stem: this.sides.map(({ checkpoint }) => checkpoint.stem).join("_minus_"),
+      grid: this.sides[0].grid,
+      curves: [],
+    };
+    this.tell({ letter: "", ...this.checkpoint });
+  }
+
+  terms(layer = this.layerIndex, head = this.head) {
+    return this.sides.map(({ view }) => ({ view, layer: view.layers[layer], head }));
+  }
+
+  termNames() {
+    return ["A", "B"];
+  }
+
+  makeScale() {
+    return this.scaleOfPairs(this.view.layers.map((_, i) => this.terms(i, 0).map(({ layer }) => layer)));
   }
 }

@@ -1,6 +1,7 @@
 // What Plotly is told: layouts and marks.
 
-const MARGIN = { left: 30, right: 8, top: 8, bottom: 24 };
+const MARGIN = { left: 46, right: 8, top: 8, bottom: 40 };
+const FONT = { family: "system-ui, Segoe UI, Helvetica Neue, Arial, sans-serif", size: 11 };
 const LABEL = 15; // height of a small picture's label, in pixels
 const GAP = 8; // between small pictures
 const FRAME = 3; // what the frame of the first of them needs to its left
@@ -8,8 +9,8 @@ const CONFIG = { displayModeBar: false, doubleClick: false, showTips: false };
 
 /** Pixels of a cell such that the picture fits the width that there is, and most windows' height. */
 function cellSize(width, rows, columns, side = 0) {
-  const most = clamp(window.innerHeight - 360, 260, 560);
-  return Math.min((width - Math.max(MARGIN.left, side) - MARGIN.right) / columns, most / rows, most / columns);
+  const most = clamp(window.innerHeight - 376, 260, 560);
+  return Math.min((width - MARGIN.left - side - MARGIN.right) / columns, most / rows, most / columns);
 }
 
 function baseLayout(width, height, margin) {
@@ -17,7 +18,7 @@ function baseLayout(width, height, margin) {
     width: width + margin.l + margin.r,
     height: height + margin.t + margin.b,
     margin: { ...margin, pad: 0 },
-    font: { family: "system-ui, Segoe UI, Helvetica Neue, Arial, sans-serif", size: 11, color: styleColour("--quiet") },
+    font: { ...FONT, color: styleColour("--quiet") },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     hovermode: "closest",
@@ -26,39 +27,62 @@ function baseLayout(width, height, margin) {
   };
 }
 
-/** Of a picture of cells; `down` and `across` are the ticks as [place, text], `side` the room for long texts. */
+const AXIS_NAME = 12; // its size
+const axisTitle = (text) => ({ text, standoff: 4, font: { size: AXIS_NAME } });
+const pen = document.createElement("canvas").getContext("2d");
+
+/** Of a line of text, in pixels. */
+function textWidth(text, size = FONT.size) {
+  pen.font = `${size}px ${FONT.family}`;
+  return pen.measureText(text).width;
+}
+
+/** How far the name of an axis of so many pixels reaches beyond each end of it. */
+const overhang = (name, side) => Math.max(0, (textWidth(name, AXIS_NAME) - side) / 2);
+
+/**
+ * Of a picture of cells; `down` and `across` are its axes: {name, ticks: [place, text]}; `side` is the room for long
+ * texts of ticks.
+ */
 function gridLayout(cell, rows, columns, down, across, side = 0) {
-  const axis = { fixedrange: true, showgrid: false, zeroline: false, showline: false, ticks: "" };
-  const ticks = (pairs) => ({ tickvals: pairs.map(([place]) => place), ticktext: pairs.map(([, text]) => text) });
-  const margin = { l: Math.max(MARGIN.left, side), r: MARGIN.right, t: MARGIN.top, b: Math.max(MARGIN.bottom, side) };
+  const axis = ({ name, ticks }) => ({
+    ...{ fixedrange: true, showgrid: false, zeroline: false, showline: false, ticks: "" },
+    ...{ tickvals: ticks.map(([place]) => place), ticktext: ticks.map(([, text]) => text) },
+    title: axisTitle(name),
+  });
+  const margin = {
+    l: MARGIN.left + side,
+    r: Math.max(MARGIN.right, overhang(across.name, cell * columns)),
+    t: Math.max(MARGIN.top, overhang(down.name, cell * rows)),
+    b: MARGIN.bottom + side,
+  };
   return {
     ...baseLayout(cell * columns, cell * rows, margin),
-    xaxis: { ...axis, ...ticks(across), range: [-0.5, columns - 0.5], tickangle: side ? -90 : 0 },
-    yaxis: { ...axis, ...ticks(down), range: [rows - 0.5, -0.5] },
+    xaxis: { ...axis(across), range: [-0.5, columns - 0.5], tickangle: side ? -90 : 0 },
+    yaxis: { ...axis(down), range: [rows - 0.5, -0.5] },
+    shapes: [],
   };
 }
 
-function heat(z, limits, more = {}) {
-  const scale = { zmin: limits[0], zmax: limits[1], colorscale: colourScale(limits), showscale: false };
+/** Cells in the colours of a scale of which `limit` is the end. */
+function heat(z, limit, more = {}) {
+  const scale = { zmin: -limit, zmax: limit, colorscale: COLOURS, showscale: false };
   return { type: "heatmap", z, ...scale, hoverinfo: "none", hoverongaps: false, ...more };
 }
 
 /** The values themselves, where cells are large enough for them; not in the cell that bears the mark. */
-function numbers(z, cell, limits, marked = []) {
+function numbers(z, cell, limit, marked = []) {
   if (cell < 40) return [];
-  const largest = Math.max(...limits.map(Math.abs));
   const cells = z.flatMap((values, y) => values.map((value, x) => ({ value, x, y })));
   const shown = cells.filter(({ x, y }) => y !== marked[0] || x !== marked[1]);
-  const onStrong = theme() === "dark" ? "black" : "white";
-  const ink = ({ value }) => (Math.abs(value) > 0.5 * largest ? onStrong : styleColour("--ink"));
   return [
     {
       mode: "text",
       hoverinfo: "skip",
       x: shown.map(({ x }) => x),
       y: shown.map(({ y }) => y),
-      text: shown.map(({ value }) => format(value, digitsFor(limits, 2))),
-      textfont: { color: shown.map(ink) },
+      text: shown.map(({ value }) => format(value, digitsFor(limit, 2))),
+      textfont: { color: shown.map(({ value }) => (Math.abs(value) > 0.6 * limit ? "white" : "black")) },
     },
   ];
 }
@@ -69,8 +93,8 @@ function offsetTicks(size) {
   return [...offsets].map((offset) => [offset + size - 1, format(offset, 0)]);
 }
 
-/** Points [right, down] of each head about the origin, as far as `reach`; one head stands out. */
-function scatter(heads, selected, reach, side) {
+/** Points [right, down] of each head about the origin, as far as `reach`; one head stands out, and one point. */
+function scatter(heads, selected, reach, side, pointed) {
   const colour = (head) => styleColour(head === selected ? "--accent" : "--quiet");
   const traces = heads.map((points, head) => ({
     mode: "markers",
@@ -80,12 +104,17 @@ function scatter(heads, selected, reach, side) {
     marker: { color: colour(head), size: head === selected ? 9 : 6, opacity: head === selected ? 1 : 0.45 },
     zorder: head === selected ? 1 : 0,
   }));
+  const found = heads[pointed?.head]?.[pointed.pair];
+  if (found) {
+    traces.push(mark(...found, { symbol: "circle-open", size: 14, color: styleColour("--ink"), line: { width: 2 } }));
+  }
   const line = { zerolinecolor: styleColour("--line"), linecolor: styleColour("--line") };
   const axis = { ...line, fixedrange: true, showgrid: false, nticks: 7, mirror: true, showline: true };
+  const named = (where) => ({ ...axis, title: axisTitle(`radians per patch ${where}`) });
   const layout = {
-    ...baseLayout(side, side, { l: 40, r: MARGIN.right, t: MARGIN.top, b: MARGIN.bottom }),
-    xaxis: { ...axis, range: [-1.08 * reach, 1.08 * reach] },
-    yaxis: { ...axis, range: [1.08 * reach, -1.08 * reach] },
+    ...baseLayout(side, side, { l: MARGIN.left, r: MARGIN.right, t: MARGIN.top, b: MARGIN.bottom }),
+    xaxis: { ...named("to the right"), range: [-1.08 * reach, 1.08 * reach] },
+    yaxis: { ...named("down"), range: [1.08 * reach, -1.08 * reach] },
   };
   return { traces, layout };
 }
@@ -104,11 +133,22 @@ const patchMark = ([row, column], cell, pinned) =>
 /** Points from the left at a row of the picture. */
 const rowMark = (row) => mark(-0.5, row, { symbol: "triangle-right", size: 9, color: styleColour("--accent") });
 
-const box = (x, y, width, height) => ({
+const box = (x, y, width, height, line = { color: styleColour("--accent"), width: 2 }) => ({
   type: "rect",
-  ...{ x0: x, y0: y, x1: x + width, y1: y + height },
-  line: { color: styleColour("--accent"), width: 2 },
+  ...{ x0: x, y0: y, x1: x + width, y1: y + height, line },
 });
+
+/** A frame that is seen on every colour. */
+const frame = (x, y, width, height, dash = "solid") => [
+  box(x, y, width, height, { color: "white", width: 4 }),
+  box(x, y, width, height, { color: "black", width: 2, dash }),
+];
+
+/** A frame around a cell, large enough to be seen. */
+function cellFrame([row, column], cell, dash) {
+  const half = Math.max(0.5, 3.5 / cell);
+  return frame(column - half, row - half, 2 * half, 2 * half, dash);
+}
 
 /** Text that Plotly, which knows a few tags, shall show as it is. */
 const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
@@ -117,7 +157,7 @@ const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
  * Small pictures in rows, as large as a width and height (in pixels) admit, as one heat map; the selected one is
  * framed. The picture at place [r, c] of its z is number floor(r / (H + 1)) * columns + floor(c / (W + 1)).
  */
-function contactSheet(images, names, selected, limits, width, height) {
+function contactSheet(images, names, selected, limit, width, height) {
   const [H, W] = [images[0].length, images[0][0].length];
   const cellWith = (columns) => {
     const rows = Math.ceil(images.length / columns);
@@ -150,7 +190,7 @@ function contactSheet(images, names, selected, limits, width, height) {
     yaxis: { ...axis, range: [rows * stepY, 0] },
     shapes: [box(...corner(selected), W, H)],
   };
-  return { traces: [heat(z, limits, { x, y }), labels], layout, columns };
+  return { traces: [heat(z, limit, { x, y }), labels], layout, columns };
 }
 
 const CURVE = { height: 84, title: 22 }; // of each row of curves, in pixels
@@ -186,7 +226,7 @@ function curveSheet(curves, layer, width) {
   ]);
   const blocks = curves[0].lines[0].values.length;
   const at = { type: "line", xref: "x", yref: "paper", x0: layer, x1: layer, y0: 0, y1: 1 };
-  const below = { anchor: "free", position: 0, title: { text: "block", standoff: 4 } };
+  const below = { anchor: "free", position: 0, title: axisTitle("block") };
   const layout = {
     ...baseLayout(width - margin.l - margin.r, height, margin),
     xaxis: { ...axis, ...below, range: [-0.4, blocks - 0.6], dtick: Math.ceil(blocks / 12) },
@@ -195,4 +235,34 @@ function curveSheet(curves, layer, width) {
     shapes: [{ ...at, line: { color: styleColour("--ink"), width: 1, dash: "dot" } }],
   };
   return { traces, layout };
+}
+
+const EXPORT = { line: 15, scale: 64, pad: 10 }; // of a saved picture: a line of text, the colour bar, in pixels
+
+/** Save a picture as a PNG file, with lines of text above it and, of heat maps, the scale beside it. */
+function savePng(filename, lines, data, layout, hasScale) {
+  const { r, t, b } = layout.margin;
+  const l = Math.max(layout.margin.l, EXPORT.pad);
+  const [across, down] = [layout.width - layout.margin.l - r, layout.height - t - b];
+  const top = t + EXPORT.line * lines.length + EXPORT.pad;
+  const text = Math.max(...lines.map((line) => textWidth(line))) + 2 * EXPORT.pad;
+  const right = Math.max(r + (hasScale ? EXPORT.scale : 0), text - l - across);
+  const titles = lines.map((line, i) => ({
+    ...{ xref: "paper", yref: "paper", x: 0, y: 1, xanchor: "left", yanchor: "bottom", showarrow: false },
+    ...{ xshift: EXPORT.pad - l, yshift: t + EXPORT.line * (lines.length - 1 - i) },
+    ...{ text: plain(line), font: { size: FONT.size } },
+  }));
+  const bar = { thickness: 10, outlinewidth: 0, x: 1, xpad: 8 };
+  const [first, ...rest] = data;
+  const [width, height] = [l + across + right, top + down + b];
+  const figure = {
+    data: hasScale ? [{ ...first, showscale: true, colorbar: bar }, ...rest] : data,
+    layout: {
+      ...layout,
+      ...{ width, height, margin: { ...layout.margin, l, t: top, r: right } },
+      paper_bgcolor: styleColour("--card"),
+      annotations: [...(layout.annotations ?? []), ...titles],
+    },
+  };
+  return Plotly.downloadImage(figure, { format: "png", scale: 2, filename, width, height });
 }

@@ -37,41 +37,53 @@ function levelsOf(layer) {
 
 const isUnpacking = () => [...unpacked.values()].includes(undefined);
 
-/** Rows of values; undefined until the layer is unpacked. `index(row, column)` is a value's place as it is stored. */
-function picture(view, layer, head, height, width, index) {
-  const levels = levelsOf(layer);
-  if (!levels) return undefined;
-  const start = head * view.shape[0] * view.shape[1];
-  const row = (y) => Array.from({ length: width }, (_, x) => layer.low + layer.step * levels[start + index(y, x)]);
+/**
+ * A value of a head by its place as it is stored: of the first of one or two terms {view, layer, head}, less the
+ * second's. Their layers must be unpacked.
+ */
+function valueAt(terms, place) {
+  const values = terms.map(({ view, layer, head }) => {
+    return layer.low + layer.step * unpacked.get(layer)[head * view.shape[0] * view.shape[1] + place];
+  });
+  return values.reduce((first, second) => first - second);
+}
+
+const areUnpacked = (terms) => terms.map(({ layer }) => levelsOf(layer)).every(Boolean);
+
+/** Rows of values of terms; undefined until these are unpacked. `place(row, column)` is as for `valueAt`. */
+function picture(terms, height, width, place) {
+  if (!areUnpacked(terms)) return undefined;
+  const row = (y) => Array.from({ length: width }, (_, x) => valueAt(terms, place(y, x)));
   return Array.from({ length: height }, (_, y) => row(y));
 }
 
 /** All values of a head, as they are stored. */
-function wholePicture(view, layer, head) {
-  const [height, width] = view.shape;
-  return picture(view, layer, head, height, width, (y, x) => y * width + x);
+function wholePicture(terms) {
+  const [height, width] = terms[0].view.shape;
+  return picture(terms, height, width, (y, x) => y * width + x);
 }
 
 /** One patch's values with all patches, H x W; of table rows, which have no place, all values. */
-function patchPicture(view, layer, head, [H, W], patch) {
-  if (view.rows.length) return wholePicture(view, layer, head);
+function patchPicture(terms, [H, W], patch) {
+  const [{ view }] = terms;
+  if (view.rows.length) return wholePicture(terms);
   const [row, column] = patch;
   const width = view.shape[1];
-  const index = view.byOffset
+  const place = view.byOffset
     ? (y, x) => (y - row + H - 1) * width + (x - column + W - 1)
     : (y, x) => (row * W + column) * width + y * W + x;
-  return picture(view, layer, head, H, W, index);
+  return picture(terms, H, W, place);
 }
 
 // ---- numbers
 
 /** Decimals such that the largest value has so many digits after its first. */
-const digitsFor = (limits, digits) => clamp(digits - Math.floor(Math.log10(Math.max(...limits.map(Math.abs)))), 0, 20);
+const digitsFor = (largest, digits) => clamp(digits - Math.floor(Math.log10(Math.abs(largest))), 0, 20);
 
 /** As many decimals as the stored values carry, and no more than five digits. */
 function decimals(view, layer) {
   const known = layer.step > 0 ? Math.floor(-Math.log10(layer.step)) : 20;
-  return clamp(known, 0, digitsFor(view.limits, 4));
+  return clamp(known, 0, digitsFor(view.limit, 4));
 }
 
 function format(value, places) {
@@ -80,7 +92,7 @@ function format(value, places) {
 }
 
 /** The two digits that a scale's end needs. */
-const brief = (value) => format(value, digitsFor([value], 1)).replace(/\.0+$/, "");
+const brief = (value) => (value === 0 ? "0" : format(value, digitsFor(value, 1)).replace(/\.0+$/, ""));
 
 /** Evenly spaced numbers of 0 .. count - 1, at most `most` of them. */
 function spread(count, most) {
@@ -90,34 +102,51 @@ function spread(count, most) {
 
 // ---- colours
 
-const PALETTES = {
-  // from the most negative value to the most positive one; the middle is zero
-  light: "#053061 #2166ac #4393c3 #92c5de #d1e5f0 #f7f7f7 #fddbc7 #f4a582 #d6604d #b2182b #67001f".split(" "),
-  dark: "#cfe8ff #8cc8fb #539fdd #3574ad #264a6e #20252c #6b3428 #a84a35 #dc6c4a #f9a27f #ffdccb".split(" "),
-};
+/** Plotly's colour scale, that of the files: white is zero, the middle. */
+const COLOURS = JSON.parse(byId("colours").textContent).map((colour, i, { length }) => [i / (length - 1), colour]);
 const prefersDark = window.matchMedia("(prefers-color-scheme: dark)");
 const theme = () => document.documentElement.dataset.theme || (prefersDark.matches ? "dark" : "light");
-const channels = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
 
-/** The colour of `share`, -1 .. 1, of the largest value. */
-function colour(share) {
-  const stops = PALETTES[theme()].map(channels);
-  const place = ((share + 1) / 2) * (stops.length - 1);
-  const first = clamp(Math.floor(place), 0, stops.length - 2);
-  const mixed = stops[first].map((value, i) => Math.round(value + (place - first) * (stops[first + 1][i] - value)));
-  return `rgb(${mixed})`;
-}
-
-/** Plotly's colour scale between limits, such that zero has the middle's colour. */
-function colourScale([low, high]) {
-  const largest = Math.max(Math.abs(low), Math.abs(high));
-  return Array.from({ length: 41 }, (_, i) => [i / 40, colour((low + (i / 40) * (high - low)) / largest)]);
+/** The scale that has room for all scales; undefined if one of them is. */
+function widest(scales) {
+  if (scales.includes(undefined)) return undefined;
+  const most = (key) => Math.max(...scales.map((scale) => scale[key]));
+  return { limit: most("limit"), largest: most("largest") };
 }
 
 /** One scale for all checkpoints that have a view of that name: only so can they be compared. */
-function limitsOf(name) {
-  const all = checkpoints.flatMap((checkpoint) => checkpoint.views.filter((view) => view.name === name));
-  return [Math.min(...all.map((view) => view.limits[0])), Math.max(...all.map((view) => view.limits[1]))];
+const scaleOf = (name) => widest(checkpoints.flatMap(({ views }) => views.filter((view) => view.name === name)));
+
+const [QUANTILE, WORTHWHILE] = [0.99, 0.8]; // as `limits_of` in lape_vit/drawing/panels.py has them for values
+const BINS = 10_000;
+
+/**
+ * A scale for what pairs of layers of a view differ by, which tells 99 % of the differences between different places
+ * apart, or, if it is to reach them `all`, the largest; undefined until all are unpacked.
+ */
+function scaleOfDifferences(pairs, { byOffset, shape: [height, width], heads }, all) {
+  if (!pairs.flat().map(levelsOf).every(Boolean)) return undefined;
+  const sizes = pairs.map(([first, second]) => {
+    const [a, b] = [unpacked.get(first), unpacked.get(second)];
+    const size = (_, i) => Math.abs(first.low + first.step * a[i] - second.low - second.step * b[i]);
+    return Float32Array.from({ length: heads * height * width }, size);
+  });
+  const largest = sizes.reduce((most, of) => of.reduce((one, other) => Math.max(one, other), most), 0);
+  if (all || largest === 0) return { limit: largest || 1, largest };
+  const isSame = (place) => (byOffset ? 2 * place === height * width - 1 : place % (width + 1) === 0);
+  const counts = new Uint32Array(BINS + 1);
+  for (const of of sizes) {
+    of.forEach((size, i) => {
+      if (!isSame(i % (height * width))) counts[Math.ceil((size / largest) * BINS)] += 1;
+    });
+  }
+  const needed = QUANTILE * counts.reduce((sum, count) => sum + count, 0);
+  let [bin, seen] = [0, counts[0]];
+  while (seen < needed) seen += counts[++bin];
+  const limit = (bin / BINS) * largest;
+  if (limit === 0 || limit > WORTHWHILE * largest) return { limit: largest, largest };
+  const step = 10 ** (Math.floor(Math.log10(limit)) - 1);
+  return { limit: Math.min(largest, Math.ceil(limit / step) * step), largest }; // two digits
 }
 
 /** A colour of the style sheet as the theme at hand has it. */

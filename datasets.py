@@ -41,7 +41,7 @@ FEW = 100_000
 class DataSet:
     """What differs from one data set to the next."""
 
-    open: Callable[..., LabelledImages]  # (is_train, data path, crop), and a reader unless in memory
+    open: Callable[..., LabelledImages]  # (is_train, data path), and a reader unless in memory
     mean: tuple[float, float, float]  # of the training images scaled to 0..1
     std: tuple[float, float, float]
     recipe: str  # the recipe used when none is named
@@ -162,9 +162,9 @@ def build_dataset(
         )
     data_path = data.data_path or data_set.default_data_path
     crop, augment, finish = build_transform(is_train, settings, data_set.small).transforms
-    cropped, names = data_set.open(is_train, data_path, crop, **options)
+    pictures, names = data_set.open(is_train, data_path, **options)
     labels = None if classes is None else order_of_classes(names, classes)
-    return Images(cropped, augment, finish.transforms, labels), names
+    return Images(pictures, crop, augment, finish.transforms, labels), names
 
 
 def build_loader(
@@ -210,11 +210,11 @@ def build_loader(
         num_workers=data.num_workers,
         pin_memory=bool(data.pin_mem),
     )
-    if isinstance(dataset.cropped, Shards):
+    if isinstance(dataset.pictures, Shards):
         if is_train and data.shared_batches is not None:
             raise ValueError(f"--shared-batches means nothing to {data.data_set}: leave it out")
         repeats = REPEATS if is_train and settings.augmentation.repeated_aug else 1
-        return load(share_of_shards(dataset.cropped, is_train, settings, rank, world_size, repeats))
+        return load(share_of_shards(dataset.pictures, dataset.crop, is_train, settings, rank, world_size, repeats))
     samples = Samples(dataset, settings.seed)
     if not is_train:
         return load(samples, sampler=[(index, 0, index) for index in range(rank, len(dataset), world_size)])

@@ -37,7 +37,7 @@ from torchvision.transforms import Compose
 
 from benchmarks.timing import describe_machine
 from datasets import DATA_SETS
-from loading.images import Batching, Finishing, ImageSettings, Sample, read_image, read_pixels
+from loading.images import GROUP, Batching, Finishing, ImageSettings, Sample, read_image, read_pixels
 from loading.transforms import build_transform
 from runtime.interrupt import raise_on_ctrl_c
 from runtime.logs import start_logging
@@ -56,19 +56,24 @@ PREFETCHING = "timm, prefetching"
 OURS = "ours"
 
 
+Stages = dict[str, Callable[[Any], Any]]
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """From the paths of a batch to its images.
 
     Attributes:
-        stages: by name, what each makes of what the one before made of an image, the first of a path.
-        batch_stages: likewise of a batch, the first of a list of (what the stages made, label, place).
-        seeds: whether each image is seeded for its crop.
+        passes: over `group` images at a time, one after the other; in each, by the name of the stage, what it makes of
+            what the one before made of an image, the first of a path.
+        batch_stages: likewise of a batch, the first of a list of (what the passes made, label, place).
+        seeds: whether each image is seeded for its crop, the last pass.
         keeps_memory: whether its processes keep freed memory.
     """
 
-    stages: dict[str, Callable[[Any], Any]]
-    batch_stages: dict[str, Callable[[Any], Any]]
+    passes: list[Stages]
+    batch_stages: Stages
+    group: int = 1
     seeds: bool = False
     keeps_memory: bool = False
 
@@ -117,7 +122,7 @@ def _plain(is_train: bool, deit: ImageSettings) -> Pipeline:
     augment, finish = Compose(augment_and_finish[:number]), Compose(augment_and_finish[number:])
     steps = (Path.read_bytes, _decode, Compose([crop, flip_or_centre]), augment)
     return Pipeline(
-        dict(zip(STAGES[1:], (*steps, finish), strict=True)), {STAGES[4]: lambda batch: default_collate(batch)[0]}
+        [dict(zip(STAGES[1:], (*steps, finish), strict=True))], {STAGES[4]: lambda batch: default_collate(batch)[0]}
     )
 
 
@@ -152,7 +157,7 @@ def _prefetching(is_train: bool, deit: ImageSettings) -> Pipeline:
 
     steps = (Path.read_bytes, _decode, Compose([crop, flip_or_centre]), Compose([*augment, to_numpy]))
     return Pipeline(
-        dict(zip(STAGES[1:5], steps, strict=True)),
+        [dict(zip(STAGES[1:5], steps, strict=True))],
         {STAGES[4]: lambda batch: collate([(image, label) for image, label, _ in batch]), STAGES[5]: finish},
     )
 
@@ -163,11 +168,12 @@ def _ours(is_train: bool, settings: ImageSettings, decode: Callable[[bytes], Any
     seed = settings.seed if is_train else None
     batching, finishing = Batching(augment, seed), Finishing(finish.transforms, seed, torch.device("cpu"))
     return Pipeline(
-        dict(zip(STAGES[1:4], (Path.read_bytes, decode, crop), strict=True)),
+        [{STAGES[1]: Path.read_bytes, STAGES[2]: decode}, {STAGES[3]: crop}],
         {
             STAGES[4]: lambda batch: batching([Sample(image, label, place, "") for image, label, place in batch]),
-            STAGES[5]: lambda loaded: finishing(loaded[0][0], loaded[1]),
+            STAGES[5]: lambda loaded: finishing(loaded.batch[0], loaded.places),
         },
+        group=GROUP,
         seeds=True,
         keeps_memory=True,
     )
@@ -215,12 +221,17 @@ def load_batch(pipeline: Pipeline, files: Mapping[tuple[int, int], Path], times:
         return result
 
     batch: Any = []
-    for place, value in files.items():
-        if pipeline.seeds:
-            timed(STAGES[0], seed_everything, 0, CROP, *place)
-        for stage, step in pipeline.stages.items():
-            value = timed(stage, step, value)
-        batch.append((value, 0, place))
+    items: list[tuple[tuple[int, int], Any]] = list(files.items())
+    for first in range(0, len(items), pipeline.group):
+        group = items[first : first + pipeline.group]
+        for number, stages in enumerate(pipeline.passes, 1):
+            for index, (place, value) in enumerate(group):
+                if pipeline.seeds and number == len(pipeline.passes):
+                    timed(STAGES[0], seed_everything, 0, CROP, *place)
+                for stage, step in stages.items():
+                    value = timed(stage, step, value)
+                group[index] = place, value
+        batch += [(value, 0, place) for place, value in group]
     for stage, step in pipeline.batch_stages.items():
         batch = timed(stage, step, batch)
     return batch

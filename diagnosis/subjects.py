@@ -160,17 +160,17 @@ def split(images: Images, count: int) -> tuple[Images, Images]:
     Raises:
         ValueError: there are too few images, or a single tar file.
     """
-    if isinstance(images.cropped, Shards):
-        shards = images.cropped
+    if isinstance(images.pictures, Shards):
+        shards = images.pictures
         if len(shards.urls) < 2:
             raise ValueError(
                 "a probe is fitted to the images of some tar files, and judged on others: give two or more"
             )
-        halves: list[Any] = [Shards(shards.urls[half::2], shards.crop, shards.read_file) for half in (0, 1)]
+        halves: list[Any] = [Shards(shards.urls[half::2], shards.read_file) for half in (0, 1)]
     else:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].tolist()
-        halves = [Subset(images.cropped, half) for half in (order[: len(order) // 2], order[len(order) // 2 :])]
-    fitted, held_out = (Images(half, images.augment, images.finish, images.labels) for half in halves)
+        halves = [Subset(images.pictures, half) for half in (order[: len(order) // 2], order[len(order) // 2 :])]
+    fitted, held_out = (Images(half, images.crop, images.augment, images.finish, images.labels) for half in halves)
     if len(fitted) < 2:
         raise ValueError(f"{len(images)} images are too few, or --images {count} is: a probe needs four or more")
     return fitted, held_out

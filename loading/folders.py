@@ -8,12 +8,12 @@ from pathlib import Path
 from torchvision.datasets import ImageFolder
 
 from loading.classes import first_few, name_differences
-from loading.images import Crop, LabelledImages, Reader, image_endings
+from loading.images import LabelledImages, Reader, image_endings
 
 _logger = getLogger(__name__)
 
 
-def open_folders(is_train: bool, data_path: str | None, crop: Crop, read_file: Reader) -> LabelledImages:
+def open_folders(is_train: bool, data_path: str | None, read_file: Reader) -> LabelledImages:
     if data_path is None:
         raise ValueError("--data-path is missing: name the folder that holds train/ and val/")
     splits = {split: Path(data_path).expanduser() / split for split in ("train", "val")}
@@ -33,7 +33,7 @@ def open_folders(is_train: bool, data_path: str | None, crop: Crop, read_file: R
             return False
         return True
 
-    images = _ClassFolders(str(folder), crop, loader=read_file, is_valid_file=is_image, allow_empty=True)
+    images = _ClassFolders(str(folder), loader=read_file, is_valid_file=is_image, allow_empty=True)
     if left_out:
         _logger.info(
             "%s: %d files or folders are left out, as they are hidden, in no class folder, or without the ending of "

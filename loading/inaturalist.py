@@ -4,17 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch.utils.data import Dataset
 
-from loading.images import Crop, LabelledImages, Reader, one_line
+from loading.images import LabelledImages, Picture, Reader, one_line
 
 
 class INaturalist(Dataset):
     """A split of iNaturalist 2018 or 2019, which its annotation files tell, with classes of any taxonomic rank.
 
     torchvision's class of this name knows no splits. Labels number the classes in the order in which the training
-    annotations first name them, as DeiT's do. An item is (crop of what `read_file` reads, label).
+    annotations first name them, as DeiT's do. An item is (what `read_file` reads, label).
 
     Args:
         folder: holds `train{year}.json`, `val{year}.json`, `categories.json` and the images they name.
@@ -26,8 +25,7 @@ class INaturalist(Dataset):
         ValueError: a damaged file, or an unknown category.
     """
 
-    def __init__(self, folder: Path, year: int, is_train: bool, category: str, crop: Crop, read_file: Reader) -> None:
-        self.crop = crop
+    def __init__(self, folder: Path, year: int, is_train: bool, category: str, read_file: Reader) -> None:
         self.read_file = read_file
         groups = {entry["id"]: entry for entry in _read_json(folder / "categories.json")}
         if unknown := [entry for entry in groups.values() if category not in entry]:
@@ -48,9 +46,9 @@ class INaturalist(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Picture, int]:
         path, label = self.samples[index]
-        return self.crop(self.read_file(str(path))), label
+        return self.read_file(str(path)), label
 
 
 def _read_json(path: Path) -> Any:
@@ -63,12 +61,12 @@ def _read_json(path: Path) -> Any:
 
 
 def open_inaturalist(
-    year: int, is_train: bool, data_path: str | None, crop: Crop, read_file: Reader, category: str
+    year: int, is_train: bool, data_path: str | None, read_file: Reader, category: str
 ) -> LabelledImages:
     if data_path is None:
         raise ValueError(f"--data-path is missing: name the folder that holds train{year}.json and the images")
     try:
-        images = INaturalist(Path(data_path).expanduser(), year, is_train, category, crop, read_file)
+        images = INaturalist(Path(data_path).expanduser(), year, is_train, category, read_file)
     except (KeyError, TypeError) as error:
         raise ValueError(f"the annotation files in --data-path {data_path} do not fit together: {error!r}") from error
     if missing := next((path for path, _ in images.samples if not path.is_file()), None):

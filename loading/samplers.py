@@ -1,14 +1,13 @@
 """The order of an epoch, and one image of it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import Dataset, DistributedSampler, Sampler
 
-from loading.images import Images, Sample, UnreadableImageError
-from runtime.seeding import CROP, seed_everything
+from loading.images import Images, Sample, UnreadableImageError, crop_in_groups
 
 REPEATS = 3
 """How often repeated augmentation shows an image in an epoch."""
@@ -63,7 +62,7 @@ class TrainSampler(Sampler[tuple[int, int, int]]):
 class Samples(Dataset[Sample]):
     """The items of a data set, each cropped by its own seed; the next one where one is unreadable.
 
-    An index is what `TrainSampler` yields.
+    An index is what `TrainSampler` yields. A loader asks for those of a batch together.
     """
 
     def __init__(self, images: Images, seed: int) -> None:
@@ -74,13 +73,18 @@ class Samples(Dataset[Sample]):
         return len(self.images)
 
     def __getitem__(self, index_and_place: tuple[int, int, int]) -> Sample:
+        return self.__getitems__([index_and_place])[0]
+
+    def __getitems__(self, indices_and_places: Sequence[tuple[int, int, int]]) -> list[Sample]:
+        return list(crop_in_groups(map(self._read, indices_and_places), self.images.crop, self.seed))
+
+    def _read(self, index_and_place: tuple[int, int, int]) -> Sample:
         start = time.thread_time()
         index, epoch, number = index_and_place
-        seed_everything(self.seed, CROP, epoch, number)
         complaint = ""
         for other in range(len(self)):
             try:
-                image, label = self.images.cropped[(index + other) % len(self)]
+                image, label = self.images.pictures[(index + other) % len(self)]
             except UnreadableImageError as error:
                 complaint = complaint or str(error)
             else:

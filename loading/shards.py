@@ -30,10 +30,18 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from loading.classes import first_few
-from loading.images import Crop, ImageSettings, Reader, Sample, UnreadableImageError, image_endings, one_line
+from loading.images import (
+    Crop,
+    ImageSettings,
+    Reader,
+    Sample,
+    UnreadableImageError,
+    crop_in_groups,
+    image_endings,
+    one_line,
+)
 from runtime.distributed import in_turns
 from runtime.files import atomic_write
-from runtime.seeding import CROP, seed_everything
 
 _logger = getLogger(__name__)
 
@@ -68,16 +76,14 @@ class Shards(Dataset):
 
     Args:
         urls: of the files: paths, or what else webdataset opens, such as `https:` URLs or `pipe:` and a command.
-        crop: of what `read_file` reads.
-        read_file: the bytes of an image's file, and its name for errors -> what `crop` takes.
+        read_file: the bytes of an image's file, and its name for errors -> the image.
 
     Raises:
         DamagedShardError: a file is not as it should be.
     """
 
-    def __init__(self, urls: Sequence[str], crop: Crop, read_file: Reader) -> None:
+    def __init__(self, urls: Sequence[str], read_file: Reader) -> None:
         self.urls = list(urls)
-        self.crop = crop
         self.read_file = read_file
         contents = find_contents(self.urls)
         self.lengths, self.labels = contents.lengths, contents.labels
@@ -146,7 +152,6 @@ def _first_argument(error: Exception) -> str:
 def open_shards(
     is_train: bool,
     data_path: str | None,
-    crop: Crop,
     read_file: Reader,
     eval_data_path: str | None,
     num_classes: int | None,
@@ -163,7 +168,7 @@ def open_shards(
     """
     patterns = {"--data-path": data_path, "--eval-data-path": eval_data_path}
     flag = "--data-path" if is_train else "--eval-data-path"
-    images = Shards(find_shards(flag, patterns[flag]), crop, read_file)
+    images = Shards(find_shards(flag, patterns[flag]), read_file)
     if not len(images):
         raise FileNotFoundError(f"no image in {flag} {patterns[flag]}")
     labels = {*images.labels}
@@ -314,6 +319,7 @@ class ShardStream(IterableDataset):
     message.
 
     Args:
+        crop: of the images.
         begin: this process's first image in the sequence of all.
         num_images: that this process shows, repeated ones counted.
         batch_size: of the loader; its batches are full, except for the last.
@@ -325,6 +331,7 @@ class ShardStream(IterableDataset):
     def __init__(
         self,
         shards: Shards,
+        crop: Crop,
         *,
         begin: int,
         num_images: int,
@@ -334,6 +341,7 @@ class ShardStream(IterableDataset):
         seed: int,
     ) -> None:
         self.shards = shards
+        self.crop = crop
         self.begin = begin
         self.num_images = num_images
         self.batch_size = batch_size
@@ -358,7 +366,8 @@ class ShardStream(IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         try:
-            yield from self._part(0, 1) if worker is None else self._part(worker.id, worker.num_workers)
+            part = self._part(0, 1) if worker is None else self._part(worker.id, worker.num_workers)
+            yield from crop_in_groups(part, self.crop, self.seed)
         except (DamagedShardError, UnreadableImageError) as error:
             yield from repeat(error)
 
@@ -396,9 +405,8 @@ class ShardStream(IterableDataset):
         return np.random.default_rng((self.seed, *place)).permutation(length)
 
     def _item(self, block: list[dict[str, Any]], place: int, number: int) -> Sample:
-        """The image at a place of the block, cropped as the showing of this number."""
+        """The image at a place of the block, as the showing of this number."""
         start = time.thread_time()
-        seed_everything(self.seed, CROP, self.epoch, number)
         complaint = ""
         for other in range(len(block)):
             sample = block[(place + other) % len(block)]
@@ -410,13 +418,13 @@ class ShardStream(IterableDataset):
             except UnreadableImageError as error:
                 complaint = complaint or str(error)
             else:
-                cropped, label = self.shards.crop(image), int(sample[LABEL_SUFFIX])
-                return Sample(cropped, label, (self.epoch, number), complaint, time.thread_time() - start)
+                place_of_all, label = (self.epoch, number), int(sample[LABEL_SUFFIX])
+                return Sample(image, label, place_of_all, complaint, time.thread_time() - start)
         raise UnreadableImageError(complaint)
 
 
 def share_of_shards(
-    shards: Shards, is_train: bool, settings: ImageSettings, rank: int, world_size: int, repeats: int
+    shards: Shards, crop: Crop, is_train: bool, settings: ImageSettings, rank: int, world_size: int, repeats: int
 ) -> ShardStream:
     """What process `rank` of `world_size` trains with in an epoch, in whole updates, or tests with.
 
@@ -433,6 +441,7 @@ def share_of_shards(
     per_update = settings.data.batch_size * settings.accum_steps
     return ShardStream(
         shards,
+        crop,
         begin=begin,
         num_images=len(shards) // world_size // per_update * per_update if is_train else end - begin,
         batch_size=settings.data.batch_size if is_train else int(1.5 * settings.data.batch_size),

@@ -148,7 +148,7 @@ class SharedBatches(Dataset):
         return self.files.get(number, lambda: self._make(indices))
 
     def _make(self, indices: Sequence[tuple[int, int, int]]) -> Loaded:
-        made = self.batching([self.samples[index] for index in indices])
+        made = self.batching(self.samples.__getitems__(indices))
         assert isinstance(made, Loaded)  # for `Samples` raises its errors
         return made
 

@@ -9,13 +9,13 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
 
-from loading.images import Crop, LabelledImages, one_line
+from loading.images import LabelledImages, one_line
 from runtime.distributed import in_turns
 
 _logger = getLogger(__name__)
 
 
-def open_cifar(cifar: type[CIFAR10], is_train: bool, data_path: str | None, crop: Crop) -> LabelledImages:
+def open_cifar(cifar: type[CIFAR10], is_train: bool, data_path: str | None) -> LabelledImages:
     assert data_path is not None  # the table of data sets has a default
     folder = Path(data_path).expanduser() / cifar.base_folder
     with in_turns() as may_download:
@@ -23,7 +23,7 @@ def open_cifar(cifar: type[CIFAR10], is_train: bool, data_path: str | None, crop
             _logger.info("%s is not in %s: downloading it from %s", cifar.__name__, folder, cifar.url)
         try:
             # torchvision downloads only what is not already there, whole and with the right checksums
-            images = cifar(folder.parent, train=is_train, transform=crop, download=may_download)
+            images = cifar(folder.parent, train=is_train, download=may_download)
         except (OSError, HTTPException, RuntimeError) as error:
             raise FileNotFoundError(
                 f"{cifar.__name__} is not complete in {folder}, and its download from {cifar.url} failed "
@@ -36,10 +36,10 @@ def open_cifar(cifar: type[CIFAR10], is_train: bool, data_path: str | None, crop
 class Digits(Dataset):
     """Scikit-learn's 1,797 scans of handwritten digits, 8 x 8 and installed with it: 1,437 to train and 360 to test.
 
-    The split is fixed and stratified by class. An item is (crop of a PIL RGB image, label).
+    The split is fixed and stratified by class. An item is (PIL RGB image, label).
     """
 
-    def __init__(self, is_train: bool, crop: Crop) -> None:
+    def __init__(self, is_train: bool) -> None:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
@@ -51,19 +51,18 @@ class Digits(Dataset):
         self.images = np.rint(digits.images[split] * (255 / 16)).astype(np.uint8)  # scanned in 17 grey levels, 0..16
         self.targets: list[int] = digits.target[split].tolist()
         self.classes = [str(name) for name in digits.target_names]
-        self.crop = crop
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.crop(Image.fromarray(self.images[index]).convert("RGB")), self.targets[index]
+        return Image.fromarray(self.images[index]).convert("RGB"), self.targets[index]
 
 
-def open_digits(is_train: bool, data_path: str | None, crop: Crop) -> LabelledImages:
+def open_digits(is_train: bool, data_path: str | None) -> LabelledImages:
     if data_path is not None:
         raise ValueError(
             f"--data-path {data_path} means nothing to DIGITS, which comes with scikit-learn: leave it out"
         )
-    digits = Digits(is_train, crop)
+    digits = Digits(is_train)
     return digits, digits.classes

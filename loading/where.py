@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from loading.images import Crop, LabelledImages
+from loading.images import LabelledImages
 from training.options import AugmentationOptions
 
 SEED = 0
@@ -156,7 +156,7 @@ TASKS: dict[str, type[Task]] = {task.name: task for task in (CellTask, Direction
 
 
 class Where(Dataset):
-    """9,216 images to train or 1,152 to test, each made when it is asked for. An item is (crop of a PIL image, label).
+    """9,216 images to train or 1,152 to test, each made when it is asked for. An item is (PIL image, label).
 
     An image depends on its split, its index, the task, the cell and the size alone, not on `--seed`. Each class has as
     many images as any other, or one more.
@@ -166,8 +166,8 @@ class Where(Dataset):
         cell: side of a cell, pixels.
     """
 
-    def __init__(self, task: Task, is_train: bool, size: tuple[int, int], cell: int, crop: Crop) -> None:
-        self.task, self.is_train, self.size, self.cell, self.crop = task, is_train, size, cell, crop
+    def __init__(self, task: Task, is_train: bool, size: tuple[int, int], cell: int) -> None:
+        self.task, self.is_train, self.size, self.cell = task, is_train, size, cell
         self.classes = list(task.classes)
         self.marks = np.array([COLOURS[mark] for mark in task.marks], dtype=np.uint8)[:, None, None]
         labels = np.arange(NUM_TRAIN if is_train else NUM_TEST) % len(task.classes)
@@ -178,7 +178,7 @@ class Where(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         label = self.targets[index]
-        return self.crop(Image.fromarray(self.draw(index, label))), label
+        return Image.fromarray(self.draw(index, label)), label
 
     def draw(self, index: int, label: int) -> np.ndarray:
         """The image of this index as if its label were `label`: uint8 (height, width, 3), of the same cells for all."""
@@ -193,9 +193,7 @@ class Where(Dataset):
         return rows.reshape(*self.size, 3)
 
 
-def open_where(
-    is_train: bool, data_path: str | None, crop: Crop, size: tuple[int, int], task: str, cell: int
-) -> LabelledImages:
+def open_where(is_train: bool, data_path: str | None, size: tuple[int, int], task: str, cell: int) -> LabelledImages:
     if data_path is not None:
         raise ValueError(f"--data-path {data_path} means nothing to WHERE, whose images are computed: leave it out")
     if task not in TASKS:
@@ -206,7 +204,7 @@ def open_where(
             f"--input-size {height},{width} is not a whole number of cells of {cell} pixels: give multiples of {cell}, "
             "or another --where-cell"
         )
-    images = Where(TASKS[task]((height // cell, width // cell)), is_train, size, cell, crop)
+    images = Where(TASKS[task]((height // cell, width // cell)), is_train, size, cell)
     return images, images.classes
 
 

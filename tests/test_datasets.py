@@ -47,10 +47,20 @@ from torchvision.transforms import (
 import datasets
 from datasets import DATA_SETS, canonical_data_set
 from loading import transforms
-from loading.images import Images, ImageSettings, UnreadableImageError, read_image, read_pixels
+from loading.images import (
+    GROUP,
+    Images,
+    ImageSettings,
+    Sample,
+    UnreadableImageError,
+    crop_in_groups,
+    read_image,
+    read_pixels,
+)
 from loading.loader import ImageLoader, start_worker
 from loading.transforms import TRAIN_CROPS
 from runtime.interrupt import SIGNALS, leave_signals_to_parent
+from runtime.seeding import CROP, seed_everything
 from training.options import AugmentationOptions, DataOptions
 
 CIFARS = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
@@ -184,7 +194,7 @@ def test_digits_are_split_into_1437_and_360_disjoint_images_that_make_up_all_of_
     assert (len(train), len(test)) == (1437, 360)
     assert classes == [str(digit) for digit in range(10)]
     whole = load_digits()
-    parts = train.cropped, test.cropped
+    parts = train.pictures, test.pictures
     ours = zip(np.concatenate([part.images for part in parts]), [*parts[0].targets, *parts[1].targets], strict=True)
     theirs = zip(np.rint(whole.images / 16 * 255).astype(np.uint8), whole.target.tolist(), strict=True)
     assert Counter((image.tobytes(), label) for image, label in ours) == Counter(
@@ -193,7 +203,7 @@ def test_digits_are_split_into_1437_and_360_disjoint_images_that_make_up_all_of_
 
 
 def test_digits_are_split_alike_in_every_class():
-    train, test = (np.bincount(build_dataset(is_train, make_args())[0].cropped.targets) for is_train in (True, False))
+    train, test = (np.bincount(build_dataset(is_train, make_args())[0].pictures.targets) for is_train in (True, False))
     np.testing.assert_allclose(test, (train + test) * 360 / 1797, atol=1)
 
 
@@ -201,7 +211,7 @@ def test_digits_split_is_the_same_whatever_the_random_state():
     splits = []
     for seed in (1, 2):
         seed_all(seed)
-        splits.append(build_dataset(False, make_args(seed=seed))[0].cropped)
+        splits.append(build_dataset(False, make_args(seed=seed))[0].pictures)
     np.testing.assert_array_equal(splits[0].images, splits[1].images)
     assert splits[0].targets[:12] == [
         7,
@@ -236,7 +246,7 @@ def test_digits_refuse_a_data_path_that_they_would_not_read(tmp_path):
 
 
 def test_digits_mean_and_std_are_those_of_the_training_images():
-    images = build_dataset(True, make_args())[0].cropped.images / 255
+    images = build_dataset(True, make_args())[0].pictures.images / 255
     assert DATA_SETS["DIGITS"].mean == pytest.approx([images.mean()] * 3, abs=1e-4)
     assert DATA_SETS["DIGITS"].std == pytest.approx([images.std()] * 3, abs=1e-4)
 
@@ -543,6 +553,7 @@ def test_the_random_resized_crop_gives_deits_own_images(train_interpolation):
         data_set="IMNET",
         input_size=48,
         train_crop="random-resized",
+        fast_crop=False,
         hflip=0.5,
         aa=aa,
         reprob=0.25,
@@ -963,7 +974,7 @@ def test_without_the_fast_crop_jpegs_become_timms_own_images(tmp_path):
         48, is_training=True, auto_augment=AUGMENTED["aa"], interpolation="bicubic", re_prob=0.5, re_mode="pixel"
     )
     ours, _ = build_dataset(True, args)
-    for index, (path, _) in enumerate(ours.cropped.samples):
+    for index, (path, _) in enumerate(ours.pictures.samples):
         image, _ = seeded_item(ours, index, index)
         seed_all(index)
         assert torch.equal(image, deit(Image.open(path).convert("RGB")))
@@ -1015,7 +1026,9 @@ def test_a_fast_crop_that_is_asked_for_or_refused_in_vain_is_told(caplog, flag):
 
 
 def indices(count: int) -> Images:
-    return Images(TensorDataset(torch.arange(count), torch.zeros(count)), augment=lambda index: index)
+    return Images(
+        TensorDataset(torch.arange(count), torch.zeros(count)), crop=lambda index: index, augment=lambda index: index
+    )
 
 
 def seen(loader: DataLoader) -> list[int]:
@@ -1162,7 +1175,11 @@ class Counting(Dataset):
 def test_images_before_the_start_and_beyond_the_last_update_are_not_read():
     dataset = Counting()
     loader = build_loader(
-        Images(dataset, augment=lambda index: index), True, make_args(batch_size=4, accum_steps=2), 0, 1
+        Images(dataset, crop=lambda index: index, augment=lambda index: index),
+        True,
+        make_args(batch_size=4, accum_steps=2),
+        0,
+        1,
     )
     assert len(loader) == 8  # of 4, which are 4 updates
     loader.sampler.set_epoch(0, 24)
@@ -1212,7 +1229,7 @@ class InterruptProbe(Dataset):
 def test_a_spawned_worker_loads_the_same_images_and_ignores_ctrl_c():
     args = make_args(batch_size=256)
     dataset, _ = build_dataset(False, args)
-    probe = Images(InterruptProbe(dataset.cropped), dataset.augment, dataset.finish)
+    probe = Images(InterruptProbe(dataset.pictures), dataset.crop, dataset.augment, dataset.finish)
     here = build_loader(probe, False, args, 0, 1)
     args.num_workers = 1
     there = build_loader(probe, False, args, 0, 1)
@@ -1370,14 +1387,14 @@ def test_inaturalist_takes_its_splits_and_classes_from_the_annotations(
         images, names = build_dataset(is_train, args)
         assert names == classes
         assert [label for _, label in images] == labels
-        assert images.cropped.read_file is read_image
+        assert images.pictures.read_file is read_image
         levels = [round((image.mean().item() * 0.5 + 0.5) * 255) for image, _ in images]
         assert levels == list(range(first, first + len(labels)))
 
 
 def test_inaturalist_has_the_fast_crop(tmp_path):
     args = make_args(data_set="INAT", data_path=str(make_inaturalist(tmp_path, 2018)), train_crop="random-resized")
-    assert build_dataset(True, args)[0].cropped.read_file is read_pixels
+    assert build_dataset(True, args)[0].pictures.read_file is read_pixels
 
 
 def damage_inaturalist(kind: str, root: Path) -> None:
@@ -1426,3 +1443,49 @@ def test_no_operation_of_a_policy_fails_at_any_strength() -> None:
     np.random.seed(0)
     for _ in range(10):
         assert transform(Image.new("RGB", (32, 32), (200, 100, 50))).isfinite().all()
+
+
+@pytest.mark.parametrize("count", [1, GROUP, 2 * GROUP + 3])
+def test_samples_are_read_and_cropped_in_groups_each_by_the_seed_of_its_place(count):
+    done = []
+
+    def read(number: int) -> Sample:
+        done.append(f"read {number}")
+        return Sample(noise_image(4, 4), number, (0, number), "")
+
+    def crop(image: Image.Image) -> float:
+        done.append("crop")
+        return random.random()
+
+    numbers = [sample.image for sample in crop_in_groups(map(read, range(count)), crop, seed=0)]
+    assert done[: 2 * min(count, GROUP)] == [f"read {n}" for n in range(min(count, GROUP))] + ["crop"] * min(
+        count, GROUP
+    )
+    for place, number in enumerate(numbers):
+        seed_everything(0, CROP, 0, place)
+        assert random.random() == number
+
+
+def test_an_error_in_reading_comes_after_the_images_before_it():
+    def read(number: int) -> Sample:
+        if number == 2:
+            raise UnreadableImageError("damaged")
+        return Sample(noise_image(4, 4), number, (0, number), "")
+
+    samples = crop_in_groups(map(read, range(9)), lambda image: image, seed=0)
+    assert [next(samples).label for _ in range(2)] == [0, 1]
+    with pytest.raises(UnreadableImageError, match="damaged"):
+        next(samples)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_workers_hand_over_pixels_of_8_bits_and_the_loader_makes_images_of_them(num_workers):
+    args = make_args(**AUGMENTED, batch_size=64, num_workers=num_workers)
+    loader = build_loader(build_dataset(True, args)[0], True, args, 0, 1)
+    handed = []
+    finish = loader.finish
+    loader.finish = lambda pixels, places: handed.append(pixels) or finish(pixels, places)
+    images, _ = next(iter(loader))
+    assert (handed[0].dtype, handed[0].shape) == (torch.uint8, (64, 16, 16, 3))
+    assert (images.dtype, images.shape) == (torch.float32, (64, 3, 16, 16))
+    assert images.is_contiguous()

@@ -222,12 +222,12 @@ def test_weights_that_timm_publishes_are_taken_by_name(
 def test_the_two_halves_share_no_image_and_are_the_same_at_every_call(runs: dict[str, Any]) -> None:
     setup = tiny_run.set_up("--eval", "--resume", runs["checkpoints"][0], "--device", "cpu")
     images, _ = build_dataset(False, image_settings(setup.options, setup.description))
-    halves = [[half.cropped.indices for half in split(images, 20)] for _ in range(2)]  # type: ignore[attr-defined]
+    halves = [[half.pictures.indices for half in split(images, 20)] for _ in range(2)]  # type: ignore[attr-defined]
     assert halves[0] == halves[1]
     fitted, held_out = halves[0]
     assert (len(fitted), len(held_out)) == (10, 10)
     assert not {*fitted} & {*held_out}
-    assert sum(map(len, (half.cropped.indices for half in split(images, 999)))) == 24  # type: ignore[attr-defined]
+    assert sum(map(len, (half.pictures.indices for half in split(images, 999)))) == 24  # type: ignore[attr-defined]
 
 
 def test_the_first_images_of_batches_end_within_a_batch() -> None:

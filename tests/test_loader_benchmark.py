@@ -30,13 +30,14 @@ def batch_of(pipeline: loader.Pipeline, photo: Path) -> torch.Tensor:
     def seeded(step: Any) -> Any:
         return lambda value: seed_everything(0) or step(value)
 
-    stages = {
-        stage: seeded(step) if stage in ("crop and resize", "augment and collate", "normalise and erase") else step
-        for stage, step in pipeline.stages.items()
-    }
+    random = ("crop and resize", "augment and collate", "normalise and erase")
+    passes = [
+        {stage: seeded(step) if stage in random else step for stage, step in stages.items()}
+        for stages in pipeline.passes
+    ]
     batch_stages = {stage: seeded(step) for stage, step in pipeline.batch_stages.items()}
     times = np.zeros((len(loader.STAGES), 2))
-    return loader.load_batch(replace(pipeline, stages=stages, batch_stages=batch_stages), {(0, 0): photo}, times)
+    return loader.load_batch(replace(pipeline, passes=passes, batch_stages=batch_stages), {(0, 0): photo}, times)
 
 
 @pytest.mark.parametrize("is_train", [True, False])
@@ -61,7 +62,7 @@ def test_what_is_measured_is_what_the_loader_does(photos: list[Path], is_train: 
     dataset, _ = build_dataset(is_train, settings)
     batches = build_loader(dataset, is_train, settings, 0, 1)
     ((batch, _),) = batches
-    files = {(0, number): Path(dataset.cropped.samples[index][0]) for index, _, number in batches.sampler}
+    files = {(0, number): Path(dataset.pictures.samples[index][0]) for index, _, number in batches.sampler}
     measured = loader.load_batch(loader.pipelines(is_train)[loader.OURS], files, np.zeros((len(loader.STAGES), 2)))
     assert torch.equal(batch, measured)
 

@@ -20,7 +20,7 @@ from training.setup import pick_recipe
 
 def open_split(task: str, is_train: bool = False, size: Any = 32, cell: int | None = None) -> Where:
     args = make_args(data_set="WHERE", where_task=task, where_cell=cell, input_size=size)
-    images = build_dataset(is_train, args)[0].cropped
+    images = build_dataset(is_train, args)[0].pictures
     assert isinstance(images, Where)
     return images
 
@@ -234,5 +234,5 @@ def test_the_recipe_shows_the_images_as_they_are() -> None:
     args = make_args(data_set="WHERE", **{name: options.by_name()[name] for name in ("where_task", "train_crop")})
     images = build_dataset(True, args)[0]
     for index in range(3):
-        image = np.asarray(images.cropped[index][0])
-        np.testing.assert_array_equal(image, images.cropped.draw(index, images.cropped.targets[index]))  # type: ignore[attr-defined]
+        image = np.asarray(images.crop(images.pictures[index][0]))
+        np.testing.assert_array_equal(image, images.pictures.draw(index, images.pictures.targets[index]))  # type: ignore[attr-defined]

@@ -5,14 +5,19 @@ PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench study-digits study-where study-cifar test-multinode test-oldest \
-	test-ecosystem clean
+.PHONY: help demo test lint format bench study-digits study-where study-cifar study-gpu test-multinode \
+	test-oldest test-ecosystem clean
 
 SUMS := learnable+rope_mixed learnable+rope_axial learnable+2D_RPE learnable+relative learnable+alibi learnable+irpe \
 	learnable+peg 2D_sin+rope_axial 2D_sin+2D_RPE 2D_sin+peg rope_mixed+peg learnable+rope_mixed+peg
 DIGITS := --data-set DIGITS --seeds 0 1 2 3 4 --jobs 2
 NO_CLASS_TOKEN := --global-pool avg --model-kwargs class_token=False fc_norm=False
 CIFAR := --data-set CIFAR10 --recipe vit2d_cifar --epochs 20 --seeds 0 1 --jobs 2 --sizes 24 32 48 64 --output-dir runs/study/cifar10
+# Of study-gpu: runs at a time, its seeds, minutes until it stops (a year), and more options of compare.py.
+JOBS := 5
+SEEDS := 0 1 2
+MINUTES := 525600
+ARGS :=
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +42,7 @@ bench: .venv/.installed ## speed next to plain timm, of models, loader (of DATA=
 	.venv/bin/python -m benchmarks.models
 	.venv/bin/python -m benchmarks.models --reference basic --join-type share unshare LaPE LaPE_share
 	.venv/bin/python -m benchmarks.models --compile
+	.venv/bin/python -m benchmarks.resolution
 	.venv/bin/python -m benchmarks.loader $(if $(DATA),--data-path $(DATA))
 	.venv/bin/python -m benchmarks.startup
 
@@ -55,6 +61,29 @@ study-where: .venv/.installed ## the study on WHERE: every encoding and join, al
 study-cifar: .venv/.installed ## the study on CIFAR-10 (a download; about 70 minutes on 2 cores for each of 22 runs; may be stopped)
 	.venv/bin/python compare.py $(CIFAR) --pe none learnable 2D_sin relative rope rope_mixed learnable+rope_mixed alibi irpe
 	.venv/bin/python compare.py $(CIFAR) --pe learnable 2D_sin --join-type LaPE
+
+study-gpu: .venv/.installed ## the published CIFAR protocols on a GPU (186 runs; MINUTES=9 stops in time, the same command continues)
+	@ends=$$(($$(date +%s) + 60 * $(MINUTES))); \
+	compare() { \
+		left=$$((ends - $$(date +%s))); \
+		.venv/bin/python compare.py --minutes $$(((left > 0 ? left : 0) / 60)) --jobs $(JOBS) --share-batches \
+			--seeds $(SEEDS) $(ARGS) "$$@" || exit; \
+	}; \
+	for data in CIFAR10 CIFAR100; do \
+		compare --data-set $$data --recipe vit2d_cifar --pe none learnable 2D_sin relative rope --output-dir runs/study/gpu-$$data; \
+	done; \
+	for data in CIFAR10 CIFAR100; do \
+		compare --data-set $$data --recipe vit2d_cifar --pe learnable 2D_sin --join-type LaPE --output-dir runs/study/gpu-$$data; \
+		compare --data-set $$data --recipe vit2d_cifar --pe learnable 2D_sin --join-type basic LaPE PVG MPVG $(NO_CLASS_TOKEN) \
+			--output-dir runs/study/gpu-$$data-no-class-token; \
+		compare --data-set $$data --recipe vit2d_cifar --pe $(SUMS) --output-dir runs/study/gpu-$$data; \
+	done; \
+	for data in CIFAR10:5.5e-4 CIFAR100:6e-4; do \
+		for model in vit_lite_7_patch4_32 cct_7_3x1_32; do \
+			compare --data-set $${data%:*} --lr $${data#*:} --recipe cct_cifar --model $$model --pe learnable \
+				--join-type basic LaPE --output-dir runs/study/gpu-$${data%:*}-$$model; \
+		done; \
+	done
 
 test-multinode: .venv/.installed-dev ## two hosts train together and one is killed; needs root and iproute2 (5 minutes)
 	$(ONE_THREAD) .venv/bin/python -m pytest -x -m multinode tests/test_multinode.py

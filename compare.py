@@ -7,26 +7,29 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     start_command("compare.py", read_options, "torch, timm and matplotlib")
 
 import argparse
+import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from logging import getLogger
+from pathlib import Path
 
 from rich.console import Console
 
 from comparison.forecast import forecast
-from comparison.jobs import FAILED, Job, alone_in, environments, run_jobs
+from comparison.jobs import FAILED, Job, alone_in, environments, folder_of_batches, run_jobs
 from comparison.paired import write_paired
 from comparison.pictures import draw_comparison
-from comparison.plan import Plan, make_plan
+from comparison.plan import Plan, check_can_share, make_plan
 from comparison.screen import Screen
 from comparison.sizes import check_ways, evaluation_jobs, write_sizes
-from comparison.tables import NAMES, heading, outcomes, table_rows, write_tables
+from comparison.tables import NAMES, describe_making, heading, outcomes, table_rows, write_tables
 from datasets import build_dataset
 from diagnosis.runs import diagnose_runs
 from runtime.files import atomic_write
-from runtime.interrupt import Interrupted, defer_interrupts, raise_on_ctrl_c
+from runtime.interrupt import Interrupted, defer_interrupts, raise_on_ctrl_c, time_limit
 from runtime.logs import LoopDisplay, end_in_one_line, start_logging
 from runtime.tables import print_table
 from training.setup import image_settings
@@ -39,8 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 if a run failed or a file could not be written; 2 for bad input; if a signal ended it, 130
-        for SIGINT, 143 for SIGTERM, 138 for SIGUSR1. All but 0 come with a line that says why.
+        for SIGINT, 143 for SIGTERM, 138 for SIGUSR1; 142 if `--minutes` did. All but 0 come with a line that says why.
     """
+    start = time.monotonic()
     console = start_logging(is_main=True)
     try:
         with ExitStack() as stack:
@@ -48,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args, rest = read_options(sys.argv[1:] if argv is None else argv)
                 plan = make_plan(args, rest)
                 check_ways(plan, args.size_ways)
+                if args.share_batches:
+                    check_can_share(plan)
                 show_plan(plan, args.jobs)
                 if args.dry_run:
                     return forecast(plan, args.jobs, console)
@@ -55,14 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stack.enter_context(alone_in(plan.folder))
             except (ValueError, OSError) as error:
                 return _end(f"error: {error}", 2)
-            with defer_interrupts():
+            left = None if args.minutes is None else 60 * args.minutes - (time.monotonic() - start)
+            with defer_interrupts(), time_limit(left):
                 return compare(plan, args, console)
     except (ValueError, OSError) as error:
         return _end(f"error: {error}", 1)
     except Interrupted as interrupt:
         done = sum(run.is_finished() for run in plan.runs)
         where = f"{done} of {len(plan.runs)} runs are finished; the same command continues"
-        return _end(f"{interrupt}; {where}", interrupt.exit_code)
+        is_limit = interrupt.signal_number == signal.SIGALRM
+        what = f"stopped after --minutes {args.minutes:g}" if is_limit else str(interrupt)
+        return _end(f"{what}; {where}", interrupt.exit_code)
     except KeyboardInterrupt:
         return _end("interrupted; the same command continues", 130)
 
@@ -96,18 +105,15 @@ def open_data(plan: Plan) -> None:
 
 def compare(plan: Plan, args: argparse.Namespace, console: Console) -> int:
     """Train what is left, evaluate at other sizes, diagnose, write it all down; 1 if something failed."""
-    todo = [run for run in plan.runs if not run.is_finished()]
-    jobs = [
-        Job(run.name, run, [*run.argv, "--output-dir", str(run.folder), "--auto-resume"], run.folder, run.is_finished)
-        for run in todo
-    ]
     where = environments(args.jobs, plan.common["device"])
     failures: dict[str, str] = {}
     write_results(plan, failures)
     try:
-        for job in run_shown(Screen(console, "training", jobs, args.jobs, trains=True), jobs, where):
-            keep_failure(job, failures)
-            write_results(plan, failures)
+        with folder_of_batches(plan.folder) as batches:
+            jobs = training_jobs(plan, batches if args.share_batches else None)
+            for job in run_shown(Screen(console, "training", jobs, args.jobs, trains=True), jobs, where):
+                keep_failure(job, failures)
+                write_results(plan, failures)
     finally:  # runs may finish while they are stopped
         write_results(plan, failures)
     show_results(plan, console)
@@ -120,6 +126,22 @@ def compare(plan: Plan, args: argparse.Namespace, console: Console) -> int:
     for name, reason in failures.items():
         _end(f"{name} failed: {reason}", 1)
     return 1 if failures else 0
+
+
+def training_jobs(plan: Plan, batches: Path | None) -> list[Job]:
+    """A job for each run that is not finished; `batches` is where they share their batches, if they do."""
+    sharing = [] if batches is None else ["--shared-batches", str(batches)]
+    return [
+        Job(
+            run.name,
+            run,
+            [*run.argv, "--output-dir", str(run.folder), "--auto-resume", *sharing],
+            run.folder,
+            run.is_finished,
+        )
+        for run in plan.runs
+        if not run.is_finished()
+    ]
 
 
 def evaluate(
@@ -161,9 +183,12 @@ def write_results(plan: Plan, failures: dict[str, str]) -> None:
 
 def show_results(plan: Plan, console: Console) -> None:
     """Print the table without what a terminal has no room for."""
-    rows = table_rows(plan, outcomes(plan))
+    found = outcomes(plan)
+    rows = table_rows(plan, found)
     without_epochs = [{name: row[name] for name in row if "epoch" not in name} for row in rows]
     print_table(console, heading(plan), without_epochs, NAMES)
+    for line in describe_making(found):
+        _logger.info("%s", line)
     _logger.info("%s: table.md, table.csv and compare.png", plan.folder)
 
 

@@ -7,12 +7,15 @@ This file shadows Hugging Face's `datasets` package, so timm's `hfds/` readers a
 Images reach the model as float32 (3, H, W) of `--input-size`, scaled to 0..1 and then normalised by mean and std.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
 from torch.utils.data import DistributedSampler
@@ -20,11 +23,12 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from loading.classes import order_of_classes
 from loading.folders import has_fewer_images, open_folders
-from loading.images import Batching, Images, ImageSettings, LabelledImages, read_image, read_pixels
+from loading.images import Batching, Finishing, Images, ImageSettings, LabelledImages, Loaded, read_image, read_pixels
 from loading.inaturalist import open_inaturalist
 from loading.loader import ImageLoader
 from loading.samplers import REPEATS, Samples, SeededRepeatAugSampler, TrainSampler
 from loading.shards import Shards, open_shards, share_of_shards
+from loading.sharing import BatchFiles, Company, SharedBatches, key_of, window_of
 from loading.small import open_cifar, open_digits
 from loading.transforms import build_transform, crops_pixels
 from loading.where import CELL, open_where, refuse_moved_cells
@@ -157,24 +161,35 @@ def build_dataset(
             read_pixels if is_train and crops_pixels(settings.augmentation, data_set.small) else read_image
         )
     data_path = data.data_path or data_set.default_data_path
-    crop, finish = build_transform(is_train, settings, data_set.small).transforms
+    crop, augment, finish = build_transform(is_train, settings, data_set.small).transforms
     cropped, names = data_set.open(is_train, data_path, crop, **options)
-    return Images(cropped, finish, None if classes is None else order_of_classes(names, classes)), names
+    labels = None if classes is None else order_of_classes(names, classes)
+    return Images(cropped, augment, finish.transforms, labels), names
 
 
-def build_loader(dataset: Images, is_train: bool, settings: ImageSettings, rank: int, world_size: int) -> ImageLoader:
+def build_loader(
+    dataset: Images,
+    is_train: bool,
+    settings: ImageSettings,
+    rank: int,
+    world_size: int,
+    device: torch.device | None = None,
+) -> ImageLoader:
     """The batches of process `rank` of `world_size`: images (B, 3, H, W) and labels (B,), B = `--batch-size`.
 
     Training: full batches only, as many as fill whole updates of `--accum-steps`, in an order and with augmentations
-    that `--seed` and `loader.set_epoch(epoch)` decide; `--skip-bad-images` is for training alone.
+    that `--seed` and `loader.set_epoch(epoch)` decide; `--skip-bad-images` and `--shared-batches` are for training
+    alone.
     Evaluation: batches of up to 1.5 B; the processes share out the data set, each image once, or without
     `--dist-eval` each process has them all.
+
+    Images are normalised, and erased, on `device`, by default the CPU, and stay there; the labels are on the CPU.
 
     While it loads, the random states of `random`, `numpy` and `torch` change in a way that `--num-workers` decides.
 
     Raises:
-        ValueError: `--batch-size` below 1, a training set smaller than one update of all processes, or fewer shards
-            than workers.
+        ValueError: `--batch-size` below 1, a training set smaller than one update of all processes, fewer shards than
+            workers, or `--shared-batches` of shards.
     """
     data = settings.data
     if data.batch_size < 1:
@@ -183,10 +198,12 @@ def build_loader(dataset: Images, is_train: bool, settings: ImageSettings, rank:
         _check_fills_a_batch(dataset, settings, world_size)
     elif not data.dist_eval:
         rank, world_size = 0, 1
+    seed = settings.seed if is_train else None
     load = partial(
         ImageLoader,
+        finish=Finishing(dataset.finish, seed, device or torch.device("cpu")),
         num_images=len(dataset),
-        collate_fn=Batching(dataset.finish, settings.seed if is_train else None, dataset.labels),
+        collate_fn=Batching(dataset.augment, seed, dataset.labels),
         skips_unreadable=is_train and data.skip_bad_images,
         batch_size=data.batch_size if is_train else int(1.5 * data.batch_size),
         drop_last=is_train,
@@ -194,13 +211,38 @@ def build_loader(dataset: Images, is_train: bool, settings: ImageSettings, rank:
         pin_memory=bool(data.pin_mem),
     )
     if isinstance(dataset.cropped, Shards):
+        if is_train and data.shared_batches is not None:
+            raise ValueError(f"--shared-batches means nothing to {data.data_set}: leave it out")
         repeats = REPEATS if is_train and settings.augmentation.repeated_aug else 1
         return load(share_of_shards(dataset.cropped, is_train, settings, rank, world_size, repeats))
     samples = Samples(dataset, settings.seed)
     if not is_train:
         return load(samples, sampler=[(index, 0, index) for index in range(rank, len(dataset), world_size)])
     order = _train_order(dataset, settings, rank, world_size)
-    return load(samples, sampler=TrainSampler(order, data.batch_size * settings.accum_steps))
+    sampler = TrainSampler(order, data.batch_size * settings.accum_steps)
+    if data.shared_batches is None:
+        return load(samples, sampler=sampler)
+    shared, company = _shared(samples, load.keywords["collate_fn"], len(sampler), settings, rank, world_size)
+    return load(shared, sampler=sampler, company=company, collate_fn=_as_it_is)
+
+
+def _shared(
+    samples: Samples, batching: Batching, num_images: int, settings: ImageSettings, rank: int, world_size: int
+) -> tuple[SharedBatches, Company]:
+    """The batches of `num_images` an epoch in the folder of `--shared-batches`, and those that share them."""
+    data = settings.data
+    # what only says how to load shapes no batch
+    shaping = replace(settings, data=replace(data, num_workers=0, pin_mem=None, shared_batches=None))
+    key = key_of(shaping, len(samples), batching.labels, rank, world_size)
+    files = BatchFiles(Path(data.shared_batches or "").expanduser() / key)
+    window = window_of(3 * math.prod(to_2tuple(settings.input_size)) * data.batch_size)
+    company = Company(files, window, ahead=2 * data.num_workers)
+    batches_per_epoch = num_images // data.batch_size
+    return SharedBatches(samples, batching, files, data.batch_size * world_size, batches_per_epoch), company
+
+
+def _as_it_is(batch: Loaded) -> Loaded:
+    return batch
 
 
 def _check_fills_a_batch(dataset: Images, settings: ImageSettings, world_size: int) -> None:

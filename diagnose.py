@@ -10,9 +10,10 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     start_command("diagnose.py", read_options, "torch, timm and matplotlib")
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from logging import getLogger
+from pathlib import Path
 
 from rich.console import Console
 
@@ -69,7 +70,9 @@ _end = partial(end_in_one_line, "diagnose.py")
 
 
 def diagnose_all(options: DiagnoseOptions, display: LoopDisplay) -> list[Diagnosis]:
-    """Diagnose one checkpoint after the other; what is done is on disk before the next one starts.
+    """Diagnose one checkpoint after the other; the tables of what is done are on disk before the next one starts.
+
+    The pictures are drawn at the end, of what was done until then.
 
     Raises:
         ValueError, OSError: a checkpoint, data or flags that are no good; what was done before stays.
@@ -77,15 +80,23 @@ def diagnose_all(options: DiagnoseOptions, display: LoopDisplay) -> list[Diagnos
     """
     records: list[Diagnosis] = []
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    for path in options.checkpoints:
-        subject = open_subject(options.given, path, display)
-        records.append(measure(subject, options.images, options.sizes, options.size_ways))
-        try:
-            write_tables(options.output_dir, records)
-            write_pictures(options.output_dir, records)
-        except OSError as error:
-            raise WriteError(f"{options.output_dir}: {error}") from error
+    try:
+        for path in options.checkpoints:
+            subject = open_subject(options.given, path, display)
+            records.append(measure(subject, options.images, options.knock_out_images, options.sizes, options.size_ways))
+            write(write_tables, options.output_dir, records)
+    finally:
+        if records:
+            write(write_pictures, options.output_dir, records)
     return records
+
+
+def write(writer: Callable[[Path, Sequence[Diagnosis]], object], folder: Path, records: Sequence[Diagnosis]) -> None:
+    """Write results into a folder; WriteError, with the name of the folder, where that is not possible."""
+    try:
+        writer(folder, records)
+    except OSError as error:
+        raise WriteError(f"{folder}: {error}") from error
 
 
 def show(options: DiagnoseOptions, records: Sequence[Diagnosis], console: Console) -> None:

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 if the training diverged, or a file could not be written; 2 for bad input; if a signal ended
-        the run, 130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1. All but 0 come with one line.
+        the run, 130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1, 142 for SIGALRM. All but 0 come with one line.
     """
     argv = sys.argv[1:] if argv is None else argv
     world = world_from_environment()
@@ -203,13 +203,17 @@ def row_of_log(
     setup: Setup, training: Training, trained: dict[str, float], tested: dict[str, dict[str, float]], start: float
 ) -> dict[str, Any]:
     """A row of `log.txt`, of the epoch that began at `start`."""
-    skipped = torch.tensor(training.loader.num_skipped, device=setup.runtime.device)
+    loader = training.loader
+    counts = [loader.num_skipped, loader.num_taken, loader.num_made, loader.making_seconds]
+    of_this_process = torch.tensor(counts, dtype=torch.float64, device=setup.runtime.device)
+    skipped, taken, made, making_seconds = distributed.sum_over_ranks(of_this_process).tolist()
     row = {"epoch": training.epoch + 1, "train_loss": trained["loss"], "train_lr": trained["lr"]}
-    row |= {"skipped_steps": training.progress.skipped, "skipped_images": distributed.sum_over_ranks(skipped).item()}
+    row |= {"skipped_steps": training.progress.skipped, "skipped_images": int(skipped)}
     for name, result in tested.items():
         row |= {f"{name}_{key}": result[key] for key in ("loss", "acc1", "acc5") if key in result}
     row |= {"n_parameters": count_parameters(setup.model), "seconds": time.monotonic() - start}
-    return row | {key: trained[key] for key in ("images_per_second", "waiting_share")}
+    row |= {key: trained[key] for key in ("images_per_second", "waiting_share")}
+    return row | {"making_seconds": making_seconds, "batches": int(taken), "batches_made": int(made)}
 
 
 def summarise(row: dict[str, Any], epochs: int) -> str:

@@ -1,10 +1,5 @@
 """What a checkpoint sees on images, and its model as a file for other programs: `python predict.py --help`."""
 
-from runtime.interrupt import end_on_ctrl_c, raise_on_ctrl_c
-
-if __name__ == "__main__":
-    end_on_ctrl_c("predict.py")
-
 import argparse
 import json
 import logging
@@ -15,16 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.download import is_url
+from runtime.interrupt import raise_on_ctrl_c
 from runtime.logs import end_in_one_line
+from runtime.startup import start_command
 from training.options import Parser, flag_of, image_size, whole
 
-if TYPE_CHECKING:  # torch takes seconds to import: it comes after the first line on the screen
+if TYPE_CHECKING:  # torch takes seconds to import: it comes once the command line is known to be right
     from torch import Tensor, nn
 
 _logger = logging.getLogger(__name__)
 
-FLAGS = {"model": "--model", "pe": "--pe", "join_type": "--join-type", "input_size": "--input-size"}
-"""What a checkpoint may not say of its model, and the flags for it."""
 EXPORTS = ("onnx", "pt2")
 
 
@@ -114,27 +109,20 @@ def load_model(args: argparse.Namespace) -> Any:
     Raises:
         ValueError, OSError: see `lape_vit.load`; a model without classes, or of other images than RGB.
     """
-    from lape_vit.from_checkpoint import load_described
+    from lape_vit.from_checkpoint import OF_MODEL, load_described
     from lape_vit.images import data_config
     from runtime.distributed import pick_device
     from runtime.world import World
     from training.checkpoint import load_checkpoint
 
     device = pick_device(args.device, World())
-    given = {name: getattr(args, name) for name in FLAGS}
-    spelled = {**FLAGS, "use_ema": "--use-ema"}
-    model, _ = load_described(
-        load_checkpoint(args.checkpoint), args.checkpoint, given, spelled.__getitem__, args.use_ema
-    )
+    given = {name: getattr(args, name) for name in OF_MODEL}
+    model, _ = load_described(load_checkpoint(args.checkpoint), args.checkpoint, given, flag_of, args.use_ema)
     if model.num_classes == 0:
         raise ValueError(f"{args.checkpoint} holds a model without classes: there is nothing to predict")
     if (channels := data_config(model)["input_size"][0]) != 3:
         raise ValueError(f"{args.checkpoint} holds a model of images of {channels} channels: predict.py reads RGB")
     return model.to(device)
-
-
-def flag_for(name: str) -> str:
-    return FLAGS.get(name) or flag_of(name)
 
 
 def export(model: Any, kind: str, file: str) -> int:
@@ -255,5 +243,6 @@ def class_names(model: "nn.Module") -> tuple[list[str], list[str | None]]:
 
 
 if __name__ == "__main__":
+    start_command("predict.py", read_options)
     raise_on_ctrl_c()
     sys.exit(main())

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from diagnosis.tables import read_records
 from figures import comparison
-from figures.checkpoints import FLAGS, load_model, load_published
+from figures.checkpoints import load_model, load_published
 from figures.explore import explore_page
 from lape_vit import VisionTransformer
 from lape_vit.analysis.attention_maps import why_no_split
@@ -33,6 +33,7 @@ from lape_vit.analysis.diagnosis import Diagnosis
 from lape_vit.drawing import attention, positions
 from lape_vit.drawing.positions import Positions
 from lape_vit.encodings import all_options
+from lape_vit.from_checkpoint import OF_MODEL
 from lape_vit.images import image_transform
 from loading.images import read_image
 from runtime.interrupt import raise_on_ctrl_c
@@ -115,7 +116,7 @@ def read(path: str | None, args: argparse.Namespace) -> Checkpoint:
     Raises:
         ValueError, OSError: no checkpoint, one that does not fit the flags, a token outside its grid.
     """
-    flags = {name: getattr(args, name) for name in (*FLAGS, *all_options())}
+    flags = {name: getattr(args, name) for name in (*OF_MODEL, *all_options())}
     if path is None:
         model, description, path = load_published(args.pretrained, flags)
     else:

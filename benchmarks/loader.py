@@ -1,8 +1,10 @@
-"""How fast a core loads images to train and to evaluate with, beside torchvision's reading and timm's transforms.
+"""How fast a core loads batches to train and to evaluate with, beside timm's loaders.
 
     python -m benchmarks.loader --data-path FOLDER
 
-All pipelines have DeiT's recipe. They take turns at each batch, so that what else the machine does slows all of them.
+All pipelines have DeiT's recipe, and each runs in processes of its own, as each keeps memory in its own way. They take
+turns at each batch, so that what else the machine does slows all of them. timm's prefetching loader and ours leave
+normalisation and erasing to the device; here that is the CPU, whose time counts.
 """
 
 from benchmarks.options import loader_parser
@@ -13,10 +15,11 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import io
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,16 +29,20 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from timm.data.loader import create_loader
 from timm.data.transforms_factory import create_transform
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import Compose
 
 from benchmarks.timing import describe_machine
 from datasets import DATA_SETS
-from loading.images import ImageSettings, read_image, read_pixels
-from loading.transforms import Normalise, build_transform
+from loading.images import Batching, Finishing, ImageSettings, Sample, read_image, read_pixels
+from loading.transforms import build_transform
 from runtime.interrupt import raise_on_ctrl_c
 from runtime.logs import start_logging
-from runtime.seeding import AUGMENTATION, CROP, seed_everything
+from runtime.memory import keep_freed_memory
+from runtime.seeding import CROP, seed_everything
 from runtime.tables import Row, print_table
 from training.command_line import parser_of_main
 from training.options import Options, find_recipe, read_recipe
@@ -43,23 +50,27 @@ from training.options import Options, find_recipe, read_recipe
 SIZE = 224
 BATCH = 64
 """Images that one pipeline loads before it is the next one's turn."""
-STAGES = ("seed", "read", "decode", "crop and resize", "augment", "to tensor")
+STAGES = ("seed", "read", "decode", "crop and resize", "augment and collate", "normalise and erase")
 PLAIN = "torchvision and timm"
+PREFETCHING = "timm, prefetching"
+OURS = "ours"
 
 
 @dataclass(frozen=True)
-class Pass:
-    """Over the images of a batch: what each stage makes of what the one before made, the first of a path.
+class Pipeline:
+    """From the paths of a batch to its images.
 
     Attributes:
-        seeds: what each image is seeded for, if it is.
+        stages: by name, what each makes of what the one before made of an image, the first of a path.
+        batch_stages: likewise of a batch, the first of a list of (what the stages made, label, place).
+        seeds: whether each image is seeded for its crop.
+        keeps_memory: whether its processes keep freed memory.
     """
 
     stages: dict[str, Callable[[Any], Any]]
-    seeds: int | None
-
-
-Pipeline = list[Pass]
+    batch_stages: dict[str, Callable[[Any], Any]]
+    seeds: bool = False
+    keeps_memory: bool = False
 
 
 def recipe() -> ImageSettings:
@@ -74,49 +85,92 @@ def with_fast_crop(settings: ImageSettings, fast_crop: bool | None) -> ImageSett
     return replace(settings, augmentation=replace(settings.augmentation, fast_crop=fast_crop))
 
 
+@cache
 def pipelines(is_train: bool) -> dict[str, Pipeline]:
     """Those to compare, by name: the plain one first, ours as it is by default last."""
     deit = recipe()
+    pipelines = {PLAIN: _plain(is_train, deit), PREFETCHING: _prefetching(is_train, deit)}
+    if is_train:
+        pipelines["ours, --no-fast-crop"] = _ours(is_train, with_fast_crop(deit, False), read_image)
+    return pipelines | {OURS: _ours(is_train, deit, read_pixels if is_train else read_image)}
+
+
+def _timms_options(is_train: bool, deit: ImageSettings) -> dict[str, Any]:
     data, augmentation = deit.data, deit.augmentation
     if not is_train:
-        resize, crop, *finish = create_transform(
-            SIZE, interpolation=data.interpolation, crop_pct=data.eval_crop_ratio
-        ).transforms
-        plain = _plain(Compose([resize, crop]), Compose([]), Compose(finish))
-        return {PLAIN: plain, "ours": _ours(False, read_image, build_transform(False, deit, is_small=False))}
-    transforms = create_transform(
-        SIZE,
-        is_training=True,
-        hflip=augmentation.hflip,
-        auto_augment=augmentation.aa,
-        interpolation=augmentation.train_interpolation,
-        re_prob=augmentation.reprob,
-        re_mode=augmentation.remode,
-        re_count=augmentation.recount,
-        separate=True,
-    )
-    return {PLAIN: _plain(*transforms)} | {
-        name: _ours(True, decode, build_transform(True, with_fast_crop(deit, fast_crop), is_small=False))
-        for name, fast_crop, decode in (("ours, --no-fast-crop", False, read_image), ("ours", None, read_pixels))
+        return {"interpolation": data.interpolation, "crop_pct": data.eval_crop_ratio}
+    return {
+        "is_training": True,
+        "hflip": augmentation.hflip,
+        "auto_augment": augmentation.aa,
+        "interpolation": augmentation.train_interpolation,
+        "re_prob": augmentation.reprob,
+        "re_mode": augmentation.remode,
+        "re_count": augmentation.recount,
     }
 
 
-def _plain(*transforms: Compose) -> Pipeline:
-    steps = (Path.read_bytes, _decode, *transforms)
-    return [Pass(dict(zip(STAGES[1:], steps, strict=True)), seeds=None)]
+def _plain(is_train: bool, deit: ImageSettings) -> Pipeline:
+    """A worker erases and normalises each image, and collates the batch."""
+    crop, flip_or_centre, *augment_and_finish = create_transform(SIZE, **_timms_options(is_train, deit)).transforms
+    number = 1 if is_train else 0  # of policies; the rest makes a tensor, normalises and erases
+    augment, finish = Compose(augment_and_finish[:number]), Compose(augment_and_finish[number:])
+    steps = (Path.read_bytes, _decode, Compose([crop, flip_or_centre]), augment)
+    return Pipeline(
+        dict(zip(STAGES[1:], (*steps, finish), strict=True)), {STAGES[4]: lambda batch: default_collate(batch)[0]}
+    )
 
 
-def _ours(is_train: bool, decode: Callable[[bytes], Any], transform: Compose) -> Pipeline:
+class _NoImages(Dataset):
+    """Whom timm's `create_loader` gives the transform."""
+
+    transform: Compose
+
+    def __len__(self) -> int:
+        return BATCH
+
+
+def _prefetching(is_train: bool, deit: ImageSettings) -> Pipeline:
+    """`timm.data.create_loader(use_prefetcher=True)`: a worker collates pixels, and the device does the rest."""
+    images = _NoImages()
+    loader: Any = create_loader(
+        images,  # type: ignore[arg-type]  # of timm's data sets it needs no more than this
+        SIZE,
+        BATCH,
+        num_workers=0,
+        persistent_workers=False,
+        device=torch.device("cpu"),
+        **_timms_options(is_train, deit),
+    )
+    crop, flip_or_centre, *augment, to_numpy = images.transform.transforms
+    collate = loader.loader.collate_fn
+
+    def finish(batch: Any) -> Tensor:
+        loader.loader = [batch]
+        ((images, _),) = loader
+        return images
+
+    steps = (Path.read_bytes, _decode, Compose([crop, flip_or_centre]), Compose([*augment, to_numpy]))
+    return Pipeline(
+        dict(zip(STAGES[1:5], steps, strict=True)),
+        {STAGES[4]: lambda batch: collate([(image, label) for image, label, _ in batch]), STAGES[5]: finish},
+    )
+
+
+def _ours(is_train: bool, settings: ImageSettings, decode: Callable[[bytes], Any]) -> Pipeline:
     """As `loading.loader.ImageLoader` loads a batch."""
-    crop, finish = transform.transforms
-    steps = finish.transforms
-    to_tensor = next(number for number, step in enumerate(steps) if isinstance(step, Normalise))
-    first = (Path.read_bytes, decode, crop)
-    last = (Compose(steps[:to_tensor]), Compose(steps[to_tensor:]))
-    return [
-        Pass(dict(zip(STAGES[1:4], first, strict=True)), seeds=CROP),
-        Pass(dict(zip(STAGES[4:], last, strict=True)), seeds=AUGMENTATION if is_train else None),
-    ]
+    crop, augment, finish = build_transform(is_train, settings, is_small=False).transforms
+    seed = settings.seed if is_train else None
+    batching, finishing = Batching(augment, seed), Finishing(finish.transforms, seed, torch.device("cpu"))
+    return Pipeline(
+        dict(zip(STAGES[1:4], (Path.read_bytes, decode, crop), strict=True)),
+        {
+            STAGES[4]: lambda batch: batching([Sample(image, label, place, "") for image, label, place in batch]),
+            STAGES[5]: lambda loaded: finishing(loaded[0][0], loaded[1]),
+        },
+        seeds=True,
+        keeps_memory=True,
+    )
 
 
 def _decode(content: bytes) -> Image.Image:
@@ -124,45 +178,58 @@ def _decode(content: bytes) -> Image.Image:
     return Image.open(io.BytesIO(content)).convert("RGB")
 
 
-def measure(is_train: bool, repeats: int, files: Sequence[Path]) -> np.ndarray:
-    """Milliseconds per image, (repeats, pipelines, stages, 2): of this process's CPU, and of the clock on the wall."""
-    torch.set_num_threads(1)
-    compared = list(pipelines(is_train).values())
+def measure(
+    is_train: bool, repeats: int, shares: Sequence[Sequence[Path]], processes: Mapping[str, Executor]
+) -> np.ndarray:
+    """Milliseconds per image, (repeats, pipelines, stages, 2): of a process's CPU, and of the clock on the wall.
+
+    Args:
+        shares: of the files, one for each process of a pipeline; their times are averaged.
+        processes: of each pipeline.
+    """
+    compared = list(pipelines(is_train))
     times = np.zeros((1 + repeats, len(compared), len(STAGES), 2))  # once more, to warm up
     for repeat in range(1 + repeats):
-        for first, turn in product(range(0, len(files), BATCH), range(len(compared))):
-            place = (first // BATCH + turn) % len(compared)
-            batch = dict(enumerate(files[first : first + BATCH], first))
-            load(compared[place], batch, repeat, times[repeat, place])
-    return times[1:] / len(files) * 1000
+        for first, turn in product(range(0, len(shares[0]), BATCH), range(len(compared))):
+            number = (first // BATCH + turn) % len(compared)
+            batches = [share[first : first + BATCH] for share in shares]
+            load_share = partial(load, is_train, compared[number], repeat, first)
+            times[repeat, number] += np.mean(list(processes[compared[number]].map(load_share, batches)), axis=0)
+    return times[1:] / len(shares[0]) * 1000
 
 
-def load(pipeline: Pipeline, batch: dict[int, Any], epoch: int, times: np.ndarray) -> None:
-    """Turn paths, by their places in the epoch, into images, and add to what each stage took: (stages, 2)."""
-    for one in pipeline:
-        stages = ["seed"] * (one.seeds is not None) + [*one.stages]
-        taken = [STAGES.index(stage) for stage in stages]
-        for number, value in batch.items():
-            stamps = [_now()]
-            if one.seeds is not None:
-                seed_everything(0, one.seeds, epoch, number)
-                stamps.append(_now())
-            for step in one.stages.values():
-                value = step(value)
-                stamps.append(_now())
-            batch[number] = value
-            times[taken] += np.diff(stamps, axis=0)
+def load(is_train: bool, name: str, epoch: int, first: int, files: Sequence[Path]) -> np.ndarray:
+    """What each stage of a pipeline takes for a batch: (stages, 2), seconds."""
+    times = np.zeros((len(STAGES), 2))
+    load_batch(pipelines(is_train)[name], {(epoch, first + number): file for number, file in enumerate(files)}, times)
+    return times
 
 
-def _now() -> tuple[float, float]:
-    return time.process_time(), time.perf_counter()
+def load_batch(pipeline: Pipeline, files: Mapping[tuple[int, int], Path], times: np.ndarray) -> Tensor:
+    """Turn paths, by their places, into images (B, 3, H, W), and add to what each stage took: (stages, 2)."""
+
+    def timed(stage: str, step: Callable[..., Any], *values: Any) -> Any:
+        start = time.process_time(), time.perf_counter()
+        result = step(*values)
+        times[STAGES.index(stage)] += time.process_time() - start[0], time.perf_counter() - start[1]
+        return result
+
+    batch: Any = []
+    for place, value in files.items():
+        if pipeline.seeds:
+            timed(STAGES[0], seed_everything, 0, CROP, *place)
+        for stage, step in pipeline.stages.items():
+            value = timed(stage, step, value)
+        batch.append((value, 0, place))
+    for stage, step in pipeline.batch_stages.items():
+        batch = timed(stage, step, batch)
+    return batch
 
 
-def measure_on_cores(is_train: bool, repeats: int, files: Sequence[Path], workers: int) -> np.ndarray:
-    """As `measure`, on average over processes that share out the files and run at the same time."""
-    shares = [files[worker::workers] for worker in range(workers)]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as processes:
-        return np.mean(list(processes.map(partial(measure, is_train, repeats), shares)), axis=0)
+def start_process(keeps_memory: bool) -> None:
+    torch.set_num_threads(1)
+    if keeps_memory:
+        keep_freed_memory()
 
 
 def rows_of(names: Sequence[str], times: np.ndarray) -> list[Row]:
@@ -211,14 +278,27 @@ def main() -> None:
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[: args.images]
         if len(files) < args.workers:
             parser.error(f"{len(files)} JPEGs in --data-path {folder} are too few for --workers {args.workers}")
+        shares = [files[worker :: args.workers][: len(files) // args.workers] for worker in range(args.workers)]
         ratios = []
-        for split, is_train in (("training", True), ("evaluation", False)):
-            times = measure_on_cores(is_train, args.repeats, files, args.workers)
-            title = f"{split}: {len(files)} images, {args.workers} process(es), median of {args.repeats} passes"
-            rows = rows_of(list(pipelines(is_train)), times)
-            print_table(console, f"{title}; {describe_machine(torch.device('cpu'))}", rows, ("per image",))
-            cpu = times[..., 0].sum(axis=2)
-            ratios.append(f"{split} {_with_spread(cpu[:, 0] / cpu[:, -1], 2)}")
+        with ExitStack() as stack:
+            processes = {
+                name: stack.enter_context(
+                    ProcessPoolExecutor(
+                        args.workers,
+                        mp_context=get_context("spawn"),
+                        initializer=start_process,
+                        initargs=(pipeline.keeps_memory,),
+                    )
+                )
+                for name, pipeline in pipelines(is_train=True).items()
+            }
+            for split, is_train in (("training", True), ("evaluation", False)):
+                times = measure(is_train, args.repeats, shares, processes)
+                title = f"{split}: {len(files)} images, {args.workers} process(es), median of {args.repeats} passes"
+                rows = rows_of(list(pipelines(is_train)), times)
+                print_table(console, f"{title}; {describe_machine(torch.device('cpu'))}", rows, ("per image",))
+                cpu = times[..., 0].sum(axis=2)
+                ratios.append(f"{split} {_with_spread(cpu[:, 0] / cpu[:, -1], 2)}")
     console.print(f"times as fast as {PLAIN}, per core: {', '.join(ratios)}", soft_wrap=True)
 
 

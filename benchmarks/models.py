@@ -1,12 +1,12 @@
-"""Forward and training step of every legal pair of an encoding and a join, next to timm's model of the same size.
+"""Training and evaluation step of every legal pair of an encoding and a join, next to timm's model of the same size.
 
-python -m benchmarks.models [--model NAME ...] [--pe NAME ...] [--join-type NAME ...] [--batch-size N] [--compile] ...
+python -m benchmarks.models [--model NAME ...] [--step NAME ...] [--pe NAME ...] [--join-type NAME ...] [--compile] ...
 
 All models take turns, a step each; a ratio is the median of the ratios to the reference's step of the same round, with
 its quartiles. A training step is forward, cross-entropy, backward and a step of fused AdamW.
 """
 
-from benchmarks.options import FORWARD, MODELS, models_parser
+from benchmarks.options import FORWARD, MODELS, STEPS, models_parser
 from runtime.startup import start_command
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -122,13 +122,13 @@ def training_flops(workload: Workload) -> int:
     return counter.get_total_flops()
 
 
-def peak_memory(make: Callable[..., nn.Module], setting: Setting) -> int:
-    """Of a model, its optimiser and two training steps, in bytes."""
+def peak_memory(make: Callable[..., nn.Module], setting: Setting, step: str = "train") -> int:
+    """Of a model, its optimiser and two steps, ``train`` or ``forward``, in bytes."""
     meter = MemoryMeter(setting.device)
     workload = Workload(make, setting)
-    workload.model.train()
-    workload.train()
-    workload.train()
+    workload.model.train(step == "train")
+    for _ in range(2):
+        getattr(workload, step)()
     return meter.peak()
 
 
@@ -141,25 +141,22 @@ def take_turns(workloads: Sequence[Workload], step: str, setting: Setting) -> li
     return alternate([getattr(workload, step) for workload in workloads], repeats, setting.device)
 
 
-def measure(name: str, compared: Sequence[Pair | None], reference: str, setting: Setting) -> list[Row]:
+def measure(name: str, compared: Sequence[Pair | None], reference: str, step: str, setting: Setting) -> list[Row]:
     """A row of the table for each pair, and for another of timm's models: so much do two equals differ."""
     references = list(dict.fromkeys(reference_of(pair, reference) for pair in compared))
     models = [Workload(maker(name, pair), setting) for pair in (*references, *compared)]
-    forward, train = (take_turns(models, step, setting) for step in ("forward", "train"))
+    timings = take_turns(models, step, setting)
     peak_flops = matmul_flops(setting.device, setting.dtype)
     rows = []
     for number, pair in enumerate(compared, len(references)):
         other = references.index(reference_of(pair, reference))
-        share = training_flops(models[number]) / train[number].median / peak_flops
-        time = f"time / {reference}'s"
-        rows.append(
-            dict(zip(NAMES, pair or ("timm's, again", ""), strict=True))
-            | {"forward, images/s": f"{setting.batch_size / forward[number].median:,.0f}"}
-            | {f"forward, {time}": str(forward[number].ratio_to(forward[other]))}
-            | {"training, images/s": f"{setting.batch_size / train[number].median:,.0f}"}
-            | {f"training, {time}": str(train[number].ratio_to(train[other]))}
-            | {"share of matmul peak": f"{share:.0%}"}
-        )
+        row = dict(zip(NAMES, pair or ("timm's, again", ""), strict=True))
+        row["images/s"] = f"{setting.batch_size / timings[number].median:,.1f}"
+        row[f"time / {reference}'s"] = str(timings[number].ratio_to(timings[other]))
+        if step == "train":
+            share = training_flops(models[number]) / timings[number].median / peak_flops
+            row["share of matmul peak"] = f"{share:.0%}"
+        rows.append(row)
     return rows
 
 
@@ -193,13 +190,14 @@ def main() -> None:
     for name in args.model:
         batch_size = args.batch_size or (16 if name.endswith("224") else 128)
         setting = Setting(device, getattr(torch, args.dtype), args.compile, batch_size, args.repeats)
-        rows = measure(name, compared, args.reference, setting)
-        if MemoryMeter.can_measure(device):
-            ratios = compare_memory(name, compared, args.reference, setting)
-            memory = f"training, memory / {args.reference}'s"
-            rows = [row | {memory: ratio} for row, ratio in zip(rows, ratios, strict=True)]
         mode = f"{args.dtype}, {'compiled' if args.compile else 'eager'}, batch {batch_size}"
-        print_table(console, f"{name}: {mode}; {describe_machine(device)}", rows, NAMES)
+        for step in args.step:
+            rows = measure(name, compared, args.reference, step, setting)
+            if step == "train" and MemoryMeter.can_measure(device):
+                ratios = compare_memory(name, compared, args.reference, setting)
+                memory = f"memory / {args.reference}'s"
+                rows = [row | {memory: ratio} for row, ratio in zip(rows, ratios, strict=True)]
+            print_table(console, f"{name}, {STEPS[step]}: {mode}; {describe_machine(device)}", rows, NAMES)
 
 
 if __name__ == "__main__":

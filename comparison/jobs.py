@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def run_jobs(
     running: list[tuple[Job, subprocess.Popen[bytes], dict[str, str]]] = []
     try:
         while waiting or running:
-            while waiting and free:
+            while waiting and free and not noted_signal():
                 job, place = waiting.popleft(), free.pop(0)
                 running.append((job, job.start(place), place))
             watch()
@@ -182,3 +183,16 @@ def alone_in(folder: Path) -> Iterator[None]:
             raise ValueError(f"another compare.py is at work in {folder}, or runs that it has started") from error
         os.set_inheritable(lock.fileno(), True)
         yield
+
+
+@contextmanager
+def folder_of_batches(folder: Path) -> Iterator[Path]:
+    """Where the runs in a folder share their batches; empty at the start, and gone at the end."""
+    batches = folder / ".batches"
+    if batches.exists():  # as an earlier call was killed
+        shutil.rmtree(batches)
+    try:
+        yield batches
+    finally:
+        if batches.exists():
+            shutil.rmtree(batches)

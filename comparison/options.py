@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from runtime.world import world_from_environment
 from training.catalogue import encoding_options
 from training.command_line import check_command_line
-from training.options import WIDTH, Parser, encoding_option, flag_of, whole
+from training.options import WIDTH, Parser, encoding_option, flag_of, number, whole
 
 ALL = "all"
 """In place of names: all that there are, without sums; pairs that are not legal are then left out without a word."""
@@ -23,6 +23,7 @@ NOT_HERE = {
     "resume": "compare.py continues the runs in --output_dir by itself",
     "auto_resume": "compare.py continues the runs in --output_dir by itself",
     "start_epoch": "compare.py continues the runs in --output_dir by itself",
+    "shared_batches": "compare.py names the folder by itself: give --share-batches",
     "eval": "compare.py evaluates by itself, at other sizes by --sizes",
     "eval_ema": "compare.py evaluates by itself, at other sizes by --sizes",
     **dict.fromkeys(("world_size", "dist_url", "init_timeout"), "each run of compare.py is one process"),
@@ -55,6 +56,13 @@ def build_parser() -> Parser:
     add("--jobs", type=whole(1), default=1, metavar="N",
         help="runs at a time: they share out the cores and, unless --num-workers is given, the processes that load "
              "data; with several GPUs each run has one; default: 1")
+    add("--share-batches", action="store_true",
+        help="runs of one seed that train at the same time make each augmented batch once, and share it through files "
+             "in DIR, which are removed at the end; the fast ones wait for the slow ones; results stay the same to the "
+             "bit")
+    add("--minutes", type=number(), metavar="M",
+        help="stop after M minutes: the runs save, which takes some seconds more, and the same command continues; exit "
+             "code 142; default: no limit")
     add("--sizes", nargs="+", type=whole(1), default=[], metavar="S",
         help="evaluate every trained model at these sides of its input, too: sizes.md, sizes.csv and sizes.png")
     add("--size-ways", nargs="+", choices=tuple(WAYS), default=[PLAIN], metavar="WAY",
@@ -86,6 +94,8 @@ def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             raise ValueError(f"{flag} names one thing twice")
     if args.size_ways != [PLAIN] and not args.sizes:
         raise ValueError("--size-ways says how --sizes evaluates: give both")
+    if args.share_batches and args.jobs < 2:
+        raise ValueError("--share-batches is for runs that train at the same time: give --jobs 2 or more, too")
     if world_from_environment().size > 1:
         raise ValueError("compare.py starts its runs itself, by --jobs: start it by python, not by torchrun")
     for name in NOT_HERE.keys() & check_command_line(rest).keys():

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from comparison.options import ALL
+from datasets import DATA_SETS
 from lape_vit.encodings import all_options, canonical_name, names, resolve
 from lape_vit.joins import JOINS, legal_joins
 from runtime.distributed import pick_device
@@ -120,6 +121,13 @@ class Plan:
 
     def finished(self) -> list[Run]:
         return [run for run in self.all_runs if run.is_finished()]
+
+
+def check_can_share(plan: Plan) -> None:
+    """Raise ValueError where runs cannot share batches."""
+    data_set = plan.options.data.data_set
+    if DATA_SETS[data_set].is_sharded:
+        raise ValueError(f"--share-batches means nothing to {data_set}: leave it out")
 
 
 def place_in_registries(pe: str, join_type: str) -> tuple[int, list[int], str, int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from comparison.plan import Plan, Run
 from runtime.files import write_text
+from runtime.logs import clock
 from runtime.tables import Row, markdown
 
 Pair = tuple[str, str]
@@ -16,6 +17,7 @@ Pair = tuple[str, str]
 NAMES = ("encoding", "join")
 """Columns that hold no numbers."""
 BEST = "best (%)"
+MAKING = "making batches"
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def write_tables(plan: Plan, found: Mapping[Pair, Sequence[Outcome]], failures: 
     for row, average in zip(rows, means, strict=True):
         if BEST in row and average == max(means):
             row[BEST] = f"**{row[BEST]}**"
-    text = f"# {heading(plan)}\n\n{markdown(rows, NAMES)}{remarks(plan)}{failed(failures)}"
+    text = f"# {heading(plan)}\n\n{markdown(rows, NAMES)}{remarks(plan, rows)}{failed(failures)}"
     write_text(plan.folder / "table.md", text)
     write_text(plan.folder / "table.csv", csv_text(csv_rows(found, failures, plan)))
 
@@ -124,6 +126,7 @@ def cells(finished: Sequence[Outcome]) -> Row:
         "parameters": f"{finished[0].rows[-1]['n_parameters']:,}",
         "images/s": f"{speed(finished):,.0f}",
         "waiting for data": f"{100 * waiting(finished):.0f} %",
+        **({} if (made := Making.of(finished)) is None else {MAKING: f"{100 * made.share:.0f} %"}),
     }
 
 
@@ -150,6 +153,8 @@ def csv_rows(found: Mapping[Pair, Sequence[Outcome]], failures: Mapping[str, str
             "images_per_second": speed(finished) if finished else None,
             "waiting_share": waiting(finished) if finished else None,
         }
+        made = Making.of(finished)
+        row |= {"making_share": made and made.share, "making_share_unshared": made and made.share_unshared}
         rows.append(row)
     return rows
 
@@ -170,14 +175,68 @@ def waiting(finished: Sequence[Outcome]) -> float:
     return median(row["waiting_share"] for one in finished for row in one.rows)
 
 
-def remarks(plan: Plan) -> str:
-    """What a reader of the table has to know."""
+@dataclass(frozen=True)
+class Making:
+    """What it took to make the batches of some runs: to decode, crop and augment their images.
+
+    Attributes:
+        core_seconds: of making batches.
+        seconds: of training and evaluation, run by run.
+        made: batches that the runs have made themselves.
+        taken: batches that they have trained with.
+    """
+
+    core_seconds: float
+    seconds: float
+    made: int
+    taken: int
+
+    @classmethod
+    def of(cls, finished: Sequence[Outcome]) -> "Making | None":
+        """Of these runs; None if their logs do not say, as earlier versions wrote them."""
+        names = ("making_seconds", "seconds", "batches_made", "batches")
+        rows = [row for one in finished for row in one.rows if row.keys() >= {*names}]
+        found = cls(*(sum(row[name] for row in rows) for name in names))
+        return found if found.taken else None
+
+    @property
+    def share(self) -> float:
+        """Of one core's time beside each run, 0..1, or more if it takes more than one core."""
+        return self.core_seconds / self.seconds
+
+    @property
+    def share_unshared(self) -> float | None:
+        """The same if each run made all its batches; unknown for runs that made none."""
+        return self.share * self.taken / self.made if self.made else None
+
+
+def describe_making(found: Mapping[Pair, Sequence[Outcome]]) -> list[str]:
+    """A line on what it took to make batches, over all runs, with and without sharing; none if the logs do not say."""
+    made = Making.of([one for finished in found.values() for one in finished])
+    if made is None:
+        return []
+    line = f"making batches: {clock(made.core_seconds)} of a core's time in {clock(made.seconds)} of runs"
+    line += f" ({100 * made.share:.0f} %)"
+    if made.share_unshared is not None and made.made < made.taken:
+        line += f"; {made.made:,} of {made.taken:,} batches were made, the others shared: without sharing "
+        line += f"{100 * made.share_unshared:.0f} %"
+    return [line]
+
+
+def remarks(plan: Plan, rows: Sequence[Row]) -> str:
+    """What a reader of the table, of these rows, has to know."""
     common = plan.common
     lines = [
         "Accuracy on the test images: mean ± standard deviation over seeds, of each run's best epoch (chosen on the "
         "same images) and of its last one. Images per second and the share of time spent waiting for data are medians "
         f"over the epochs, several runs at a time included ({common['device']}, {common['amp_dtype']}).",
     ]
+    if any(MAKING in row for row in rows):
+        lines.append(
+            "Making batches (to decode, crop and augment images) is measured as part of one core's time beside a run. "
+            "With --share-batches a run makes some of its batches and reads the others, and waiting for data includes "
+            "waiting for slower runs."
+        )
     if plan.illegal:
         lines.append(f"Not trained, as the join cannot carry the encoding: {'; '.join(map(', '.join, plan.illegal))}.")
     return "".join(f"\n{line}\n" for line in lines)

@@ -12,11 +12,14 @@ from lape_vit.analysis.diagnosis import AtSize, Diagnosis, at_size, diagnose
 _logger = getLogger(__name__)
 
 
-def measure(subject: Subject, images: int, sizes: Sequence[int] = (), ways: Sequence[str] = ()) -> Diagnosis:
+def measure(
+    subject: Subject, images: int, judged: int | None = None, sizes: Sequence[int] = (), ways: Sequence[str] = ()
+) -> Diagnosis:
     """Diagnose a subject.
 
     Args:
         images: to look at, at most: a half fits probes, the other judges.
+        judged: images of the other half for knock-outs and attention, at most; None for the default.
         sizes: sides of the input to look at besides, pixels.
         ways: to evaluate at these, of `comparison.sizes.WAYS`; those that the encoding cannot take are left out.
 
@@ -31,9 +34,13 @@ def measure(subject: Subject, images: int, sizes: Sequence[int] = (), ways: Sequ
             fitted.batches(f"{name}: probes"),
             held_out.batches(f"{name}: knock-outs"),
             subject.untrained,
+            judged=judged,
         )
         at_sizes = [
-            look_at_size(subject, images, size, way) for way in ways if takes(subject.model.pe, way) for size in sizes
+            look_at_size(subject, images, record.judged, size, way)
+            for way in ways
+            if takes(subject.model.pe, way)
+            for size in sizes
         ]
     _logger.info(
         "%s: %d images in %.0f s, %.0f s per 1,000 images",
@@ -45,11 +52,11 @@ def measure(subject: Subject, images: int, sizes: Sequence[int] = (), ways: Sequ
     return replace(record, sizes=at_sizes, about=subject.about)
 
 
-def look_at_size(subject: Subject, images: int, size: int, way: str) -> AtSize:
-    """The model at another size, on the same held-out images."""
+def look_at_size(subject: Subject, images: int, judged: int, size: int, way: str) -> AtSize:
+    """The model at another size, on the same held-out images, and its attention on those that `judged` counts."""
     model = subject.at_size(size, "--reference-grid" in WAYS[way], "--log-n" in WAYS[way])
     _, held_out = subject.halves(images, size)
-    return at_size(model, held_out.batches(f"{short_name(subject.source)}: at {size}, {way}"), way)
+    return at_size(model, held_out.batches(f"{short_name(subject.source)}: at {size}, {way}"), way, judged)
 
 
 def seconds_per_thousand(record: Diagnosis) -> float:

@@ -27,12 +27,14 @@ class DiagnoseOptions:
 
     Attributes:
         checkpoints: paths; None in the place of one for weights that timm publishes.
+        knock_out_images: of the images that judge, at most; None for the default, which depends on the grid.
         given: options of `main.py` that the command line names.
     """
 
     checkpoints: Sequence[str | None]
     output_dir: Path
     images: int
+    knock_out_images: int | None
     sizes: Sequence[int]
     size_ways: Sequence[str]
     given: dict[str, Any]
@@ -60,6 +62,9 @@ def build_diagnose_parser() -> OptionParser:
     add("--output-dir", metavar="DIR", help="receives diagnosis.md, .csv and .json, and the pictures")
     add("--images", type=whole(4), default=IMAGES, metavar="N",
         help=f"look at N of the test images: a half fits probes, the other judges; default: {IMAGES}")
+    add("--knock-out-images", type=whole(1), metavar="N",
+        help="take N of the judging images for knock-outs and attention, which take longest; all of them if N is no "
+             "fewer; default: as many as have 20,000 patches, which is 103 of 14 x 14 and 1,250 of 4 x 4")
     add("--sizes", nargs="+", type=whole(1), default=[], metavar="S",
         help="look at attention and accuracy at these sides of the input, too")
     add("--size-ways", nargs="+", choices=tuple(WAYS), default=[PLAIN], metavar="WAY",
@@ -77,8 +82,8 @@ def read_options(argv: Sequence[str]) -> DiagnoseOptions:
     """
     parser = build_diagnose_parser()
     given = read_flags(parser, argv)
-    paths, folder, images, sizes, ways = (
-        given.pop(name) for name in ("checkpoints", "output_dir", "images", "sizes", "size_ways")
+    paths, folder, images, judged, sizes, ways = (
+        given.pop(name) for name in ("checkpoints", "output_dir", "images", "knock_out_images", "sizes", "size_ways")
     )
     if folder is None:
         raise ValueError("--output_dir DIR is needed: it receives the tables and the pictures")
@@ -93,4 +98,4 @@ def read_options(argv: Sequence[str]) -> DiagnoseOptions:
         raise ValueError("--size-ways says how --sizes evaluates: give both")
     if world_from_environment().size > 1:
         raise ValueError("diagnose.py is one process: start it by python, not by torchrun")
-    return DiagnoseOptions(paths or [None], Path(folder).expanduser(), images, sizes, ways, given)
+    return DiagnoseOptions(paths or [None], Path(folder).expanduser(), images, judged, sizes, ways, given)

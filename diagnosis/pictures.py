@@ -19,8 +19,9 @@ from matplotlib.ticker import MaxNLocator
 from comparison.pictures import DPI, LOOKS, colours_of, explain
 from diagnosis.summary import group
 from diagnosis.tables import heading
+from lape_vit.analysis import diagnosis_numbers as names
 from lape_vit.analysis.diagnosis import Diagnosis
-from lape_vit.analysis.diagnosis_numbers import INPUT, READ, TAKEN_AWAY, Group, Key, Values, changes_of
+from lape_vit.analysis.diagnosis_numbers import Group, Key, Values, changes_of
 from lape_vit.drawing.diagnosis import (
     FEW,
     SMALL,
@@ -46,15 +47,15 @@ def write_pictures(folder: Path, records: Sequence[Diagnosis]) -> list[str]:
     Returns:
         The names of the files.
     """
-    groups, names = group(records), []
+    groups, written = group(records), []
     pages = [(file_name(one.label), draw_group(one)) for one in groups]
     if len(groups) > 1:
         pages += [("diagnosis.png", draw_comparison(groups)), ("layers.png", draw_layers(groups))]
     for name, figure in pages:
         with atomic_write(folder / name) as file:
             figure.savefig(file, format="png", dpi=DPI)
-        names.append(name)
-    return names
+        written.append(name)
+    return written
 
 
 def file_name(label: str) -> str:
@@ -83,7 +84,7 @@ def draw_comparison(groups: Sequence[Group]) -> Figure:
     axes = figure.subplots(3, 2, height_ratios=(3.7, middle, 3.7))
     draw_knowledge(axes[0, 0], groups, values, looks)
     draw = partial(draw_curves, groups=groups, values=values, looks=looks)
-    draw(axes[0, 1], KNOWN_AT_INPUT, R2, lambda block: spot_key("r2", INPUT, "permuted", block), has_output=True)
+    draw(axes[0, 1], KNOWN_AT_INPUT, R2, lambda block: spot_key("r2", names.INPUT, "permuted", block), has_output=True)
     draw(axes[2, 0], "how sharp attention is", "entropy (nats)", lambda block: Key("entropy", block=block))
     draw(axes[2, 1], "how far attention looks", "distance (patches)", lambda block: Key("distance", block=block))
     measure = measure_of(values)
@@ -115,7 +116,7 @@ def draw_knowledge(
     axes: Axes, groups: Sequence[Group], values: Sequence[Values], looks: Sequence[dict[str, Any]]
 ) -> None:
     """What the where-probe finds in what attention reads."""
-    draw_curves(axes, KNOWN, R2, lambda block: Key("r2", READ, "permuted", block), groups, values, looks)
+    draw_curves(axes, KNOWN, R2, lambda block: Key("r2", names.READ, "permuted", block), groups, values, looks)
 
 
 def draw_curves(
@@ -143,11 +144,11 @@ def draw_all_changes(
     axes: Axes, groups: Sequence[Group], values: Sequence[Values], looks: Sequence[dict[str, Any]], measure: str
 ) -> None:
     """A row for each change of the whole model, and in it a mark for each group."""
-    changes = (["intact"] if measure == "accuracy" else []) + changes_of(groups)
+    changes = ([names.INTACT] if measure == "accuracy" else []) + changes_of(groups)
     height = 0.7 / len(groups)
     for row, name in enumerate(reversed(changes)):
         for number, (found, style) in enumerate(zip(values, looks, strict=True)):
-            numbers = found.get(Key(measure, "" if name == "intact" else name), [])
+            numbers = found.get(Key(measure, name), [])
             if numbers:
                 y = row + 0.35 - (number + 0.5) * height
                 axes.plot([min(numbers), max(numbers)], [y, y], color=style["color"], linewidth=1.2, alpha=0.6)
@@ -166,11 +167,11 @@ def draw_losses(
 ) -> None:
     """What is lost once the positions of one block are taken away."""
     for one, found, style in zip(groups, values, looks, strict=True):
-        intact = found[Key("accuracy")] if measure == "accuracy" else [100.0] * len(one.records)
+        intact = found[Key("accuracy", names.INTACT)] if measure == "accuracy" else [100.0] * len(one.records)
         lost = [
             [
                 whole - left
-                for whole, left in zip(intact, found.get(Key(measure, TAKEN_AWAY, block=block), []), strict=False)
+                for whole, left in zip(intact, found.get(Key(measure, names.TAKEN_AWAY, block=block), []), strict=False)
             ]
             for block in range(one.depth())
         ]

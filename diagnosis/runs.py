@@ -41,7 +41,7 @@ def diagnose_runs(
         if record is None:
             try:
                 subject = open_subject(given, str(run.best_checkpoint), display)
-                record = measure(subject, IMAGES, sizes, ways)
+                record = measure(subject, IMAGES, sizes=sizes, ways=ways)
             except (ValueError, OSError) as error:
                 failures[f"the diagnosis of {run.name}"] = " ".join(str(error).split())
                 continue

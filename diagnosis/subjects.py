@@ -30,6 +30,9 @@ from training.setup import image_settings, resolve_given, start_process
 
 _logger = getLogger(__name__)
 
+BATCH_SIZE = 16
+"""By default; evaluation takes half as many images again. On a CPU a larger batch leaves the caches."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -126,7 +129,8 @@ class Half:
         Raises:
             Interrupted: a signal came where signals are deferred.
         """
-        runtime, loader = self.subject.runtime, build_loader(self.images, False, self.settings, 0, 1)
+        runtime = self.subject.runtime
+        loader = build_loader(self.images, False, self.settings, 0, 1, runtime.device)
         steps = -(-len(self) // int(1.5 * self.settings.data.batch_size))
         with runtime.display.show(title, steps) as loop:
             for images, labels in first_images(loop.batches(loader), len(self)):
@@ -150,7 +154,8 @@ def first_images(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> Iterat
 def split(images: Images, count: int) -> tuple[Images, Images]:
     """Two parts of a data set that share no image, the same at every call: a random half of `count` images each.
 
-    Of tar files, whose images have no index, every second file.
+    They are in random order, so that the first of them are as good as any. Of tar files, whose images have no index,
+    every second file, as they are.
 
     Raises:
         ValueError: there are too few images, or a single tar file.
@@ -164,8 +169,8 @@ def split(images: Images, count: int) -> tuple[Images, Images]:
         halves: list[Any] = [Shards(shards.urls[half::2], shards.crop, shards.read_file) for half in (0, 1)]
     else:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].tolist()
-        halves = [Subset(images.cropped, sorted(half)) for half in (order[: len(order) // 2], order[len(order) // 2 :])]
-    fitted, held_out = (Images(half, images.finish, images.labels) for half in halves)
+        halves = [Subset(images.cropped, half) for half in (order[: len(order) // 2], order[len(order) // 2 :])]
+    fitted, held_out = (Images(half, images.augment, images.finish, images.labels) for half in halves)
     if len(fitted) < 2:
         raise ValueError(f"{len(images)} images are too few, or --images {count} is: a probe needs four or more")
     return fitted, held_out
@@ -181,7 +186,7 @@ def open_subject(given: Mapping[str, Any], checkpoint_path: str | None, display:
     Raises:
         ValueError, OSError: what `main.py` refuses; but classes that are not the data set's only cost the accuracy.
     """
-    parser, given = parser_of_main(), {"batch_size": 32, "amp_dtype": "float32", **given, "eval": True}
+    parser, given = parser_of_main(), {"batch_size": BATCH_SIZE, "amp_dtype": "float32", **given, "eval": True}
     if "data_set" in given:
         given["data_set"] = canonical_data_set(given["data_set"])
     checkpoint: dict[str, Any] = {}

@@ -7,21 +7,10 @@ from pathlib import Path
 
 from comparison.tables import csv_text, mean_and_deviation
 from diagnosis.summary import about, group, spread
+from lape_vit.analysis import diagnosis_numbers as names
 from lape_vit.analysis.attention_statistics import uniform_distance
 from lape_vit.analysis.diagnosis import Diagnosis
-from lape_vit.analysis.diagnosis_numbers import (
-    INPUT,
-    OUTPUT,
-    READ,
-    REMOVED,
-    REMOVED_AT_OUTPUT,
-    SHARPNESS,
-    TAKEN_AWAY,
-    Group,
-    Key,
-    Values,
-    changes_of,
-)
+from lape_vit.analysis.diagnosis_numbers import Group, Key, Values, changes_of, images_of
 from runtime.files import write_text
 from runtime.tables import NOT_YET, Row, markdown
 
@@ -66,7 +55,7 @@ def csv_rows(groups: Sequence[Group]) -> list[dict[str, object]]:
 def report(groups: Sequence[Group]) -> str:
     """The tables for the eye."""
     values = [one.all_values() for one in groups]
-    text = f"# Where are the patches? {heading(groups)}\n\n{REMARKS}\n"
+    text = f"# Where are the patches? {heading(groups)}\n\n{REMARKS}\n\n{all_counts(groups)}\n"
     text += f"\n## What the layers know, and what the model uses\n\n{markdown(overview_rows(groups, values), NAMES)}"
     for measure in ("accuracy", "agreement"):
         rows = knock_out_rows(groups, values, measure)
@@ -89,6 +78,27 @@ REMARKS = (
 )
 
 
+def all_counts(groups: Sequence[Group]) -> str:
+    """How many images each number is of, once for all groups where they agree."""
+    texts = {one.label: counts(one.first) for one in groups}
+    if len({*texts.values()}) == 1:
+        return counts(groups[0].first)
+    return "\n\n".join(f"*{label}*: {text}" for label, text in texts.items())
+
+
+def counts(record: Diagnosis) -> str:
+    """How many images each number is of, and what that means for it."""
+    error = 50 / math.sqrt(record.judged)  # of a half of all answers, in per cent
+    of_these = "all" if record.judged == record.held_out else record.judged
+    floor = f" The untrained model has seen {record.floor} images of each half." if record.untrained else ""
+    return (
+        f"Probes are fitted to {record.fitted} images and judged on {record.held_out} others, and so is the accuracy "
+        f"in the first table. Knock-outs, with the intact model beside them, and attention are of {of_these} of "
+        f"these: the same for every change, so that differences are paired. The standard error of a percentage of "
+        f"{record.judged} images is at most {error:.1f} points.{floor}"
+    )
+
+
 def heading(groups: Sequence[Group]) -> str:
     """What was diagnosed, in few words."""
     models, data_sets = (
@@ -96,8 +106,7 @@ def heading(groups: Sequence[Group]) -> str:
     )
     first = groups[0].first
     height, width = first.grid
-    images = f"{first.fitted} images to fit probes, {first.held_out} to judge"
-    return f"{models} on {data_sets}, {height} x {width} patches; {images}"
+    return f"{models} on {data_sets}, {height} x {width} patches; {images_of(first)}"
 
 
 def cell(values: Values, key: Key) -> str:
@@ -113,13 +122,15 @@ def overview_rows(groups: Sequence[Group], values: Sequence[Values]) -> list[Row
         first, last = 0, one.depth() - 1
         row = {"model": one.label, "seeds": str(len(one.records)), "accuracy (%)": cell(found, Key("accuracy"))}
         for block in dict.fromkeys((first, last)):
-            row[f"R² read, block {'0' if block == 0 else 'last'}"] = cell(found, Key("r2", READ, "permuted", block))
-        row["R² output"] = cell(found, Key("r2", OUTPUT, "permuted"))
-        row["R² output, contents in place"] = cell(found, Key("r2", OUTPUT))
-        row["R² output, untrained"] = cell(found, Key("r2", OUTPUT, "untrained, permuted"))
-        row["error, patches"] = cell(found, Key("error", OUTPUT, "permuted"))
-        row["similarity by distance"] = cell(found, Key("similarity", OUTPUT, "permuted"))
-        row["share of position"] = cell(found, Key("share", OUTPUT))
+            row[f"R² read, block {'0' if block == 0 else 'last'}"] = cell(
+                found, Key("r2", names.READ, "permuted", block)
+            )
+        row["R² output"] = cell(found, Key("r2", names.OUTPUT, "permuted"))
+        row["R² output, contents in place"] = cell(found, Key("r2", names.OUTPUT))
+        row["R² output, untrained"] = cell(found, Key("r2", names.OUTPUT, "untrained, permuted"))
+        row["error, patches"] = cell(found, Key("error", names.OUTPUT, "permuted"))
+        row["similarity by distance"] = cell(found, Key("similarity", names.OUTPUT, "permuted"))
+        row["share of position"] = cell(found, Key("share", names.OUTPUT))
         row["s per 1,000 images"] = cell(found, Key("seconds per 1,000 images"))
         rows.append(row)
     return rows
@@ -132,7 +143,7 @@ def knock_out_rows(groups: Sequence[Group], values: Sequence[Values], measure: s
     for one, found in zip(groups, values, strict=True):
         row = {"model": one.label}
         if measure == "accuracy" and Key("accuracy") in found:
-            row["intact"] = cell(found, Key("accuracy"))
+            row[names.INTACT] = cell(found, Key("accuracy", names.INTACT))
         known = {change: Key(measure, change) for change in changes}
         row |= {change: cell(found, key) for change, key in known.items() if any(key in each for each in values)}
         rows.append(row)
@@ -146,20 +157,20 @@ def block_rows(one: Group, found: Values) -> list[Row]:
     unit = "%" if answer == "accuracy" else "% same"
     for block in range(one.depth()):
         row = {"block": str(block)}
-        for spot in (INPUT, READ):
+        for spot in (names.INPUT, names.READ):
             row[f"R² {spot}"] = cell(found, Key("r2", spot, "", block))
             row[f"R² {spot}, permuted"] = cell(found, Key("r2", spot, "permuted", block))
-        row["untrained read, permuted"] = cell(found, Key("r2", READ, "untrained, permuted", block))
-        row |= _of_spot(found, INPUT, block)
-        row[f"{REMOVED} ({unit})"] = cell(found, Key(answer, REMOVED, block=block))
-        row[f"{TAKEN_AWAY} ({unit})"] = cell(found, Key(answer, TAKEN_AWAY, block=block))
+        row["untrained read, permuted"] = cell(found, Key("r2", names.READ, "untrained, permuted", block))
+        row |= _of_spot(found, names.INPUT, block)
+        row[f"{names.REMOVED} ({unit})"] = cell(found, Key(answer, names.REMOVED, block=block))
+        row[f"{names.TAKEN_AWAY} ({unit})"] = cell(found, Key(answer, names.TAKEN_AWAY, block=block))
         row["entropy, nats"] = cell(found, Key("entropy", block=block))
         row["distance, patches"] = cell(found, Key("distance", block=block))
         rows.append(row)
-    output = {"block": "output", "R² input": cell(found, Key("r2", OUTPUT))}
-    output["R² input, permuted"] = cell(found, Key("r2", OUTPUT, "permuted"))
-    output |= _of_spot(found, OUTPUT, None)
-    output[f"{REMOVED} ({unit})"] = cell(found, Key(answer, REMOVED_AT_OUTPUT))
+    output = {"block": "output", "R² input": cell(found, Key("r2", names.OUTPUT))}
+    output["R² input, permuted"] = cell(found, Key("r2", names.OUTPUT, "permuted"))
+    output |= _of_spot(found, names.OUTPUT, None)
+    output[f"{names.REMOVED} ({unit})"] = cell(found, Key(answer, names.REMOVED_AT_OUTPUT))
     rows.append({column: output.get(column, NOT_YET) for column in rows[0]})
     uniform = {"block": "uniform attention", "entropy, nats": f"{math.log(one.first.tokens):.2f}"}
     uniform["distance, patches"] = f"{uniform_distance(one.first.grid):.2f}"
@@ -181,10 +192,10 @@ def size_rows(one: Group, found: Values) -> list[Row]:
     rows = []
     for at in one.first.sizes:
         size = "x".join(map(str, at.size))
-        keys = {name: Key(name, size=size, way=at.way) for name in ("accuracy", SHARPNESS)}
+        keys = {name: Key(name, size=size, way=at.way) for name in ("accuracy", names.SHARPNESS)}
         above = " (as above)" if at.size == one.first.size else ""
         row = {"size": f"{size}{above}", "way": at.way, "accuracy (%)": cell(found, keys["accuracy"])}
-        row[SHARPNESS] = cell(found, keys[SHARPNESS])
+        row[names.SHARPNESS] = cell(found, keys[names.SHARPNESS])
         for measure, unit in (("entropy", "nats"), ("distance", "patches")):
             for block in dict.fromkeys((0, one.depth() - 1)):
                 name = f"{measure} in block {'0' if block == 0 else 'last'}, {unit}"

@@ -7,6 +7,7 @@ from lape_vit import VisionTransformer
 from lape_vit.analysis.timm_positions import check_drawable
 from lape_vit.encodings import all_options
 from lape_vit.from_checkpoint import (
+    OF_MODEL,
     as_ours,
     build_described,
     carry_data_config,
@@ -18,16 +19,13 @@ from training.checkpoint import load_checkpoint
 from training.models import build_pretrained, pretrained_cfg
 from training.options import flag_of
 
-FLAGS = {"model": "--model_name", "pe": "--pe", "join_type": "--join-type", "input_size": "--input-size"}
-"""What a checkpoint may say of its model, and the flags for one that does not; each encoding's options besides."""
-
 
 def load_model(path: str, flags: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The model of a checkpoint, with its weights (not their running average), and what is known of it.
 
     Args:
         path: of a checkpoint of ours, of an original, or of timm.
-        flags: what the command line says of `FLAGS` and of the encodings' options; None where it says nothing.
+        flags: what the command line says of `OF_MODEL` and of the encodings' options; None where it says nothing.
 
     Returns:
         The model in evaluation mode, see :func:`lape_vit.load`, and the description: what the checkpoint says, with the
@@ -37,8 +35,8 @@ def load_model(path: str, flags: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
         ValueError, OSError: no checkpoint, a flag that contradicts it, something that neither says, other weights, a
             model of timm's whose positions cannot be seen.
     """
-    given = {name: flags.get(name) for name in (*FLAGS, *all_options(), "model_kwargs")}
-    model, description = load_described(load_checkpoint(path), path, given, flag_for)
+    given = {name: flags.get(name) for name in (*OF_MODEL, *all_options(), "model_kwargs")}
+    model, description = load_described(load_checkpoint(path), path, given, flag_of)
     return drawable(model), description
 
 
@@ -57,10 +55,10 @@ def load_published(tag: str, flags: Mapping[str, Any]) -> tuple[Any, dict[str, A
     """
     name, _, of_name = flags["model"].partition(".")
     if tag and of_name and tag != of_name:
-        raise ValueError(f"--pretrained {tag} contradicts {FLAGS['model']} {name}.{of_name}")
-    given = {option: flags.get(option) for option in (*FLAGS, *all_options())}
-    description = complete({}, {**given, "model": name}, "--pretrained", flag_for)
-    check_description(description, flag_for)
+        raise ValueError(f"--pretrained {tag} contradicts --model {name}.{of_name}")
+    given = {option: flags.get(option) for option in (*OF_MODEL, *all_options())}
+    description = complete({}, {**given, "model": name}, "--pretrained", flag_of)
+    check_description(description, flag_of)
     cfg = pretrained_cfg(name, tag or of_name)
     drawable(as_ours(build_described(description, 0, device="meta")))  # before the weights are downloaded
     model = drawable(as_ours(build_pretrained(description, tag or of_name, cfg.num_classes)))
@@ -73,7 +71,3 @@ def drawable(model: Any) -> Any:
     if not isinstance(model, VisionTransformer):
         check_drawable(model)
     return model
-
-
-def flag_for(name: str) -> str:
-    return FLAGS.get(name) or flag_of(name)

@@ -17,7 +17,7 @@ def build_parser() -> Parser:
     """All options of this command; each flag in the spelling with `-` and the one with `_`."""
     parser = Parser(
         prog="similarity_visualize.py",
-        usage="%(prog)s [--ckpt_path FILE | --model_name NAME --pretrained [TAG] | --compare FILE FILE ...] "
+        usage="%(prog)s [--ckpt_path FILE | --model NAME --pretrained [TAG] | --compare FILE FILE ...] "
         "[--save_dir DIR] [options]",
         description="Draw what every layer of a checkpoint sees of positions.",
         allow_abbrev=False,
@@ -27,7 +27,7 @@ def build_parser() -> Parser:
         help="a checkpoint: ours, an original's, or timm's (.pth or .safetensors); default, as in LaPE's code: "
         f"{CHECKPOINT}")  # fmt: skip
     source.add_argument("--pretrained", nargs="?", const="", metavar="TAG",
-        help="in place of a checkpoint, the weights that timm publishes for --model_name, by default or under TAG"
+        help="in place of a checkpoint, the weights that timm publishes for --model, by default or under TAG"
     )  # fmt: skip
     source.add_argument("--compare", nargs="+", metavar="FILE",
         help="two checkpoints or more: their sheets below each other, and curves over depth")  # fmt: skip
@@ -51,7 +51,7 @@ def build_parser() -> Parser:
         help="with --html: a diagnosis.json of diagnose.py, whose curves over depth the page shows, too")  # fmt: skip
     group = parser.add_argument_group("for a checkpoint that does not say what model it holds")
     add = group.add_argument
-    add("--model_name", "--model-name", dest="model", metavar="NAME",
+    add("--model", "--model-name", "--model_name", dest="model", metavar="NAME",
         help="a model of models_lape, one of timm with a table pos_embed, rotations or a bias by offset, or "
         "deit_{t,s,b}[_distill]_{basic,LaPE}")  # fmt: skip
     add("--pe", metavar="NAME", help="its positional encoding; default: the model's own")
@@ -73,7 +73,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.compare is not None and len(args.compare) < 2:
         raise ValueError("--compare takes two checkpoints or more; one alone is drawn by --ckpt_path")
     if args.pretrained is not None and args.model is None:
-        raise ValueError("--pretrained needs --model_name NAME: the model whose weights timm publishes")
+        raise ValueError("--pretrained needs --model NAME: the model whose weights timm publishes")
     if args.compare is not None and args.image is not None:
         raise ValueError("--image draws one checkpoint: give it by --ckpt_path or --pretrained, not --compare")
     if args.diagnosis is not None and not args.html:

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lape_vit.biased_attention import BiasedAttention
 from lape_vit.encodings import AttentionEncoding
+from lape_vit.encodings.base import Bias, autograd_keeps
 from lape_vit.places import Places
 
 
@@ -55,7 +57,13 @@ class Attention(timm.layers.Attention):
         return self.proj_drop(self.proj(gathered))
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, attn_mask: Tensor | None, is_causal: bool | Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | Bias | None,
+        attn_mask: Tensor | None,
+        is_causal: bool | Tensor,
     ) -> Tensor:
         """What each token gathers of v (B, h, N, E): (B, h, N, E).
 
@@ -64,16 +72,20 @@ class Attention(timm.layers.Attention):
         """
         if isinstance(is_causal, Tensor):  # so the older exporter to ONNX hands in a constant
             is_causal = bool(is_causal)
-        scale = self.scale
-        if self.trained_tokens is not None:
-            temperature = self.temperature(q.shape[2])
-            scale, bias = scale * temperature, None if bias is None else bias * temperature
+        temperature = self.temperature(q.shape[2])
+        scale, dropout = self.scale * temperature, self.attn_drop.p if self.training else 0.0
+        if isinstance(bias, Bias):
+            is_plain = dropout == 0 and attn_mask is None and not is_causal
+            if self.fused_attn and is_plain and q.device.type == "cpu" and autograd_keeps() and bias.needs_gradient(q):
+                return BiasedAttention.apply(bias, scale, temperature, q, k, v, *bias.parameters().values())
+            bias = bias.make(q, k)
+        if bias is not None and self.trained_tokens is not None:
+            bias = bias * temperature
         if self.fused_attn and not is_trained_on_cpu(bias):
             if bias is not None:
                 attn_mask, is_causal = mask_logits(bias, attn_mask, is_causal), False
                 # Of this very shape: on a CPU torch's fused attention takes no other without loss.
                 attn_mask = attn_mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-            dropout = self.attn_drop.p if self.training else 0.0
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=scale
             )

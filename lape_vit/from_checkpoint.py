@@ -36,6 +36,8 @@ OF_IMAGES = {
 """What a description says of images, and timm's names of it."""
 HEADS = ("head", "head.fc", "classifier.fc")
 """Classifiers, as our models and the originals name them."""
+OF_MODEL = ("model", "pe", "join_type", "input_size")
+"""What commands let a user say of a model, each by the flag of its name, besides the encodings' options."""
 TIMMS_NAMES = {"model": "model_name", "input_size": "img_size"}
 """What `timm.create_model` calls what a description holds under other names."""
 

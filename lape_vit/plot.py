@@ -17,7 +17,7 @@ except ImportError as error:
     raise ImportError("lape_vit.plot needs matplotlib: pip install 'lape-vit[plot]'", name="matplotlib") from error
 
 from lape_vit.analysis.diagnosis import Diagnosis
-from lape_vit.analysis.diagnosis_numbers import Group
+from lape_vit.analysis.diagnosis_numbers import Group, images_of
 from lape_vit.drawing.attention import over_image
 from lape_vit.drawing.attention import pictures as attention_pictures
 from lape_vit.drawing.diagnosis import draw_page
@@ -70,9 +70,8 @@ def diagnosis(record: Diagnosis) -> Figure:
         record: of :func:`lape_vit.analysis.diagnosis.diagnose`, or of `diagnose.py`'s file by ``Diagnosis.of``.
     """
     height, width = record.grid
-    images = f"{record.fitted} images to fit probes, {record.held_out} to judge"
     group = Group(f"{record.pe}, {record.join_type}", [record])
-    return draw_page(group, f"{group.label}: {height} x {width} patches; {images}")
+    return draw_page(group, f"{group.label}: {height} x {width} patches; {images_of(record)}")
 
 
 def read(model: nn.Module, image: str | Path | Image.Image | Tensor) -> Tensor:

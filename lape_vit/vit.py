@@ -389,10 +389,15 @@ def make_join(model: Any, encoding: Resolved, join_type: str, like: Tensor) -> t
     shape = (join.num_tables(depth), absolute.prefix_rows + grid[0] * grid[1], model.embed_dim)
     table = model.pos_embed
     if table is None or table.shape != shape:
-        # A short dtype cannot hold the steps by which the normal distribution is drawn.
-        drawn = like.new_empty(shape, dtype=torch.promote_types(like.dtype, torch.float32))
-        table = nn.Parameter(timm.layers.trunc_normal_(drawn, std=0.02).to(like.dtype))
+        table = nn.Parameter(draw_tables(shape, like))
     return join, table
+
+
+def draw_tables(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Tables (T, R, D) as they are before training."""
+    # A short dtype cannot hold the steps by which the normal distribution is drawn.
+    drawn = like.new_empty(shape, dtype=torch.promote_types(like.dtype, torch.float32))
+    return timm.layers.trunc_normal_(drawn, std=0.02).to(like.dtype)
 
 
 def make_attention_encodings(model: Any, encoding: Resolved, join: joins.Join) -> list[AttentionEncoding | None]:

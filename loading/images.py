@@ -1,26 +1,29 @@
 """Images as they come from a file."""
 
 import io
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
+import torch
 from PIL import Image, ImageOps, TiffImagePlugin
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from runtime.seeding import AUGMENTATION, seed_everything
+from runtime.seeding import AUGMENTATION, ERASING, seed_everything
 from training.options import AugmentationOptions, DataOptions
 
 Picture = Image.Image | np.ndarray
 """RGB: an array is uint8 (H, W, 3)."""
 Reader = Callable[..., Picture]  # (path or content of a file, name for the error)
 Crop = Callable[[Picture], Image.Image]
-Transform = Callable[[Image.Image], Tensor]
+Transform = Callable[[Any], Any]
 LabelledImages = tuple[Dataset, list[str]]
 """Cropped images, and the class names in the order of their labels."""
 
@@ -59,12 +62,20 @@ class Images(Dataset):
 
     Args:
         cropped: (PIL RGB image of the input's size, label) by index; or `Shards`, which have no index.
-        finish: what makes an image of a cropped one.
+        augment: from a cropped image to pixels, uint8 (H, W, 3).
+        finish: the steps from the pixels of an image or of a batch to what the model takes.
         labels: what stands for each label of `cropped`; by default the label itself.
     """
 
-    def __init__(self, cropped: Dataset, finish: Transform, labels: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        cropped: Dataset,
+        augment: Transform,
+        finish: Sequence[Transform] = (),
+        labels: Sequence[int] | None = None,
+    ) -> None:
         self.cropped = cropped
+        self.augment = augment
         self.finish = finish
         self.labels = labels
 
@@ -73,7 +84,10 @@ class Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.cropped[index]
-        return self.finish(image), label if self.labels is None else self.labels[label]
+        image = self.augment(image)
+        for step in self.finish:
+            image = step(image)
+        return image, label if self.labels is None else self.labels[label]
 
 
 @dataclass(frozen=True)
@@ -83,47 +97,92 @@ class Sample:
     Attributes:
         place: (epoch, place in the order of all images), which its augmentation depends on.
         complaint: about the unreadable image that it stands in for, if it does.
+        seconds: of a core's time that it took.
     """
 
     image: Image.Image
     label: int
     place: tuple[int, int]
     complaint: str
+    seconds: float = field(default=0.0, compare=False)
+
+
+class Loaded(NamedTuple):
+    """A batch on its way from a loader's worker; a tuple, which torch knows how to pin.
+
+    Attributes:
+        batch: pixels, uint8 (B, H, W, 3), and labels (B,).
+        places, complaints: of the samples.
+        seconds: of a core's time that it took to make it, from the files on.
+        is_made: by this process; else another one has made it.
+    """
+
+    batch: Any
+    places: Sequence[tuple[int, int]]
+    complaints: Sequence[str]
+    seconds: float = 0.0
+    is_made: bool = True
 
 
 @dataclass(frozen=True)
 class Batching:
-    """Finishes samples and collates them: a loader's `collate_fn`.
+    """Augments samples and collates them: a loader's `collate_fn`.
 
     A batch passes each half of the transform at a time, as a core that keeps to one piece of code is some 15 % faster
     than one that does all of an image before the next.
 
     Args:
-        finish: the transform after the crop.
+        augment: from a cropped image to its pixels.
         seed: of the augmentations; None where nothing is random.
         labels: what stands for each label of the samples; None where they stay.
     """
 
-    finish: Transform
+    augment: Transform
     seed: int | None
     labels: Sequence[int] | None = None
 
-    def __call__(self, samples: Sequence[Sample | Exception]) -> Any:
-        """Make a batch.
-
-        Returns:
-            ((images (B, 3, H, W), labels (B,)), complaints), or the error that stands in the place of a sample.
-        """
-        finished, complaints = [], []
+    def __call__(self, samples: Sequence[Sample | Exception]) -> Loaded | Exception:
+        """Make a batch; or return the error that stands in the place of a sample."""
+        start, seconds = time.thread_time(), 0.0
+        augmented, places, complaints = [], [], []
         for sample in samples:
             if isinstance(sample, Exception):
                 return sample
             if self.seed is not None:
                 seed_everything(self.seed, AUGMENTATION, *sample.place)
             label = sample.label if self.labels is None else self.labels[sample.label]
-            finished.append((self.finish(sample.image), label))
+            augmented.append((self.augment(sample.image), label))
+            places.append(sample.place)
             complaints.append(sample.complaint)
-        return default_collate(finished), complaints
+            seconds += sample.seconds
+        batch = default_collate(augmented)
+        return Loaded(batch, places, complaints, seconds + time.thread_time() - start)
+
+
+@dataclass(frozen=True)
+class Finishing:
+    """Makes the images of a batch of its pixels, on a device.
+
+    Args:
+        steps: for a whole batch; but random erasing, for each image by the seed of its place.
+        seed: of the erasing; None where nothing is random.
+    """
+
+    steps: Sequence[Transform]
+    seed: int | None
+    device: torch.device
+
+    def __call__(self, pixels: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
+        batch = pixels.to(self.device, non_blocking=True)
+        for step in self.steps:
+            if self.seed is None or not isinstance(step, RandomErasing):
+                batch = step(batch)
+                continue
+            step.device = self.device  # where it draws the new pixels
+            for image, place in zip(batch, places, strict=True):
+                seed_everything(self.seed, ERASING, *place)
+                step(image)
+        return batch
 
 
 class UnreadableImageError(ValueError):

@@ -1,5 +1,6 @@
 """The order of an epoch, and one image of it."""
 
+import time
 from collections.abc import Iterator
 from itertools import islice
 
@@ -73,6 +74,7 @@ class Samples(Dataset[Sample]):
         return len(self.images)
 
     def __getitem__(self, index_and_place: tuple[int, int, int]) -> Sample:
+        start = time.thread_time()
         index, epoch, number = index_and_place
         seed_everything(self.seed, CROP, epoch, number)
         complaint = ""
@@ -82,5 +84,5 @@ class Samples(Dataset[Sample]):
             except UnreadableImageError as error:
                 complaint = complaint or str(error)
             else:
-                return Sample(image, label, (epoch, number), complaint)
+                return Sample(image, label, (epoch, number), complaint, time.thread_time() - start)
         raise UnreadableImageError(complaint)

@@ -14,6 +14,7 @@ import json
 import math
 import re
 import tarfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -396,6 +397,7 @@ class ShardStream(IterableDataset):
 
     def _item(self, block: list[dict[str, Any]], place: int, number: int) -> Sample:
         """The image at a place of the block, cropped as the showing of this number."""
+        start = time.thread_time()
         seed_everything(self.seed, CROP, self.epoch, number)
         complaint = ""
         for other in range(len(block)):
@@ -408,7 +410,8 @@ class ShardStream(IterableDataset):
             except UnreadableImageError as error:
                 complaint = complaint or str(error)
             else:
-                return Sample(self.shards.crop(image), int(sample[LABEL_SUFFIX]), (self.epoch, number), complaint)
+                cropped, label = self.shards.crop(image), int(sample[LABEL_SUFFIX])
+                return Sample(cropped, label, (self.epoch, number), complaint, time.thread_time() - start)
         raise UnreadableImageError(complaint)
 
 

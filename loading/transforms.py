@@ -8,6 +8,7 @@ from logging import getLogger
 import numpy as np
 import torch
 from PIL import Image
+from timm.data.auto_augment import RandAugment as TimmRandAugment
 from timm.data.transforms import RandomResizedCropAndInterpolation, ResizeKeepRatio
 from timm.data.transforms_factory import create_transform
 from timm.layers import to_2tuple
@@ -25,6 +26,7 @@ from torchvision.transforms import (
 )
 
 from loading.images import ImageSettings, Picture
+from loading.warps import use_fast_warps
 from training.options import AugmentationOptions
 
 _logger = getLogger(__name__)
@@ -48,7 +50,8 @@ TIMM_POLICY = re.compile(
 def build_transform(is_train: bool, settings: ImageSettings, is_small: bool) -> Compose:
     """The transform of one split: PIL RGB image -> normalised float32 tensor (3, H, W) of `settings.input_size`.
 
-    Its two halves are the crop, to a PIL image of that size, and all that follows.
+    Its three parts are the crop, to a PIL image of that size; what augments it, to its pixels, uint8 (H, W, 3); and
+    what follows, of one image or of a batch: normalisation, and random erasing.
 
     Training: crop (`--train-crop`), flip, `--aa`, colour jitter, normalisation, random erasing, as in DeiT; `pad`
     crops the whole image padded by an eighth of its side, `none` takes the whole image. `--src` and `--three-augment`
@@ -100,6 +103,10 @@ def _train_transform(settings: ImageSettings, is_small: bool) -> Compose:
     if crops_pixels(augmentation, is_small):
         crop, *flip = crop_and_flip.transforms
         crop_and_flip = Compose([PixelCrop(crop), *flip])
+        for policy in augment.transforms:
+            if isinstance(policy, TimmRandAugment):
+                for operation in policy.ops:
+                    use_fast_warps(operation)
     elif augmentation.src:
         if augmentation.train_crop != "random-resized":
             _logger.warning("--src takes the place of --train-crop %s", augmentation.train_crop)
@@ -115,7 +122,7 @@ def _train_transform(settings: ImageSettings, is_small: bool) -> Compose:
     if augmentation.aa == "torchvision" and not augmentation.three_augment:
         augment = Compose([RandAugment(), augment])
     _to_tensor, _normalise, *erase = finish.transforms
-    return Compose([crop_and_flip, Compose([augment, Normalise(mean, std), *erase])])
+    return Compose([crop_and_flip, Compose([augment, to_pixels]), Compose([Normalise(mean, std), *erase])])
 
 
 def _may_crop_pixels(augmentation: AugmentationOptions, is_small: bool) -> bool:
@@ -150,15 +157,23 @@ class PixelCrop:
         return Image.fromarray(resized[0].permute(1, 2, 0).numpy())
 
 
+def to_pixels(image: Image.Image) -> Tensor:
+    """A PIL RGB image as uint8 (H, W, 3)."""
+    return torch.from_numpy(np.array(image))
+
+
 class Normalise:
-    """What torchvision's `ToTensor` and `Normalize` do, to the bit, in place: PIL RGB image -> float32 (3, H, W)."""
+    """What torchvision's `ToTensor` and `Normalize` do, to the bit: uint8 (..., H, W, 3) -> float32 (..., 3, H, W)."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+        self.constants = torch.tensor([[255.0] * 3, [*mean], [*std]])[..., None, None]
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-        return pixels.float().div_(255).sub_(self.mean).div_(self.std)
+    def __call__(self, pixels: Tensor) -> Tensor:
+        if self.constants.device != pixels.device:
+            self.constants = self.constants.to(pixels.device)
+        scale, mean, std = self.constants
+        pixels = pixels.movedim(-1, -3)
+        return torch.empty(pixels.shape, device=pixels.device).copy_(pixels).div_(scale).sub_(mean).div_(std)
 
 
 def _resize(interpolation: str, size: int | tuple[int, int]) -> Callable[[Image.Image], Image.Image]:
@@ -198,7 +213,7 @@ def _eval_transform(settings: ImageSettings, is_small: bool) -> Compose:
     else:
         around = [int(side / data.eval_crop_ratio) for side in size]
         crop = [ResizeKeepRatio(around, interpolation=data.interpolation), CenterCrop(size)]
-    return Compose([Compose(crop), Compose([Normalise(settings.mean, settings.std)])])
+    return Compose([Compose(crop), to_pixels, Compose([Normalise(settings.mean, settings.std)])])
 
 
 def takes_whole_image(input_size: int | Sequence[int], is_small: bool) -> bool:

@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (SLURM's warning), acted on between two updates.
+"""SIGINT (Ctrl-C), SIGTERM, SIGUSR1 (SLURM's warning) and SIGALRM (a time limit), acted on between two updates.
 
 An exception that a signal raises wherever the program happens to be can leave work half done, and can be lost: Python
 ignores those of callbacks, such as the ones that run when a loader's worker is forked. So a signal is only kept here,
@@ -15,7 +15,7 @@ from multiprocessing import resource_tracker
 from threading import Thread
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
 SECONDS_UNTIL_IMPATIENT = 1.0  # torchrun and a terminal may both pass on the same Ctrl-C
 
 _noted = 0
@@ -31,7 +31,7 @@ class Interrupted(Exception):  # noqa: N818  (no error)
 
     @property
     def exit_code(self) -> int:
-        """130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1 (on Linux), as shells count."""
+        """130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1 (on Linux), 142 for SIGALRM, as shells count."""
         return 128 + self.signal_number
 
 
@@ -69,6 +69,20 @@ def defer_interrupts() -> Iterator[None]:
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Send this process SIGALRM after so many seconds, at once for 0 or less; None: never.
+
+    To be used within `defer_interrupts`. It does not outlive the context.
+    """
+    if seconds is not None:
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _keep_first(number: int, frame: FrameType | None) -> None:

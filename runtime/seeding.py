@@ -1,9 +1,9 @@
 """Random states, each a function of where the run is.
 
-Nothing random is carried over from one batch to the next: an image's crop and its augmentation are seeded by its place
-in the epoch's order over all processes, and what is random in a step (mixup, dropout, stochastic depth) by the step and
-the process. So a run that is resumed at any step draws what it would have drawn, with any number of loader workers, and
-there is no random state to save.
+Nothing random is carried over from one batch to the next: an image's crop, its augmentation and its erasing are seeded
+by its place in the epoch's order over all processes, and what is random in a step (mixup, dropout, stochastic depth) by
+the step and the process. So a run that is resumed at any step draws what it would have drawn, with any number of loader
+workers, and there is no random state to save.
 """
 
 import random
@@ -11,7 +11,8 @@ import random
 import numpy as np
 import torch
 
-CROP, STEP, AUGMENTATION = 1, 2, 3  # the first number of a place says what is seeded; without a place: the weights
+# The first number of a place says what is seeded; without a place: the weights.
+CROP, STEP, AUGMENTATION, ERASING = 1, 2, 3, 4
 
 
 def seed_everything(seed: int, *place: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lape_vit.analysis.views import added_logits
 from lape_vit.encodings import ENCODINGS, LayerSpec
-from lape_vit.encodings.rotary import Rotary
+from lape_vit.encodings.rotary import Rotary, turn
 from lape_vit.places import Grid, Places
 from tests.models import assert_near, disturb, images, tiny
 
@@ -209,3 +209,15 @@ def test_an_image_and_its_transpose_are_told_apart_by_position_alone(name: str) 
 def test_an_option_out_of_range_is_refused_by_name(name: str, options: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         tiny(name, **options)
+
+
+def test_the_gradient_of_trained_turns_is_exact_from_the_result_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    angles = torch.randn(3, 5, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    def turned(x: Tensor, angles: Tensor) -> Tensor:
+        return turn(x, torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(-2), halves=False)
+
+    assert torch.autograd.gradcheck(turned, (x, angles))
+    assert torch.autograd.gradgradcheck(turned, (x, angles))

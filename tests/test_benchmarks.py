@@ -19,7 +19,9 @@ def test_models_are_compared_with_timms() -> None:
     done = run("benchmarks.models", *small, "--pe", "relative", "learnable", "--join-type", "basic", "LaPE")
     assert done.returncode == 0, done.stderr
     rows = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in done.stdout.splitlines() if "|" in line]
-    assert rows[2:] == [("timm's, again", ""), ("relative", "basic"), ("learnable", "basic"), ("learnable", "LaPE")]
+    compared = [("timm's, again", ""), ("relative", "basic"), ("learnable", "basic"), ("learnable", "LaPE")]
+    tables = [rows[start + 2 : start + 6] for start, row in enumerate(rows) if row == ("encoding", "join")]
+    assert tables == [compared, compared]  # of training and of evaluation
 
 
 @pytest.mark.parametrize(
@@ -41,3 +43,16 @@ def test_the_start_is_measured() -> None:
     assert done.returncode == 0, done.stderr
     assert "import models_lape" in done.stdout
     assert "to the first step" in done.stdout
+
+
+def test_cost_over_resolution_is_measured_and_drawn(tmp_path: Path) -> None:
+    small = ("--sides", "2", "3", "--depth", "1", "--repeats", "1")
+    done = run("benchmarks.resolution", *small, "--pe", "relative", "alibi", "--figure", str(tmp_path / "cost.png"))
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    assert [row[0] for row in rows if row[0].startswith("timm's")] == [
+        *["timm's, s", "timm's, MiB"] * 2,
+    ]
+    assert [row[:2] for row in rows].count(["relative", "basic"]) == 4
+    assert all(float(cell) > 0 for row in rows if row[0] == "alibi" for cell in row[2:])
+    assert (tmp_path / "cost.png").stat().st_size > 0

@@ -11,7 +11,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from lape_vit.encodings import ENCODINGS, AttentionEncoding
+from lape_vit.encodings import ENCODINGS, AttentionEncoding, base
+from lape_vit.encodings.base import Kept
 from tests.models import assert_equal, disturb, images, over_pairs, tiny
 
 
@@ -145,9 +146,9 @@ ATTENTION = [name for name, encoding in ENCODINGS.items() if issubclass(encoding
 
 
 def kept_values(model: Any) -> list[Tensor]:
-    """All tensors that a model's encodings keep."""
-    kept = {id(module.kept): module.kept for module in model.modules() if hasattr(module, "kept")}
-    return [entry[1] for store in kept.values() for entry in store.entries.values()]
+    """All results that a model's encodings keep."""
+    kept = {id(store): store for module in model.modules() for store in vars(module).values() if type(store) is Kept}
+    return [entry[-1] for store in kept.values() for entry in store.entries.values()]
 
 
 def kept_tensors(model: Any) -> list[int]:
@@ -157,15 +158,34 @@ def kept_tensors(model: Any) -> list[int]:
 
 @pytest.mark.parametrize("name", ENCODINGS)
 @torch.no_grad()
-def test_what_depends_on_the_grid_alone_is_kept_and_nothing_else(name: str) -> None:
+def test_what_is_kept_is_kept_as_long_as_values_stay(name: str) -> None:
     model = tiny(name)
     model(images())
     kept = kept_tensors(model)
     model(images())
     assert kept_tensors(model) == kept
+    with torch.enable_grad():
+        model(images())
+    assert kept_tensors(model) == kept
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_in_training_only_what_depends_on_the_grid_alone_is_kept(name: str) -> None:
+    model = tiny(name).train()
+    model(images())
     twin = disturb(copy.deepcopy(model))  # which keeps nothing yet
     twin(images())
     assert_equal(kept_values(twin), kept_values(model))
+
+
+@pytest.mark.parametrize("name", ["lookhere", "2D_RPE"])
+@torch.no_grad()
+def test_a_large_result_is_not_kept_for_each_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "LAYER_LIMIT", 10)
+    model = tiny(name)
+    model(images())
+    assert kept_tensors(model) == []
+    assert_fresh(model, images())
 
 
 @pytest.mark.parametrize("pe", ["2D_sin", "rope"])

@@ -284,6 +284,49 @@ def test_what_finishes_while_a_comparison_is_stopped_is_in_the_tables(
         assert [row["seeds"] for row in table_of(out / "table.csv")] == ["1", "0"]
 
 
+def test_a_comparison_ends_after_its_minutes_and_goes_on(
+    tmp_path: Path, stand_in: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    argv = ("--pe", "none", "rope", "relative", *QUICK, "--epochs", 20, "--output_dir", out, "--jobs", 2)
+    folders = [out / name for name in ("none_basic_seed0", "rope_basic_seed0")]
+    began = time.monotonic()
+    assert call(*argv, "--minutes", 0) == 142
+    assert calls_of(folders[0]) == []
+    assert call(*argv, "--minutes", 1.5 / 60) == 142
+    assert time.monotonic() - began > 1.5
+    lines = capsys.readouterr().err.splitlines()
+    told = [f"compare.py: stopped after --minutes {number}; 0 of 3 runs are finished" for number in ("0", "0.025")]
+    assert [line.split("; the same")[0] for line in lines] == told
+    assert call(*argv, "--minutes", 10) == 0
+    assert [len(calls_of(folder)) for folder in folders] == [2, 2]
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_shared_batches_are_new_for_each_call_and_gone_after_it(
+    tmp_path: Path, stand_in: Callable[[str], None], stops: bool
+) -> None:
+    out = tmp_path / "out"
+    batches = out / ".batches"
+    (batches / "of a call that was killed").mkdir(parents=True)
+    stand_in(
+        "shared = Path(flags['--shared-batches'])\n"
+        "(folder / 'left.txt').write_text(' '.join(map(str, shared.glob('of*'))))\n"
+        "(shared / 'key').mkdir(parents=True, exist_ok=True)\n(shared / 'key' / flags['--pe']).write_text('')\n"
+        + ("os.kill(os.getppid(), signal.SIGINT); time.sleep(0.5)" if stops else "")
+    )
+    argv = ("--pe", "none", "rope", *QUICK, "--output_dir", out, "--jobs", 2, "--share-batches")
+    assert call(*argv) == (130 if stops else 0)
+    called = [path.parent for path in out.glob("*/calls.txt")]
+    assert len(called) == 2 or (stops and called)
+    for run in called:
+        ((argv_of_run, _, _),) = calls_of(run)
+        assert dict(pairwise(argv_of_run))["--shared-batches"] == str(batches)
+        assert (run / "left.txt").read_text() == ""
+    assert not batches.exists()
+
+
 def test_a_second_comparison_waits_for_the_runs_of_the_first_to_end(
     tmp_path: Path, stand_in: Callable[[str], None]
 ) -> None:
@@ -368,6 +411,8 @@ def test_a_size_is_evaluated_in_every_way_that_the_encoding_takes(tmp_path: Path
         (("--pe", "none", "--max-relative-distance", "3"), "relative"),
         (("--pe", "relative", "--max-relative-distance", "x"), "--max-relative-distance"),
         (("--pe", "none", "--jobs", "0"), "--jobs"),
+        (("--pe", "none", "--share-batches"), "give --jobs 2 or more"),
+        (("--pe", "none", "--minutes", "-1"), "--minutes"),
         ((), "--pe"),
     ],
 )

@@ -19,7 +19,7 @@ from comparison.pictures import LOOKS, colours_of, draw_comparison, draw_sizes
 from comparison.plan import Plan, Run
 from comparison.screen import Screen
 from comparison.sizes import evaluation_jobs
-from comparison.tables import NAMES, outcomes, table_rows, write_tables
+from comparison.tables import NAMES, describe_making, outcomes, table_rows, write_tables
 from lape_vit import encodings
 from lape_vit.joins import JOINS, legal_joins, legal_pairs
 from runtime.tables import print_table
@@ -119,6 +119,30 @@ def test_a_pair_has_mean_and_deviation_over_its_seeds(tmp_path: Path) -> None:
         text = (tmp_path / "table.md").read_text().replace("*", "")
         (found,) = (each for each in text.splitlines() if each.startswith(f"| {line['pe']:9} | {line['join_type']:5} "))
         assert [cell.strip() for cell in found.split("|")[3:-1]] == [*cells, "1,004", "25 %", "3 of 3"]
+
+
+def test_the_table_tells_what_it_took_to_make_batches_with_sharing_and_without(tmp_path: Path) -> None:
+    plan = plan_of("--pe", "none", "rope", "learnable", *QUICK, "--epochs", 4, "--output_dir", tmp_path)
+
+    def add(run: Run, rows: list[dict[str, Any]]) -> None:  # but to those of an earlier version
+        for each in rows if run.pe != "learnable" else []:  # each of 2 seconds
+            made = 6 if run.pe == "none" else 0
+            each |= {"making_seconds": made / 5, "batches": 8, "batches_made": made}
+
+    finish_all(plan, add)
+    found = outcomes(plan)
+    write_tables(plan, found, {})
+    rows = {row["pe"]: row for row in table_of(tmp_path / "table.csv")}
+    names = ("making_share", "making_share_unshared")
+    assert [float(rows["none"][name]) for name in names] == pytest.approx([0.6, 0.8])
+    assert [[rows[pe][name] for name in names] for pe in ("learnable", "rope")] == [["", ""], ["0.0", ""]]
+    text = (tmp_path / "table.md").read_text()
+    assert "| making batches |" in text
+    assert "60 %" in text
+    assert describe_making(found) == [
+        "making batches: 0:05 of a core's time in 0:16 of runs (30 %); 24 of 64 batches were made, the others shared: "
+        "without sharing 80 %"
+    ]
 
 
 def test_the_best_pair_alone_is_bold(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ import datasets
 from datasets import DATA_SETS, canonical_data_set
 from loading import transforms
 from loading.images import Images, ImageSettings, UnreadableImageError, read_image, read_pixels
-from loading.loader import ImageLoader
+from loading.loader import ImageLoader, start_worker
 from loading.transforms import TRAIN_CROPS
 from runtime.interrupt import SIGNALS, leave_signals_to_parent
 from training.options import AugmentationOptions, DataOptions
@@ -92,6 +92,7 @@ def make_args(**changes) -> Namespace:
         accum_steps=1,
         skip_bad_images=False,
         dist_eval=True,
+        shared_batches=None,
     )
     assert changes.keys() <= vars(args).keys()
     return Namespace(**{**vars(args), **changes})
@@ -568,8 +569,8 @@ def test_evaluation_gives_torchvisions_own_images():
 def test_the_cifar_recipe_crops_flips_augments_and_normalises_in_this_order():
     args = make_args(data_set="CIFAR10", input_size=32, train_crop="pad", hflip=0.5, aa="torchvision")
     steps = [step for step in flatten(build_transform(True, args)) if not isinstance(step, RandomChoice | ColorJitter)]
-    names = [type(step).__name__ for step in steps]
-    assert names == ["RandomCrop", "RandomHorizontalFlip", "RandAugment", "Normalise"]
+    names = [getattr(step, "__name__", type(step).__name__) for step in steps]
+    assert names == ["RandomCrop", "RandomHorizontalFlip", "RandAugment", "to_pixels", "Normalise"]
     assert tuple(steps[0].padding) == (4, 4)
 
 
@@ -1014,7 +1015,7 @@ def test_a_fast_crop_that_is_asked_for_or_refused_in_vain_is_told(caplog, flag):
 
 
 def indices(count: int) -> Images:
-    return Images(TensorDataset(torch.arange(count), torch.zeros(count)), finish=lambda index: index)
+    return Images(TensorDataset(torch.arange(count), torch.zeros(count)), augment=lambda index: index)
 
 
 def seen(loader: DataLoader) -> list[int]:
@@ -1161,7 +1162,7 @@ class Counting(Dataset):
 def test_images_before_the_start_and_beyond_the_last_update_are_not_read():
     dataset = Counting()
     loader = build_loader(
-        Images(dataset, finish=lambda index: index), True, make_args(batch_size=4, accum_steps=2), 0, 1
+        Images(dataset, augment=lambda index: index), True, make_args(batch_size=4, accum_steps=2), 0, 1
     )
     assert len(loader) == 8  # of 4, which are 4 updates
     loader.sampler.set_epoch(0, 24)
@@ -1211,7 +1212,7 @@ class InterruptProbe(Dataset):
 def test_a_spawned_worker_loads_the_same_images_and_ignores_ctrl_c():
     args = make_args(batch_size=256)
     dataset, _ = build_dataset(False, args)
-    probe = Images(InterruptProbe(dataset.cropped), dataset.finish)
+    probe = Images(InterruptProbe(dataset.cropped), dataset.augment, dataset.finish)
     here = build_loader(probe, False, args, 0, 1)
     args.num_workers = 1
     there = build_loader(probe, False, args, 0, 1)
@@ -1246,7 +1247,7 @@ def test_data_sets_can_be_sent_to_a_spawned_worker(tmp_path, is_train, train_cro
         dataset, _ = build_dataset(is_train, args)
         loader = build_loader(dataset, is_train, args, 0, 1)
         received, init = pickle.loads(pickle.dumps((dataset, loader.worker_init_fn)))
-        assert init is leave_signals_to_parent
+        assert init is start_worker
         results = []
         for images in (dataset, received):
             seed_all(0)

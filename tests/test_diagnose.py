@@ -14,10 +14,11 @@ from matplotlib.image import imread
 import compare
 import diagnose
 from datasets import build_dataset
+from diagnosis.pictures import write_pictures
 from diagnosis.runs import diagnose_runs
 from diagnosis.subjects import first_images, open_subject, split
 from diagnosis.summary import group
-from diagnosis.tables import read_records
+from diagnosis.tables import read_records, report
 from lape_vit import plot
 from lape_vit.analysis.diagnosis import Diagnosis
 from lape_vit.analysis.diagnosis_numbers import Key, numbers
@@ -74,6 +75,7 @@ def test_every_measure_of_every_checkpoint_is_in_the_record(runs: dict[str, Any]
     assert [record.about["seed"] for record in records] == [0, 1, 0]
     for record in records:
         assert (record.fitted, record.held_out, record.grid, record.size) == (10, 10, (4, 4), (16, 16))
+        assert (record.judged, record.floor) == (10, 10)
         assert record.accuracy is not None
         assert len(record.layers) == 2
         assert record.untrained
@@ -130,6 +132,44 @@ def test_a_repeated_call_finds_the_same(runs: dict[str, Any], tmp_path: Path) ->
             assert value == pytest.approx(numbers(before)[key], abs=1e-3)
 
 
+def test_knock_outs_of_fewer_images_are_told_with_their_number_and_error(runs: dict[str, Any], tmp_path: Path) -> None:
+    flags = ("--images", 20, "--knock-out-images", 4, "--sizes", 24)
+    assert call(runs["checkpoints"][0], "--output-dir", tmp_path, *flags) == 0
+    (record,) = read_records(tmp_path / "diagnosis.json")
+    assert (record.fitted, record.held_out, record.judged) == (10, 10, 4)
+    assert record.layers[0].removed.agreement in (0, 25, 50, 75, 100)
+    text = (tmp_path / "diagnosis.md").read_text()
+    assert "10 images to fit probes, 10 to judge, 4 of these for knock-outs and attention" in text
+    assert "at most 25.0 points" in text
+
+
+def test_the_number_of_images_is_told_once_or_of_each_model_where_they_differ(runs: dict[str, Any]) -> None:
+    one, _, other = read_records(runs["out"] / "diagnosis.json")
+    assert report(group([one, other])).count("Probes are fitted to 10 images") == 1
+    text = report(group([one, replace(other, judged=5)]))
+    assert "*learnable, LaPE*: Probes are fitted to 10 images" in text
+    assert "attention are of 5 of these" in text.partition("*rope_axial, basic*: ")[2]
+
+
+def test_pictures_are_drawn_once_and_also_where_a_later_checkpoint_is_no_good(
+    runs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "damaged.pth").write_bytes(b"damaged")
+    drawn: list[int] = []
+
+    def draw(folder: Path, records: list[Diagnosis]) -> None:
+        assert len(read_records(folder / "diagnosis.json")) == len(records)  # the tables are there before
+        drawn.append(len(records))
+        write_pictures(folder, records)
+
+    monkeypatch.setattr("diagnose.write_pictures", draw)
+    checkpoints = (*runs["checkpoints"][:2], tmp_path / "damaged.pth")
+    line = refused(capsys, *checkpoints, "--output_dir", tmp_path / "out", "--images", 8)
+    assert "damaged.pth" in line
+    assert drawn == [2]
+    assert (tmp_path / "out" / "learnable_LaPE.png").exists()
+
+
 def test_checkpoints_without_different_seeds_stand_for_themselves(runs: dict[str, Any]) -> None:
     one, other, third = read_records(runs["out"] / "diagnosis.json")
     assert [len(each.records) for each in group([one, other, third])] == [2, 1]
@@ -150,7 +190,7 @@ def test_other_classes_cost_the_accuracy_and_nothing_else(
     assert record.accuracy is None
     assert record.knock_outs["places permuted"].accuracy is None
     assert record.layers[0].read.permuted.r2 > 0.4
-    assert "accuracy (%)" not in (tmp_path / "out" / "diagnosis.md").read_text().partition("Knock-outs")[2]
+    assert "accuracy (%)" not in (tmp_path / "out" / "diagnosis.md").read_text().partition("## Knock-outs")[2]
 
 
 def test_weights_of_timm_in_a_file_are_taken_with_the_name_of_their_model(runs: dict[str, Any], tmp_path: Path) -> None:

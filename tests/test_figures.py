@@ -68,12 +68,17 @@ def test_the_overview_shows_every_matrix_and_every_map_of_the_chosen_patch_on_on
     positions = measure(model, "c.pth", "m", token=(1, 2), scale="range")
     shown = panels(draw_sheets([overview(positions)]))
     values = view_of(positions, "similarity").values
+    assert positions.untrained is not None
+    values = [*values, positions.untrained]
     expected = [*values, *(value[:, 1 * 5 + 2].unflatten(1, (3, 5)) for value in values)]
     for axes, value in zip(shown, expected, strict=True):
         assert torch.equal(shown_values(axes), value)
         assert axes.images[0].get_clim() == (-1, 1)
-    assert [axes.get_title(loc="left") for axes in shown] == [f"block {layer}" for layer in range(8)] * 2
-    for axes in shown[8:]:
+    assert [axes.get_title(loc="left") for axes in shown] == [
+        *(f"block {layer}" for layer in range(8)),
+        "untrained",
+    ] * 2
+    for axes in shown[9:]:
         (mark,) = axes.lines
         assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([2.5], [1.5])  # the middle of its cell
     for axes in shown:
@@ -191,6 +196,40 @@ def test_frequencies_are_drawn_from_their_start_and_the_title_says_how_far_they_
     moved = (torch.stack(positions.frequencies) - torch.stack(list(positions.starts))).norm(dim=-1).mean()
     assert band.title.endswith(f"grey: from the nearest start, {moved:.2g} away in the mean")
     assert not of("rope", "basic").starts
+
+
+@pytest.mark.parametrize(
+    ("pe", "join_type"), [("learnable", "LaPE"), ("learnable", "unshare"), ("learnable+rope", "share")]
+)
+def test_a_trained_table_is_shown_beside_an_untrained_one(pe: str, join_type: str) -> None:
+    torch.manual_seed(5)
+    positions, after = of(pe, join_type), torch.rand(1)
+    torch.manual_seed(5)
+    of(pe, join_type)
+    assert torch.equal(torch.rand(1), after)
+    assert positions.untrained is not None
+    assert np.array_equal(positions.untrained, raw_values(of(pe, join_type))["untrained"])
+    different = positions.untrained[0][~torch.eye(16, dtype=torch.bool)]
+    assert different.abs().max() < 1
+    assert different.mean().abs() < 0.1  # drawn at random: no place is like another
+
+    named = [band for band in overview(positions).bands if band.title.startswith("cosine similarity")]
+    assert len(named) == 2  # of every patch, and of the chosen one
+    for band in named:
+        assert band.panels[-1].title == "untrained"
+        assert sum(panel.title == "untrained" for panel in band.panels) == 1
+    axes = panels(dict(pictures(positions))["PE_token_sim"])
+    assert [one.get_title(loc="left") for one in axes][-1] == "untrained"
+    row = positions.untrained[0][positions.token[0] * 4 + positions.token[1]].reshape(4, 4)
+    assert torch.equal(shown_values(axes[-1])[0], row)
+    assert np.array_equal(raw_values(positions)["untrained"], positions.untrained)
+
+
+@pytest.mark.parametrize(("pe", "join_type"), [("2D_sin", "LaPE"), ("2D_RPE", "LaPE"), ("none", "basic")])
+def test_what_is_no_trained_table_has_nothing_untrained_beside_it(pe: str, join_type: str) -> None:
+    positions = of(pe, join_type)
+    assert positions.untrained is None
+    assert "untrained" not in {panel.title for band in overview(positions).bands for panel in band.panels}
 
 
 def test_a_picture_of_one_head_is_that_heads_matrix_with_ticks_at_the_rows_of_patches() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lape_vit import encodings
+from lape_vit.analysis import diagnosis as of_all
 from lape_vit.analysis.attention_maps import attention_maps
 from lape_vit.analysis.attention_statistics import attention_statistics, uniform_distance
 from lape_vit.analysis.diagnosis import ALL_TAKEN_AWAY, Diagnosis, at_size, diagnose
@@ -209,6 +210,7 @@ def test_a_diagnosis_has_every_measure_and_survives_json() -> None:
     )
     assert Diagnosis.of(json.loads(json.dumps(record.as_dict()))) == record
     assert (record.fitted, record.held_out, record.grid, record.tokens) == (8, 6, (4, 4), 17)
+    assert (record.judged, record.floor) == (6, 8)
     assert len(record.layers) == 3
     assert len(record.untrained) == 7
     assert all(layer.taken_away is not None for layer in record.layers)  # PEG after block 0, terms in blocks 1 and 2
@@ -229,6 +231,41 @@ def test_a_diagnosis_is_independent_of_the_batch_size_and_repeats() -> None:
 
     assert numbers(9) == numbers(9)
     assert numbers(2) == pytest.approx(numbers(9), abs=1e-9)
+
+
+@pytest.mark.parametrize(("pe", "join_type"), [("learnable", "basic"), ("2D_sin", "LaPE"), ("none", "basic")])
+def test_knock_outs_and_attention_are_of_the_first_images_and_probes_of_all(pe: str, join_type: str) -> None:
+    model, (fit, held_out) = tiny(pe, join_type), (images(9, seed=1), images(7, seed=2))
+    labels = torch.arange(7) % 5
+
+    def measured(held_out: list[tuple[Tensor, Tensor]], judged: int | None = None) -> Diagnosis:
+        return diagnose(model, [(fit, None)], held_out, ridge=0.1, judged=judged)
+
+    whole = measured([(held_out, labels)])
+    by_hand = knock_outs(model, [(held_out[:3], labels[:3])])
+    for step in (7, 2):
+        part = measured([*zip(held_out.split(step), labels.split(step), strict=True)], judged=3)
+        assert (part.held_out, part.judged, part.accuracy) == (7, 3, whole.accuracy)
+        assert part.intact == by_hand["intact"].accuracy
+        for name in (PERMUTED_PLACES, *({ALL_TAKEN_AWAY} & part.knock_outs.keys())):
+            assert part.knock_outs[name] == by_hand[ALL if name == ALL_TAKEN_AWAY else name]
+        for layer, (of_part, of_whole) in enumerate(zip(part.layers, whole.layers, strict=True)):
+            assert of_part.read.permuted.r2 == pytest.approx(of_whole.read.permuted.r2)
+            assert of_part.taken_away == by_hand.get(f"block {layer}")
+        entropy = attention_statistics(model, [held_out[:3]])[1].entropy
+        assert part.layers[1].entropy == pytest.approx(entropy.tolist())
+        assert part.removed.agreement in (0, pytest.approx(100 / 3), pytest.approx(200 / 3), 100)
+    assert whole.judged == 7
+
+
+def test_the_default_numbers_of_images_depend_on_the_patches_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(of_all, "FLOOR_PATCHES", 50)
+    monkeypatch.setattr(of_all, "JUDGED_PATCHES", 64)
+    model, fit, held_out = tiny("2D_sin", "LaPE"), images(9, seed=1), images(7, seed=2)
+    for step in (9, 2):
+        batches = [[(part, None) for part in half.split(step)] for half in (fit, held_out)]
+        record = diagnose(model, *batches, untrained=tiny("2D_sin", "LaPE"))
+        assert (record.fitted, record.held_out, record.floor, record.judged) == (9, 7, 4, 4)
 
 
 def flat(value: Any) -> Any:

@@ -130,7 +130,7 @@ def test_a_complete_checkpoint_is_there_whenever_the_run_is_killed(tmp_path: Pat
 # ---- stopped by a signal
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM])
 def test_a_signal_finishes_the_update_saves_and_ends_with_its_code(
     number: signal.Signals,
     tmp_path: Path,

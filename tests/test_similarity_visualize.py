@@ -462,8 +462,8 @@ def test_published_weights_are_drawn_in_one_command(
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ([], "--pretrained needs --model_name NAME"),
-        (["--model_name", "no_such"], "unknown --model_name 'no_such'"),
+        ([], "--pretrained needs --model NAME"),
+        (["--model_name", "no_such"], "unknown --model 'no_such'"),
         (["--model_name", COMPACT], f"--pretrained {COMPACT}: timm publishes no such weights"),
         (["--model_name", "vit_small_patch16_224.no_such"], "its tags of vit_small_patch16_224: augreg_in1k"),
         (["--model_name", f"{DINOV3}.lvd1689m", "--pretrained", "other"], "--pretrained other contradicts"),
@@ -510,7 +510,7 @@ def refusal(folder: Path, capsys: pytest.CaptureFixture[str], *argv: str) -> str
     [
         (["--pe", "2D_sin"], "--pe 2D_sin", "learnable"),
         (["--join_type", "share"], "--join-type share", "LaPE"),
-        (["--model-name", DISTILLED], f"--model_name {DISTILLED}", DEIT),
+        (["--model-name", DISTILLED], f"--model {DISTILLED}", DEIT),
         (["--input-size", "32,40"], "--input-size (32, 40)", "(32, 32)"),
     ],
 )
@@ -544,7 +544,7 @@ def test_a_bare_state_dict_without_a_models_name_is_refused_with_the_flag_named(
     torch.save(create("learnable", "LaPE").state_dict(), tmp_path / "checkpoint.pth")
     line = refusal(tmp_path, capsys, "--pe", "learnable")
     assert str(tmp_path / "checkpoint.pth") in line
-    assert line.endswith("give --model_name")
+    assert line.endswith("give --model")
 
 
 ALL_FLAGS = {"--model_name": DEIT, "--pe": "learnable", "--join-type": "LaPE", "--input-size": "32"}
@@ -553,7 +553,7 @@ ALL_FLAGS = {"--model_name": DEIT, "--pe": "learnable", "--join-type": "LaPE", "
 @pytest.mark.parametrize(
     ("flag", "value", "expected"),
     [
-        ("--model_name", "deit_x_LaPE", "unknown --model_name 'deit_x_LaPE'"),
+        ("--model_name", "deit_x_LaPE", "unknown --model 'deit_x_LaPE'"),
         ("--model_name", "convit_tiny", "--pe, --join-type: for models of models_lape"),
         ("--pe", "learned", "unknown encoding pe='learned'"),
         ("--join-type", "lape", "unknown join_type='lape'"),

@@ -98,6 +98,8 @@ def test_help_needs_no_torch(run: Callable[..., "subprocess.CompletedProcess[str
         ("main", ("--cpb-hidden", "x"), "main.py: error: argument --cpb-hidden: expected a whole number"),
         ("main", ("--eval",), "main.py: error: --eval needs --resume FILE"),
         ("main", ("--recipe", "nothing"), "main.py: error: no recipe "),
+        ("predict", ("nothing.pth", "image.png"), "predict.py: error: no checkpoint file nothing.pth"),
+        ("predict", ("--wrong-flag",), "predict.py: error: the following arguments are required: CHECKPOINT"),
         ("compare", ("--pe", "rope"), "compare.py: error: the following arguments are required: --output-dir"),
         ("compare", (*PAIRS, "--wrong-flag"), "compare.py: error: unknown option --wrong-flag"),
         ("compare", (*PAIRS, "--epochs", "x"), "compare.py: error: argument --epochs: expected a whole number"),
@@ -117,7 +119,13 @@ def test_a_wrong_command_line_is_refused_without_torch(
 
 @pytest.mark.parametrize(
     ("command", "argv"),
-    [("main", ()), ("compare", PAIRS), ("similarity_visualize", ()), ("benchmarks.models", ())],
+    [
+        ("main", ()),
+        ("compare", PAIRS),
+        ("similarity_visualize", ()),
+        ("predict", ("README.md", "README.md")),
+        ("benchmarks.models", ()),
+    ],
 )
 def test_a_command_says_what_it_loads_before_it_does(
     run: Callable[..., "subprocess.CompletedProcess[str]"], command: str, argv: tuple[str, ...]

@@ -73,7 +73,7 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 def timeless(folder: Path) -> list[dict[str, Any]]:
     """The rows of a log without how fast they came."""
-    timings = {"seconds", "images_per_second", "waiting_share"}
+    timings = {"seconds", "images_per_second", "waiting_share", "making_seconds", "batches", "batches_made"}
     return [{key: value for key, value in row.items() if key not in timings} for row in log_of(folder)]
 
 

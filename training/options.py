@@ -256,6 +256,10 @@ class DataOptions:
     num_workers: int = option(default=min(MOST_WORKERS, os.cpu_count() or 1), read=whole(), metavar="N",
         aliases=("--n-workers",),
         help="processes that load data, for each training process; default: one per core, at most 10")
+    shared_batches: str | None = option(metavar="DIR", of_one_call=True,
+        help="share augmented batches, through files in DIR, with the runs that name it at the same time and train on "
+             "the same batches: each is made once; not for WDS; compare.py --share-batches gives it to its runs; "
+             "default: each run makes its own")
     pin_mem: bool | None = option(help="load into page-locked memory; default: on with a GPU")
     skip_bad_images: bool = option(default=False,
         help="train with another image in place of one that cannot be read, and count it; evaluation never does")
@@ -274,7 +278,7 @@ class AugmentationOptions:
     train_crop: str = option(default="random-resized", metavar="HOW",
         help="random-resized; pad, for a crop of the image padded by an eighth of its side; none")
     fast_crop: bool | None = option(
-        help="make the random resized crops of image files faster, within a rounding of PIL's pixels; without, by PIL; "
+        help="crop, shear and shift image files faster, within a rounding of PIL's pixels; without, by PIL; "
              "default: on")
     scale: Sequence[float] | None = option(read=FRACTION, nargs=2, metavar=("LOW", "HIGH"),
         help="area of the random resized crop, part of the image's; default: 0.08 1")

@@ -172,7 +172,7 @@ def set_up(argv: Sequence[str], world: World, display: LoopDisplay) -> Setup:
         runtime,
         model.to(runtime.device),
         description=described,
-        test_loader=build_loader(test_set, False, images, world.rank, world.size),
+        test_loader=build_loader(test_set, False, images, world.rank, world.size, runtime.device),
         num_test_images=len(test_set),
     )
     if not options.run.eval:
@@ -485,7 +485,7 @@ def set_up_training(setup: Setup, images: ImageSettings, checkpoint: dict[str, A
         freeze_all_but_attention(setup.model)
     classes = setup.description["classes"]
     train_set, _ = build_dataset(True, images, classes)
-    loader = build_loader(train_set, True, images, world.rank, world.size)
+    loader = build_loader(train_set, True, images, world.rank, world.size, setup.runtime.device)
     has_teacher = options.distillation.distillation_type != "none"
     teacher = build_teacher(options, classes).to(setup.runtime.device) if has_teacher else None
     training = build_training(options, setup.model, loader, teacher, base_lr(options, world), len(classes))

@@ -30,10 +30,15 @@ class TrainLoader(Protocol):
     Attributes:
         num_images: of the data set.
         num_skipped: unreadable images so far.
+        num_taken, num_made: batches of the present epoch that were taken, and those of them that this process has made.
+        making_seconds: of a core's time that it took to make those.
     """
 
     num_images: int
     num_skipped: int
+    num_taken: int
+    num_made: int
+    making_seconds: float
 
     def __len__(self) -> int: ...
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lape_vit.analysis.attention_maps import logits
-from lape_vit.analysis.passes import Pass, grid_of_images, observe
+from lape_vit.analysis.passes import Pass, grid_of_images, observe, of_images
 from lape_vit.analysis.positions import Model, attentions
 from lape_vit.attention import Attention
 from lape_vit.places import Grid, Places
@@ -71,13 +71,6 @@ class AttentionSums:
         if self.sums is None:
             raise ValueError("no images to see attention on")
         return AttentionStatistics(*(self.sums / self.images).cpu())
-
-
-def of_images(places: Places, start: int, count: int) -> Places:
-    """The places of some images of a batch, if images differ in them."""
-    if places.x is None or places.y is None or not places.differs_by_image:
-        return places
-    return places._replace(x=places.x[start : start + count], y=places.y[start : start + count])
 
 
 def add_pass(sums: Iterable[AttentionSums], model: Model, seen: Pass, grid: Grid) -> None:

@@ -1,13 +1,15 @@
 """Does a model know where its patches are, in which layer, and does it use it? All measures, in plain numbers.
 
-Images are read once: the first half fits the probes, the second is held out and judges them; the knock-outs and the
-statistics of attention are of the held-out images, too. What each measure means: `docs/diagnosis.md`.
+Images are read once: the first half fits the probes, the second is held out and judges them. Knock-outs, which cost
+several passes of the model, and the statistics of attention are of the first of the held-out images. What each measure
+means: `docs/diagnosis.md`.
 
 Shapes: B batch, P prefix tokens, M = H*W patches, D embedding width, h heads, L layers.
 """
 
+import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -33,14 +35,18 @@ from lape_vit.analysis.probes import (
     RIDGE,
     Found,
     FoundSums,
+    PlaceProbe,
     PlaceSums,
     permute_contents,
     places_to_find,
     tokens_of_pass,
 )
+from lape_vit.places import Grid
 
-FLOOR_IMAGES = 256
-"""Images of each half that an untrained model is probed with, at most."""
+FLOOR_PATCHES = 12_000
+"""An untrained model is probed with as many images of each half as have so many patches together: 62 of 14 x 14."""
+JUDGED_PATCHES = 20_000
+"""Knock-outs and attention are by default of as many images as have so many patches together: 103 of 14 x 14."""
 ALL_TAKEN_AWAY = "all positions taken away"
 
 Batch = tuple[Tensor, Tensor | None]
@@ -126,7 +132,10 @@ class Diagnosis:
         size: (height, width) in pixels.
         tokens: P + M.
         fitted, held_out: how many images the probes were fitted to, and how many judged them.
+        judged: how many of the held-out images knock-outs and statistics of attention are of.
+        floor: how many images of each half an untrained model was probed with, at most.
         accuracy: of the intact model on the held-out images, per cent; None where no labels are known.
+        intact: the same on the images of the knock-outs.
         layers: of each block.
         output: in the tokens after the last norm, which users of dense features read.
         removed: once what tells places, by the probe for permuted contents, was removed from these patch tokens.
@@ -148,7 +157,10 @@ class Diagnosis:
     tokens: int
     fitted: int
     held_out: int
+    judged: int
+    floor: int
     accuracy: float | None
+    intact: float | None
     layers: list[Layer]
     output: Tokens
     removed: Outcome
@@ -197,17 +209,20 @@ def diagnose(
     untrained: Model | None = None,
     ridge: float = RIDGE,
     seed: int = 0,
+    judged: int | None = None,
 ) -> Diagnosis:
     """All measures of a model at the size of its images; :func:`at_size` gives those at other sizes.
 
     Args:
         model: in evaluation mode.
         images: batches to fit probes to; each is read once.
-        held_out: batches of other images, on which everything is judged.
+        held_out: batches of other images, on which everything is judged; in an order that means nothing.
         untrained: a model of the same kind with random weights, as a floor for the probes; None to leave that out. It
-            sees the first ``FLOOR_IMAGES`` images of both.
+            sees the first images of both, which have ``FLOOR_PATCHES`` patches.
         ridge: penalty of the probes' squared weights, in mean variances of a channel; above 0.
         seed: of the permutations.
+        judged: how many of the held-out images knock-outs and statistics of attention are of, at most; None for the
+            first that have ``JUDGED_PATCHES`` patches.
 
     Raises:
         ValueError: no images, fewer than two held out, images of one patch only, or tokens that are NaN or infinite.
@@ -215,54 +230,22 @@ def diagnose(
     start = time.perf_counter()
     spots = 2 * len(model.blocks) + 1
     probes = Probing(model, spots, ridge, seed)
-    floor = None if untrained is None else Probing(untrained, spots, ridge, seed, FLOOR_IMAGES)
+    floor = None if untrained is None else Probing(untrained, spots, ridge, seed, FLOOR_PATCHES)
     for batch, _ in images:
         probes.fit(batch)
         if floor is not None:
             floor.fit(batch)
 
-    away = layers_taken_away(model)
-    changes = places_changed(model, seed=seed)
-    by_spot: dict[Spot, Answers] = {spot: Answers() for spot in away}
-    by_change = {change.name: Answers() for change in changes}
-    intact, permuted = Answers(), Answers()
-    removed = [Answers() for _ in range(len(model.blocks) + 1)]
-    attention = [AttentionSums() for _ in model.blocks]
-    size = grid = (0, 0)
+    whole, using, grid, size = Answers(), Using(model, judged, seed), (0, 0), (0, 0)
     for batch, labels in held_out:
         size, grid = (batch.shape[-2], batch.shape[-1]), grid_of_images(model, batch)
         seen, seen_permuted = probes.judge(batch)
         if floor is not None:
             floor.judge(batch)
-        intact.add(seen.logits, seen.logits, labels)
-        permuted.add(seen_permuted.logits, seen.logits, labels)
-        for spot, answers in by_spot.items():
-            answers.add(away[spot].answer(batch, seen), seen.logits, labels)
-        for change in changes:
-            by_change[change.name].add(change.answer(batch, seen), seen.logits, labels)
-        for layer, answers in enumerate(removed):
-            logits = answer_without_position(model, layer, probes.permuted[2 * layer].probe, seen)
-            answers.add(logits, seen.logits, labels)
-        add_pass(attention, model, seen, grid)
+        whole.add(seen.logits, seen.logits, labels)
+        using.add(batch, labels, seen, seen_permuted, [at_spot.probe for at_spot in probes.permuted[::2]])
 
-    found, outcomes = probes.found(), {spot: answers.outcome() for spot, answers in by_spot.items()}
-    knocked = {name: answers.outcome() for name, answers in by_change.items()}
-    knocked[PERMUTED_CONTENTS] = permuted.outcome()
-    if ALL in outcomes:
-        knocked[ALL_TAKEN_AWAY] = outcomes[ALL]
-    lost = [answers.outcome() for answers in removed]
-    seen_attention = [of_layer.statistics() for of_layer in attention]
-    layers = [
-        Layer(
-            found[2 * number],
-            found[2 * number + 1],
-            lost[number],
-            outcomes.get(number),
-            of_layer.entropy.tolist(),
-            of_layer.distance.tolist(),
-        )
-        for number, of_layer in enumerate(seen_attention)
-    ]
+    found = probes.found()
     return Diagnosis(
         pe=model.pe,
         join_type=model.join_type,
@@ -270,14 +253,17 @@ def diagnose(
         size=size,
         tokens=model.num_prefix_tokens + grid[0] * grid[1],
         fitted=probes.images,
-        held_out=intact.images,
-        accuracy=intact.outcome().accuracy,
-        layers=layers,
+        held_out=whole.images,
+        judged=using.intact.images,
+        floor=0 if floor is None else max(floor.images, floor.judged),
+        accuracy=whole.outcome().accuracy,
+        intact=using.intact.outcome().accuracy,
+        layers=using.layers(found),
         output=found[-1],
-        removed=lost[-1],
-        input_taken_away=outcomes.get(INPUT),
-        output_taken_away=outcomes.get(OUTPUT),
-        knock_outs=knocked,
+        removed=using.removed[-1].outcome(),
+        input_taken_away=using.taken_away(INPUT),
+        output_taken_away=using.taken_away(OUTPUT),
+        knock_outs=using.knock_outs(),
         untrained=[] if floor is None else floor.found(),
         sizes=[],
         seconds=time.perf_counter() - start,
@@ -291,11 +277,11 @@ class Probing:
     The spots are each block's input and what its attention reads, by turns, and the tokens after the last norm.
 
     Args:
-        most: images that are looked at, in each half.
+        patches: of each half, the first images that have so many patches are looked at; None for all.
     """
 
-    def __init__(self, model: Model, spots: int, ridge: float, seed: int, most: int | None = None) -> None:
-        self.model, self.ridge, self.most = model, ridge, most
+    def __init__(self, model: Model, spots: int, ridge: float, seed: int, patches: int | None = None) -> None:
+        self.model, self.ridge, self.most_patches = model, ridge, patches
         self.generator = torch.Generator().manual_seed(seed)
         self.images = self.judged = 0
         self.sums = [[PlaceSums() for _ in range(spots)] for _ in range(2)]
@@ -304,7 +290,7 @@ class Probing:
 
     def fit(self, images: Tensor) -> None:
         """Add a batch to what the probes are fitted to."""
-        images = images if self.most is None else images[: max(0, self.most - self.images)]
+        images = self._wanted(images, self.images)
         if not len(images):
             return
         places = places_to_find(self.model, images)
@@ -321,7 +307,7 @@ class Probing:
         """
         if not self.as_they_are:
             self.as_they_are, self.permuted = ([FoundSums(one.fit(self.ridge)) for one in sums] for sums in self.sums)
-        images = images if self.most is None else images[: max(0, self.most - self.judged)]
+        images = self._wanted(images, self.judged)
         if not len(images):
             return []
         places, passes = places_to_find(self.model, images), self._passes(images)
@@ -338,6 +324,13 @@ class Probing:
         pairs = zip(self.as_they_are, self.permuted, strict=True)
         return [Tokens(known(one.found()), known(other.found())) for one, other in pairs]
 
+    def _wanted(self, images: Tensor, before: int) -> Tensor:
+        """Those that are still to be looked at, after some before them."""
+        if self.most_patches is None:
+            return images
+        most = images_with(self.most_patches, grid_of_images(self.model, images))
+        return images[: max(0, most - before)]
+
     def _passes(self, images: Tensor) -> list[Pass]:
         permuted = permute_contents(images, grid_of_images(self.model, images), self.generator)
         return [observe(self.model, images), observe(self.model, permuted)]
@@ -347,19 +340,95 @@ class Probing:
         return [*tokens_of_pass(seen, P), seen.output[:, P:]]
 
 
+class Using:
+    """What a model uses of places: knock-outs, and where its attention looks; of the first images alone.
+
+    Args:
+        most: images that are looked at; None for those that have ``JUDGED_PATCHES`` patches.
+        seed: of the permutation of places.
+
+    Attributes:
+        intact: answers of the model as it is.
+        removed: once the position was removed from the input of each block, and from the tokens after the last norm.
+    """
+
+    def __init__(self, model: Model, most: int | None, seed: int) -> None:
+        self.model, self.most = model, most
+        self.away, self.changes = layers_taken_away(model), places_changed(model, seed=seed)
+        if len(self.away) == 2:  # one spot, which is all of them
+            del self.away[ALL]
+        self.by_spot: dict[Spot, Answers] = {spot: Answers() for spot in self.away}
+        self.by_change = {change.name: Answers() for change in self.changes}
+        self.intact, self.permuted = Answers(), Answers()
+        self.removed = [Answers() for _ in range(len(model.blocks) + 1)]
+        self.attention = [AttentionSums() for _ in model.blocks]
+
+    def add(
+        self, images: Tensor, labels: Tensor | None, seen: Pass, seen_permuted: Pass, probes: Sequence[PlaceProbe]
+    ) -> None:
+        """Add a batch, up to the number of images that are looked at.
+
+        Args:
+            seen, seen_permuted: the passes over the images, and over the same with permuted contents.
+            probes: for permuted contents, of each block's input and of the tokens after the last norm.
+        """
+        grid = grid_of_images(self.model, images)
+        most = images_with(JUDGED_PATCHES, grid) if self.most is None else self.most
+        count = min(len(images), most - self.intact.images)
+        if count <= 0:
+            return
+        images, labels, seen = images[:count], None if labels is None else labels[:count], seen.first(count)
+        self.intact.add(seen.logits, seen.logits, labels)
+        self.permuted.add(seen_permuted.logits[:count], seen.logits, labels)
+        for spot, answers in self.by_spot.items():
+            answers.add(self.away[spot].answer(images, seen), seen.logits, labels)
+        for change in self.changes:
+            self.by_change[change.name].add(change.answer(images, seen), seen.logits, labels)
+        for layer, (probe, answers) in enumerate(zip(probes, self.removed, strict=True)):
+            answers.add(answer_without_position(self.model, layer, probe, seen), seen.logits, labels)
+        add_pass(self.attention, self.model, seen, grid)
+
+    def layers(self, found: Sequence[Tokens]) -> list[Layer]:
+        """The result of each block, with what was found in its tokens, by spot."""
+        layers = []
+        for number, sums in enumerate(self.attention):
+            of_layer, removed = sums.statistics(), self.removed[number].outcome()
+            heads = of_layer.entropy.tolist(), of_layer.distance.tolist()
+            layers.append(Layer(found[2 * number], found[2 * number + 1], removed, self.taken_away(number), *heads))
+        return layers
+
+    def taken_away(self, spot: Spot) -> Outcome | None:
+        """The result once the positions of a spot were taken away; None where there are none."""
+        return self.by_spot[spot].outcome() if spot in self.by_spot else None
+
+    def knock_outs(self) -> dict[str, Outcome]:
+        """The results of the changes of the whole model."""
+        found = {name: answers.outcome() for name, answers in self.by_change.items()}
+        found[PERMUTED_CONTENTS] = self.permuted.outcome()
+        if self.by_spot:
+            found[ALL_TAKEN_AWAY] = [*self.by_spot.values()][-1].outcome()  # ALL is the last, or there is but one spot
+        return found
+
+
+def images_with(patches: int, grid: Grid) -> int:
+    """How many images have so many patches together, or a few more; each has (H, W)."""
+    return math.ceil(patches / (grid[0] * grid[1]))
+
+
 def known(found: Found) -> Known:
     """The numbers without the probe."""
     return Known(found.r2, found.error, found.similarity, found.share, found.removed_share)
 
 
 @torch.no_grad()
-def at_size(model: Model, images: Iterable[Batch], way: str) -> AtSize:
+def at_size(model: Model, images: Iterable[Batch], way: str, judged: int | None = None) -> AtSize:
     """Accuracy and attention of a model on images of one size, for which it was set up by its `set_input_size`.
 
     Args:
         model: in evaluation mode.
         images: read once.
         way: a name of how it is evaluated.
+        judged: the first images that attention is looked at on; None for all.
 
     Raises:
         ValueError: there are no images.
@@ -369,8 +438,10 @@ def at_size(model: Model, images: Iterable[Batch], way: str) -> AtSize:
     for batch, labels in images:
         size, grid = (batch.shape[-2], batch.shape[-1]), grid_of_images(model, batch)
         seen = observe(model, batch)
+        left = len(batch) if judged is None else judged - answers.images
         answers.add(seen.logits, seen.logits, labels)
-        add_pass(attention, model, seen, grid)
+        if left > 0:
+            add_pass(attention, model, seen.first(left), grid)
     found = [of_layer.statistics() for of_layer in attention]
     return AtSize(
         size=size,

@@ -13,6 +13,8 @@ INPUT, READ, OUTPUT = "input", "read", "output"
 """Spots of tokens: what a block is given, what its attention reads, and what comes after the last norm."""
 REMOVED, TAKEN_AWAY = "position removed from the input", "own positions taken away"
 REMOVED_AT_OUTPUT = "position removed from the output"
+INTACT = "intact"
+"""The model as it is, on the images of the knock-outs."""
 SHARPNESS = "entropy, share of the most"
 AT_INPUT, AT_OUTPUT = "positions at the input taken away", "positions at the output taken away"
 
@@ -69,6 +71,7 @@ def _of_known(known: Known, spot: str, contents: str, block: int | None) -> Iter
 
 def _of_answers(record: Diagnosis) -> Iterator[tuple[Key, float | None]]:
     yield Key("accuracy"), record.accuracy
+    yield Key("accuracy", INTACT), record.intact
     changes: list[tuple[str, int | None, Outcome | None]] = [
         (name, None, outcome) for name, outcome in record.knock_outs.items()
     ]
@@ -99,6 +102,12 @@ def _of_sizes(record: Diagnosis) -> Iterator[tuple[Key, float | None]]:
             for block, by_head in enumerate(by_layer):
                 yield Key(measure, block=block, size=size, way=one.way), mean(by_head)
         yield Key(SHARPNESS, size=size, way=one.way), share_of_most(one.entropy, one.tokens)
+
+
+def images_of(record: Diagnosis) -> str:
+    """How many images there were, for the eye."""
+    of_them = "" if record.judged == record.held_out else f", {record.judged} of these for knock-outs and attention"
+    return f"{record.fitted} images to fit probes, {record.held_out} to judge{of_them}"
 
 
 def share_of_most(entropy: Sequence[Sequence[float]], tokens: int) -> float:

@@ -36,6 +36,24 @@ class Pass(NamedTuple):
     places: Places
     terms: Terms
 
+    def first(self, count: int) -> "Pass":
+        """The pass over the first images of the batch."""
+        return Pass(
+            [x[:count] for x in self.inputs],
+            [x[:count] for x in self.reads],
+            self.output[:count],
+            self.logits[:count],
+            of_images(self.places, 0, count),
+            self.terms.changed(lambda term: term[:count]),
+        )
+
+
+def of_images(places: Places, start: int, count: int) -> Places:
+    """The places of some images of a batch, if images differ in them."""
+    if places.x is None or places.y is None or not places.differs_by_image:
+        return places
+    return places._replace(x=places.x[start : start + count], y=places.y[start : start + count])
+
 
 @torch.no_grad()
 def observe(model: Model, images: Tensor) -> Pass:

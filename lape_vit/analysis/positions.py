@@ -17,7 +17,7 @@ from lape_vit.attention import Attention, Block
 from lape_vit.encodings.rotary import RopeMixed
 from lape_vit.joins import Terms
 from lape_vit.places import Grid, Places
-from lape_vit.vit import VisionTransformer, VisionTransformerDistilled, first_weight
+from lape_vit.vit import VisionTransformer, VisionTransformerDistilled, draw_tables, first_weight
 
 Model = VisionTransformer | VisionTransformerDistilled
 
@@ -245,6 +245,19 @@ def encoding_tables(model: Model) -> Tensor | None:
     tables = [None] if model.pos_embed is None else model.pos_embed.split(1)
     height, width = places.grid
     return torch.cat([encoding(places, weight, table)[:, -height * width :] for table in tables])
+
+
+@torch.no_grad()
+def untrained_table(model: Model, seed: int = 0) -> Tensor | None:
+    """A table of positions as an untrained model of the same kind has it: (H*W, D); None where none is trained."""
+    if model.join.encoding is None or model.pos_embed is None:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        table = draw_tables((1, *model.pos_embed.shape[1:]), torch.empty(0))
+    places = Places(model.patch_embed.grid_size)
+    height, width = places.grid
+    return model.join.encoding(places, table, table)[0, -height * width :]
 
 
 def token_map(values: Tensor, grid: Grid, token: tuple[int, int]) -> Tensor:

@@ -140,15 +140,17 @@ class FoundSums:
     def add(self, features: Tensor, places: Tensor) -> None:
         """Add tokens (B, M, D) at (x, y) `places` (M, 2), which are the same in every call."""
         self.places = places = places.to(features.device, torch.float64)
-        squares = (self.probe(features) - places).square().sum(dim=-1)
+        deviation = features.double() - self.probe.mean
+        found = deviation @ self.probe.weight
+        squares = (found + self.probe.centre - places).square().sum(dim=-1)
         spread = len(features) * (places - self.probe.centre).square().sum()
         directions = F.normalize(features, dim=-1).transpose(0, 1).flatten(1)
-        deviation = features.double() - self.probe.mean
+        of_parts = (found @ (self.probe.along.mT @ self.probe.along) * found).sum()  # of found @ along.mT, shorter
         added = (
             torch.stack([squares.sqrt().sum(), squares.sum(), spread]),
             (directions @ directions.mT).double(),
             deviation.sum(dim=0),
-            torch.stack([deviation.square().sum(), self.probe.part(features).square().sum()]),
+            torch.stack([deviation.square().sum(), of_parts]),
         )
         self.images += len(features)
         self.sums = tuple(map(torch.add, self.sums, added)) if self.sums else added

@@ -13,20 +13,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lape_vit.analysis import diagnosis_numbers as names
 from lape_vit.analysis.attention_statistics import uniform_distance
-from lape_vit.analysis.diagnosis_numbers import (
-    INPUT,
-    OUTPUT,
-    READ,
-    REMOVED,
-    REMOVED_AT_OUTPUT,
-    SHARPNESS,
-    TAKEN_AWAY,
-    Group,
-    Key,
-    Values,
-    changes_of,
-)
+from lape_vit.analysis.diagnosis_numbers import Group, Key, Values, changes_of
 from lape_vit.drawing.sheet import Picture
 
 DPI = 130
@@ -57,7 +46,7 @@ def draw_page(one: Group, title: str) -> Figure:
     draw_heads(axes[2, 1], one, values, "distance", "attention distance (patches)", uniform, "all patches alike")
     if has_sizes:
         draw_sizes(axes[3, 0], one, values, "accuracy", "accuracy (%)")
-        draw_sizes(axes[3, 1], one, values, SHARPNESS, "entropy / log of the tokens")
+        draw_sizes(axes[3, 1], one, values, names.SHARPNESS, "entropy / log of the tokens")
     name_panels(figure)
     return figure
 
@@ -86,12 +75,12 @@ def set_blocks(axes: Axes, depth: int, has_output: bool) -> None:
     """Ticks at the blocks, and at what comes after the last norm."""
     step = math.ceil(depth / 12)
     places = list(range(0, depth, step))
-    names = [str(place) for place in places]
+    labels = [str(place) for place in places]
     if has_output:
-        places, names = [place for place in places if place <= depth - step or step == 1], names
-        names = [str(place) for place in places] + ["out"]
+        places = [place for place in places if place <= depth - step or step == 1]
+        labels = [str(place) for place in places] + ["out"]
         places = [*places, depth]
-    axes.set_xticks(places, names)
+    axes.set_xticks(places, labels)
     axes.set_xlim(-0.4, depth - 0.6 + has_output)
     axes.set_xlabel("block" + ("; out: after the last norm" if has_output else ""))
 
@@ -126,14 +115,14 @@ def limit_r2(axes: Axes) -> None:
 def draw_probes(axes: Axes, one: Group, values: Values) -> None:
     """R^2 of the probes over depth, with their floor."""
     depth = one.depth()
-    for spot, name, colour in ((READ, "what attention reads", BLUE), (INPUT, "block's input", ORANGE)):
-        blocks: list[int | None] = [*range(depth)] + ([None] if spot == INPUT else [])
+    for spot, name, colour in ((names.READ, "what attention reads", BLUE), (names.INPUT, "block's input", ORANGE)):
+        blocks: list[int | None] = [*range(depth)] + ([None] if spot == names.INPUT else [])
         for contents, line, words in (("permuted", "-", "contents permuted"), ("", "--", "contents in place")):
             found = over_depth(values, partial(spot_key, "r2", spot, contents), blocks)
             style: dict[str, Any] = {"color": colour, "linestyle": line, "marker": "o", "markersize": 3.5}
             draw_line(axes, found, label=f"{name},\n{words}", **style)
     blocks = [*range(depth)]
-    found = over_depth(values, lambda block: Key("r2", READ, "untrained, permuted", block), blocks)
+    found = over_depth(values, lambda block: Key("r2", names.READ, "untrained, permuted", block), blocks)
     draw_line(
         axes,
         found,
@@ -152,7 +141,7 @@ def draw_probes(axes: Axes, one: Group, values: Values) -> None:
 
 def spot_key(measure: str, spot: str, contents: str, block: int | None) -> Key:
     """Of a block, or after the last norm."""
-    return Key(measure, OUTPUT if block is None else spot, contents, block)
+    return Key(measure, names.OUTPUT if block is None else spot, contents, block)
 
 
 def draw_shares(axes: Axes, one: Group, values: Values) -> None:
@@ -167,7 +156,7 @@ def draw_shares(axes: Axes, one: Group, values: Values) -> None:
         ("similarity", "", "similarity by distance", GREEN, "-"),
     )
     for measure, contents, label, colour, line in lines:
-        found = over_depth(values, partial(spot_key, measure, INPUT, contents), blocks)
+        found = over_depth(values, partial(spot_key, measure, names.INPUT, contents), blocks)
         draw_line(axes, found, color=colour, linestyle=line, marker="o", markersize=3.5, label=label)
     axes.axhline(0, color="black", linewidth=0.6)
     set_blocks(axes, depth, has_output=True)
@@ -184,7 +173,7 @@ def answer_of(values: Values) -> tuple[str, str]:
 
 def draw_intact(axes: Axes, values: Values, measure: str, is_vertical: bool) -> float:
     """A line at the intact model; returns where."""
-    intact = float(np.mean(values[Key("accuracy")])) if measure == "accuracy" else 100.0
+    intact = float(np.mean(values[Key("accuracy", names.INTACT)])) if measure == "accuracy" else 100.0
     draw = axes.axvline if is_vertical else axes.axhline
     draw(intact, color="black", linewidth=1, linestyle=(0, (4, 2)), label=f"intact: {intact:.1f}")
     return intact
@@ -216,7 +205,7 @@ def draw_blocks(axes: Axes, one: Group, values: Values) -> None:
     measure, label = answer_of(values)
     depth = one.depth()
     intact = draw_intact(axes, values, measure, is_vertical=False)
-    taken = over_depth(values, lambda block: Key(measure, TAKEN_AWAY, block=block), range(depth))
+    taken = over_depth(values, lambda block: Key(measure, names.TAKEN_AWAY, block=block), range(depth))
     bars = {block: float(np.mean(numbers)) - intact for block, numbers in enumerate(taken) if numbers}
     if bars:
         style: dict[str, Any] = {
@@ -229,8 +218,8 @@ def draw_blocks(axes: Axes, one: Group, values: Values) -> None:
     for block, numbers in enumerate(taken):
         if len(numbers) > 1:
             axes.plot([block] * len(numbers), numbers, "o", color="black", markersize=3, alpha=0.6)
-    removed = over_depth(values, lambda block: Key(measure, REMOVED, block=block), range(depth))
-    removed.append(values.get(Key(measure, REMOVED_AT_OUTPUT), []))
+    removed = over_depth(values, lambda block: Key(measure, names.REMOVED, block=block), range(depth))
+    removed.append(values.get(Key(measure, names.REMOVED_AT_OUTPUT), []))
     draw_line(axes, removed, color=ORANGE, marker="o", markersize=4, label="position removed\nfrom the block's input")
     axes.use_sticky_edges = False  # so that the intact line has room above it
     axes.margins(y=0.08)

@@ -269,7 +269,8 @@ class Axis:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Values (V, R, C) of each layer, as tiles below each other, and what their axes are."""
+    """Values (V, R, C) of each layer, as tiles below each other, and what their axes are; beside them, if given, those
+    of an untrained model."""
 
     title: str
     values: list[Tensor]
@@ -278,10 +279,13 @@ class Tiles:
     caption: str
     names: Sequence[str] = ()
     mark: Token | None = None
+    untrained: Tensor | None = None
 
     def band(self, layers: list[str], colours: Colours) -> Band:
         """A panel for each layer; one for all where they are alike."""
         layers, values = merged([short(layer) for layer in layers], self.values)
+        if self.untrained is not None:
+            layers, values = [*layers, "untrained"], [*values, self.untrained]
         shape = (len(values[0]), 1)
         panels = [
             Panel(layer, partial(show_mosaic, values=value, colours=colours, shape=shape, mark=self.mark))
@@ -324,9 +328,15 @@ def short(layer: str) -> str:
     return layer.partition(",")[0] if layer.startswith("block ") else layer
 
 
-def view_bands(view: PositionView, grid: Grid, token: Token, with_matrix: bool) -> list[Band]:
+def view_bands(
+    view: PositionView, grid: Grid, token: Token, with_matrix: bool, untrained: Tensor | None = None
+) -> list[Band]:
     """All layers of a view: from patch to patch if asked, and of the chosen patch where patches differ in more than
-    their offset; a view of which neither is drawn is shown by its mean over each offset."""
+    their offset; a view of which neither is drawn is shown by its mean over each offset.
+
+    Args:
+        untrained: the same from patch to patch in an untrained model, (V, H*W, H*W), to be shown beside the layers.
+    """
     names = titles_of(view, len(view.values[0])) if len(view.values[0]) > 1 else []
     shown = []
     if view.rows:
@@ -339,13 +349,14 @@ def view_bands(view: PositionView, grid: Grid, token: Token, with_matrix: bool) 
         if with_matrix:
             axis = Axis([str(patch) for patch in range(grid[0] * grid[1])], unit=grid[1])
             caption = "across: key patch, row by row; down: query patch, row by row"
-            shown.append(Tiles(view.title, view.values, axis, axis, caption, names))
+            shown.append(Tiles(view.title, view.values, axis, axis, caption, names, untrained=untrained))
         if varies_by_patch(view, grid):
             maps = [token_map(values, grid, token) for values in view.values]
             title = f"{view.title}, from the patch in row {token[0]}, column {token[1]} to every patch"
             rows, columns = (Axis([str(place) for place in range(side)]) for side in grid)
             caption = "across: column of the key patch; down: its row"
-            shown.append(Tiles(title, maps, rows, columns, caption, names, token))
+            before = None if untrained is None else token_map(untrained, grid, token)
+            shown.append(Tiles(title, maps, rows, columns, caption, names, token, before))
         if not shown:
             means = [mean_by_offset(values, grid) for values in view.values]
             shown.append(offset_tiles(f"{view.title}, by offset", means, names))
@@ -389,11 +400,19 @@ def token_band(view: PositionView, layer: int, grid: Grid, token: Token) -> Band
     return Band(title, panels, grid[0] / grid[1], colours, with_ticks=True)
 
 
-def encoding_band(similarity: Tensor, grid: Grid, token: Token, limits: tuple[float, float]) -> Band:
-    """The encoding itself, (T, H*W, H*W) of its tables, from the chosen patch to every patch."""
+def encoding_band(
+    similarity: Tensor, grid: Grid, token: Token, limits: tuple[float, float], untrained: Tensor | None = None
+) -> Band:
+    """The encoding itself, (T, H*W, H*W) of its tables, from the chosen patch to every patch; beside it, if given, an
+    untrained table, (1, H*W, H*W)."""
     note = cut_note([similarity], limits)
     colours = Colours(SIGNED, limits, cut=bool(note))
     titles = [f"table of block {table}" for table in range(len(similarity))] if len(similarity) > 1 else [""]
+    if untrained is not None:
+        titles, similarity = (
+            [title or "trained" for title in titles] + ["untrained"],
+            torch.cat([similarity, untrained]),
+        )
     panels = [
         Panel(title, partial(show_map, values=values, colours=colours, grid=grid, mark=token))
         for title, values in zip(titles, token_map(similarity, grid, token), strict=True)

@@ -20,6 +20,7 @@ from lape_vit.analysis.positions import (
     nearest_starts,
     plane_frequencies,
     position_views,
+    untrained_table,
 )
 from lape_vit.analysis.timm_positions import (
     patch_grid,
@@ -66,6 +67,7 @@ class Positions:
         places: what the grid is made of.
         starts: where trained frequencies may have started, of each layer; empty where they are not trained.
         scale: of the colours, see :func:`limits_of`.
+        untrained: the similarity of a table as it is before training, (1, H*W, H*W); None where none is trained.
         config: options of the training, where the checkpoint has them.
     """
 
@@ -81,6 +83,7 @@ class Positions:
     places: str = "patches"
     starts: Sequence[Tensor] = ()
     scale: Scale = "quantile"
+    untrained: Tensor | None = None
     config: Mapping[str, Any] | None = None
 
     @property
@@ -119,6 +122,7 @@ def measure(model: Any, source: str, name: str, token: Token | None = None, scal
     check_token(token, grid)
     views = position_views(model) if ours else timm_position_views(model)
     tables = encoding_tables(model) if ours else timm_tables(model)
+    before = untrained_table(model) if ours else None
     return Positions(
         source,
         name,
@@ -132,6 +136,7 @@ def measure(model: Any, source: str, name: str, token: Token | None = None, scal
         places="patches" if patch_grid(model) else "places of a window",
         starts=nearest_starts(model) if ours else (),
         scale=scale,
+        untrained=cosine_similarity(before)[None] if before is not None else None,
     )
 
 
@@ -204,7 +209,8 @@ def bands(positions: Positions, choice: Choice) -> list[Band]:
             by_offset_too = f"{view.name}_offsets" in names
             with_matrix = choice.full or (patches <= MOST_PATCHES and not by_offset_too)
             if with_matrix or not by_offset_too or varies_by_patch(view, positions.grid):
-                found += view_bands(chosen, positions.grid, positions.token, with_matrix)
+                untrained = positions.untrained if view.name == "similarity" else None
+                found += view_bands(chosen, positions.grid, positions.token, with_matrix, untrained)
     layers = [layer for layer in range(len(positions.frequencies)) if choice.has(layer)]
     if layers:
         titles, points = positions.layers, positions.frequencies
@@ -251,7 +257,10 @@ def single_bands(positions: Positions, choice: Choice = EVERYTHING) -> Iterator[
     grid, token = positions.grid, positions.token
     chosen = f"{token[0] * grid[1] + token[1]}thToken"
     if positions.encoding is not None:
-        yield "PE_token_sim", encoding_band(positions.encoding, grid, token, positions.encoding_limits)
+        yield (
+            "PE_token_sim",
+            encoding_band(positions.encoding, grid, token, positions.encoding_limits, positions.untrained),
+        )
     for view in positions.views:
         by_patch = varies_by_patch(view, grid)
         name, whole = ORIGINAL_NAMES.get(view.name, (view.name, view.name))
@@ -279,6 +288,8 @@ def raw_values(positions: Positions) -> dict[str, NDArray[Any]]:
     values = {view.name: torch.stack(view.values).numpy() for view in positions.views}
     if positions.encoding is not None:
         values["encoding"] = positions.encoding.numpy()
+    if positions.untrained is not None:
+        values["untrained"] = positions.untrained.numpy()
     if positions.frequencies:
         values["frequencies"] = torch.stack(positions.frequencies).numpy()
     return {**values, "grid": np.array(positions.grid), "token": np.array(positions.token)}

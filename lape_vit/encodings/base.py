@@ -4,13 +4,15 @@ Shapes: B batch, P prefix tokens (class, distillation, registers), H x W cells o
 N = P + M tokens, R rows of an absolute encoding (P or fewer, then M), T tables, D embedding width, h heads, d head
 width.
 
-An author writes formulas of places. The base classes pad for prefix tokens, cast, and keep what depends on a whole grid
-alone: results of a module without parameters. What depends on a parameter is computed in every forward, since a
-parameter can be written in ways that nobody sees.
+An author writes formulas of places. The base classes pad for prefix tokens, cast, and keep results for a whole grid: of
+a module without parameters always, of one with parameters in evaluation on a CPU. A parameter can be written in ways
+that nobody sees, so that its values are compared with those that the result was made of; elsewhere it is computed in
+every forward.
 """
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
@@ -19,18 +21,47 @@ from torch import Tensor, nn
 
 from lape_vit.places import Grid, Places
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | Bias | None"], Tensor]
 """From q, k, v (B, h, N, E) and a term of the logits, which broadcasts to (B, h, N, N), to what is gathered."""
 
 
+def autograd_keeps() -> bool:
+    """Whether autograd keeps tensors until the backward pass: not in a traced graph, nor where a compiler chooses."""
+    return torch.is_grad_enabled() and not torch.jit.is_tracing() and not torch.compiler.is_compiling()
+
+
 class Kept:
-    """Results that depend on a grid, a device and a dtype alone: the last one of each computation."""
+    """Results of formulas, the last one of each, with what it was made of: grid, device, dtype, and values."""
 
     def __init__(self) -> None:
-        self.entries: dict[str, tuple[Any, Tensor]] = {}
+        self.entries: dict[str, tuple[Any, list[Tensor], Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"entries": {}}  # neither copied nor saved with the model
+
+    def get(self, name: str, key: Any, values: Sequence[Tensor], make: Callable[[], Tensor], limit: float) -> Tensor:
+        """The result of this name, if it was made of the same key and equal values; else a new one.
+
+        Args:
+            limit: in bytes; a larger result is not kept.
+        """
+        old_key, old_values, result = self.entries.get(name, (None, [], None))
+        if result is not None and old_key == key and all(map(is_equal, old_values, values)):
+            return result
+        with torch.inference_mode(False), torch.no_grad():  # so that it can be used outside inference mode, too
+            result = make()
+            if result.numel() * result.element_size() <= limit:
+                self.entries[name] = (key, [value.clone() for value in values], result)
+        return result
+
+
+LAYER_LIMIT = 2**22
+"""In bytes. Results of layers that differ are kept up to this size, as there is one of each layer."""
+
+
+def is_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors on the CPU have the same dtype, shape and values."""
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 class Encoding(nn.Module):
@@ -46,8 +77,11 @@ class Encoding(nn.Module):
 
     hooks: ClassVar[tuple[str, ...]] = ()
     """Of a family: the methods of which its members define at least one."""
-    overridden: ClassVar[frozenset[str]] = frozenset()
-    """Of a member: those that it defines."""
+    overridden: frozenset[str] = frozenset()
+    """Of a member: those that it defines. An instance whose options need fewer takes the others out."""
+
+    differs_by_layer: ClassVar[bool] = False
+    """True where layers differ in more than their parameters: they then do not share what is kept for a grid."""
 
     reads_real_places: ClassVar[bool] = True
     """False where places or offsets are rounded to cells, so that a move by part of a cell has no effect or a jump."""
@@ -78,7 +112,8 @@ class Encoding(nn.Module):
     def __init__(self, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
-        self.kept = Kept()
+        self.kept = Kept()  # the layers may share it
+        self.kept_of_layer = Kept()
 
     @classmethod
     def options(cls) -> dict[str, Any]:
@@ -109,25 +144,34 @@ class Encoding(nn.Module):
         return set()
 
     def compute(self, formula: Callable[[Places, torch.dtype], Tensor], places: Places, like: Tensor) -> Tensor:
-        """``formula(places, like.dtype)``, which is kept as by :meth:`fixed` where the module has no parameters."""
-        if next(self.parameters(), None) is None:
+        """``formula(places, like.dtype)``, which is kept as by :meth:`fixed` where the module has no parameters.
+
+        Where it has some, the result is kept in evaluation on a CPU, until one of their values differs. On a GPU the
+        comparison would make the host wait.
+        """
+        parameters = list(self.parameters())
+        if not parameters:
             return self.fixed(formula, places, like)
-        return formula(places, like.dtype)
+        # Other tensors may stand in for parameters: those of a transform, which cannot be compared.
+        are_ordinary = all(type(one) is nn.Parameter and one.device.type == "cpu" for one in parameters)
+        if self.training or torch.is_grad_enabled() or not are_ordinary or not can_be_kept(places, like):
+            return formula(places, like.dtype)
+        key, values = (places.grid, places.device, like.dtype), [*parameters, *self.buffers()]
+        return self.kept_of_layer.get(formula.__name__, key, values, lambda: formula(places, like.dtype), LAYER_LIMIT)
 
     def fixed(self, formula: Callable[[Places, torch.dtype], Tensor], places: Places, like: Tensor) -> Tensor:
-        """``formula(places, like.dtype)`` of a formula that reads no parameter; kept for a whole grid.
-
-        Nothing is kept while a model is compiled, exported or traced, nor with stand-ins of tensors.
-        """
-        is_ordinary = type(like) in (Tensor, nn.Parameter)
-        if not (places.is_whole and is_ordinary) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        """``formula(places, like.dtype)`` of a formula that reads no parameter; kept for a whole grid."""
+        if not can_be_kept(places, like):
             return formula(places, like.dtype)
-        key = (places.grid, places.device, like.dtype)
-        entry = self.kept.entries.get(formula.__name__)
-        if entry is None or entry[0] != key:
-            with torch.inference_mode(False), torch.no_grad():  # so that it can be used outside inference mode, too
-                entry = self.kept.entries[formula.__name__] = (key, formula(places, like.dtype))
-        return entry[1]
+        key, limit = (places.grid, places.device, like.dtype), LAYER_LIMIT if self.differs_by_layer else math.inf
+        return self.kept.get(formula.__name__, key, [], lambda: formula(places, like.dtype), limit)
+
+
+def can_be_kept(places: Places, like: Tensor) -> bool:
+    """Not while a model is compiled, exported or traced, nor with stand-ins of tensors."""
+    is_ordinary = type(like) in (Tensor, nn.Parameter)
+    is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return places.is_whole and is_ordinary and not is_recorded
 
 
 class NoEncoding(Encoding):
@@ -211,9 +255,6 @@ class AttentionEncoding(Encoding):
     takes_norm: ClassVar[bool] = False
     """True where a join may normalise the bias: :meth:`add_norm` is defined."""
 
-    differs_by_layer: ClassVar[bool] = False
-    """True where layers differ in more than their parameters: they then do not share what is kept for a grid."""
-
     hooks = ("rotate", "patch_bias", "bias", "widen", "narrow")
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -273,10 +314,12 @@ class AttentionEncoding(Encoding):
             attend: the rest of attention.
         """
         q, k = self.rotate(q, k, places)
+        if "rotate" in self.overridden and autograd_keeps():
+            v = v.clone()  # it is a part of one tensor, and would keep the memory of q and k before their turn
+        if "widen" not in self.overridden:
+            return attend(q, k, v, Bias(self, places) if self.overridden & {"patch_bias", "bias"} else None)
         bias = self.logits_bias(q, k, places)
-        if "widen" in self.overridden:
-            q, k, v = self.widen(q, k, v, read, places)
-        return self.narrow(attend(q, k, v, bias), places)
+        return self.narrow(attend(*self.widen(q, k, v, read, places), bias), places)
 
     def logits_bias(self, q: Tensor, k: Tensor, places: Places) -> Tensor | None:
         """The sum of :meth:`patch_bias`, padded for prefix tokens and cast, and :meth:`bias`; None without both."""
@@ -293,6 +336,25 @@ class AttentionEncoding(Encoding):
             bias = bias[:, None]
         P = self.num_prefix_tokens
         return F.pad(bias, (P, 0, P, 0)).to(dtype)
+
+
+class Bias(NamedTuple):
+    """A term of the logits that is yet to be made: it can be made twice, so that it need not be held for long."""
+
+    encoding: AttentionEncoding
+    places: Places
+
+    def make(self, q: Tensor, k: Tensor) -> Tensor | None:
+        """The term for q and k (B, h, N, d), which broadcasts to (B, h, N, N)."""
+        return self.encoding.logits_bias(q, k, self.places)
+
+    def parameters(self) -> dict[str, Tensor]:
+        return dict(self.encoding.named_parameters())
+
+    def needs_gradient(self, q: Tensor) -> bool:
+        """Whether a gradient flows through the term."""
+        reads_content = "bias" in self.encoding.overridden
+        return (reads_content and q.requires_grad) or any(one.requires_grad for one in self.encoding.parameters())
 
 
 class TokenEncoding(Encoding):

@@ -70,6 +70,8 @@ class IRPE(AttentionEncoding):
         self.key_table, self.query_table, self.value_table = (
             nn.Parameter(torch.empty(NUM_BUCKETS, spec.head_dim)) if side in irpe_on else None for side in "kqv"
         )
+        # What attention gathers of the values' table takes part in the sums of attention; without it a bias does.
+        self.overridden -= {"widen", "narrow"} if self.value_table is None else {"bias"}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -97,8 +99,8 @@ class IRPE(AttentionEncoding):
             return term
         return term + of_pairs(k @ self.query_table.T.to(k.dtype), buckets).mT
 
-    def bias(self, q: Tensor, k: Tensor, places: Places) -> Tensor | None:
-        return self.term(q, k, places) * self.head_dim**-0.5 if self.value_table is None else None
+    def bias(self, q: Tensor, k: Tensor, places: Places) -> Tensor:
+        return self.term(q, k, places) * self.head_dim**-0.5
 
     def marks(self, places: Places, dtype: torch.dtype) -> Tensor:
         """A mark of its own for each key, and channels of zeros up to a multiple of 8: (N, E)."""
@@ -108,16 +110,13 @@ class IRPE(AttentionEncoding):
 
     def widen(self, q: Tensor, k: Tensor, v: Tensor, read: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
         """On values: v is widened by marks, and so is k, by which the term of the logits needs no place of its own."""
-        if self.value_table is None:
-            return q, k, v
         marks = self.fixed(self.marks, places, q)
         of_marks = F.pad(self.term(q, k, places), (0, marks.shape[1] - marks.shape[0]))
         marks = marks.expand(q.shape[0], q.shape[1], -1, -1)
         return torch.cat([q, of_marks], dim=-1), torch.cat([k, marks], dim=-1), torch.cat([v, marks], dim=-1)
 
     def narrow(self, x: Tensor, places: Places) -> Tensor:
-        if self.value_table is None:
-            return x
+        assert self.value_table is not None
         buckets = self.fixed(self.buckets, places, x)
         weights = x[..., self.head_dim : self.head_dim + buckets.shape[-1]]
         of_buckets = sum_over_pairs(weights, buckets)

@@ -9,12 +9,60 @@ for each of H - 1 rows (a key without one is in the last row), and one for prefi
 mark of its own. Channels of zeros fill up to a multiple of 8, counted with d.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape_vit.encodings.base import AttentionEncoding, LayerSpec
+from lape_vit.encodings.base import AttentionEncoding, LayerSpec, autograd_keeps
 from lape_vit.places import Places
+
+
+@torch.fx.wrap
+def to_buckets(of_marks: Tensor, buckets: Tensor) -> Tensor:
+    """What each query has for marks (B, h, N, E), summed by buckets (N, A, E) or (B, N, A, E): (B, N, h, A)."""
+    return torch.einsum("bhie,bime->bihm" if buckets.dim() == 4 else "bhie,ime->bihm", of_marks, buckets)
+
+
+@torch.fx.wrap
+def widen_query(q: Tensor, vectors: Tensor, buckets: Tensor) -> Tensor:
+    """q (B, h, N, d) and, beside it, its product with each mark (B, h, N, d + E).
+
+    Args:
+        vectors: of each bucket, (A, d).
+        buckets: how often each mark counts for each bucket of a query, (N, A, E) or (B, N, A, E).
+    """
+    if autograd_keeps():
+        return WidenQuery.apply(q, vectors, buckets)
+    of_buckets = q.transpose(1, 2) @ vectors.T  # in the order of q's memory
+    of_marks = torch.einsum("bihm,bime->bhie" if buckets.dim() == 4 else "bihm,ime->bhie", of_buckets, buckets)
+    return torch.cat([q, of_marks], dim=-1)
+
+
+class WidenQuery(torch.autograd.Function):
+    """:func:`widen_query`, which keeps its result alone for the backward pass: attention keeps it anyway, and q is a
+    part of it.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q: Tensor, vectors: Tensor, buckets: Tensor) -> Tensor:
+        return widen_query(q, vectors, buckets)  # autograd keeps nothing in here
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output, *inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        wide, vectors, buckets = ctx.saved_tensors
+        width = vectors.shape[-1]
+        of_buckets = to_buckets(grad[..., width:], buckets)
+        of_q = grad[..., :width] + (of_buckets @ vectors).transpose(1, 2)
+        of_vectors = torch.einsum("bihm,bihd->md", of_buckets, wide[..., :width].transpose(1, 2))
+        return of_q, of_vectors, None
 
 
 class Relative(AttentionEncoding):
@@ -98,13 +146,13 @@ class Relative(AttentionEncoding):
 
     def widen(self, q: Tensor, k: Tensor, v: Tensor, read: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
         buckets, marks = self.fixed(self.buckets, places, q), self.fixed(self.marks, places, q)
-        of_buckets = q.transpose(1, 2) @ self.vectors(self.key_x, self.key_y, q).T  # in the order of q's memory
-        of_marks = torch.einsum("bihm,bime->bhie" if places.differs_by_image else "bihm,ime->bhie", of_buckets, buckets)
+        vectors = self.vectors(self.key_x, self.key_y, q)
+        wide = widen_query(q, vectors, buckets)
         marks = marks.expand(q.shape[0], q.shape[1], -1, -1)
-        return torch.cat([q, of_marks], dim=-1), torch.cat([k, marks], dim=-1), torch.cat([v, marks], dim=-1)
+        return wide, torch.cat([k, marks], dim=-1), torch.cat([v, marks], dim=-1)
 
     def narrow(self, x: Tensor, places: Places) -> Tensor:
         buckets = self.fixed(self.buckets, places, x)
         values, gathered = x.split([self.head_dim, buckets.shape[-1]], dim=-1)
-        of_buckets = torch.einsum("bhie,bime->bihm" if places.differs_by_image else "bhie,ime->bihm", gathered, buckets)
+        of_buckets = to_buckets(gathered, buckets)
         return values + (of_buckets @ self.vectors(self.value_x, self.value_y, x)).transpose(1, 2)

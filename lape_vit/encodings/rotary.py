@@ -7,35 +7,76 @@ angles are computed in float64 for the places at hand.
 
 import math
 from statistics import NormalDist
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape_vit.encodings.base import AttentionEncoding, LayerSpec
+from lape_vit.encodings.base import AttentionEncoding, LayerSpec, autograd_keeps
 from lape_vit.places import Grid, Places
 
 
 @torch.fx.wrap
-def turn(x: Tensor, turns: Tensor, halves: bool = False) -> Tensor:
+def turn(x: Tensor, turns: Tensor, halves: bool) -> Tensor:
     """Turn each pair of channels of x (..., d), in float32 or better.
 
     Args:
-        turns: cosine and sine of each pair's angle, (..., d/2, 2) in float32 or float64.
+        turns: of :meth:`Rotary.turns`, in float32 or float64.
         halves: whether channels i and i + d/2 form pair i, and not channels 2i and 2i + 1.
     """
+    # Compilers and readers of a traced graph know no complex numbers, and need none to be fast.
+    is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if not halves and not is_recorded:
+        return TrainedTurn.apply(x, turns) if turns.requires_grad and autograd_keeps() else turn_pairs(x, turns)
     channels = x.to(torch.promote_types(x.dtype, torch.float32))
     turns = turns.to(channels.dtype)
-    first, second = channels.chunk(2, dim=-1) if halves else channels.unflatten(-1, (-1, 2)).unbind(-1)
-    # Compilers and readers of a traced graph know no complex numbers, and need none to be fast.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        cos, sin = turns.unbind(-1)
-        parts = [first * cos - second * sin, first * sin + second * cos]
-        return (torch.cat(parts, dim=-1) if halves else torch.stack(parts, dim=-1).flatten(-2)).to(x.dtype)
-    pairs = torch.complex(first, second) if halves else torch.view_as_complex(channels.unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs * torch.view_as_complex(turns))
-    return (turned.transpose(-2, -1) if halves else turned).flatten(-2).to(x.dtype)
+    if halves:
+        of_itself, of_partner = turns.unbind(0)
+        first, second = channels.chunk(2, dim=-1)
+        return torch.addcmul(channels * of_itself, torch.cat([second, first], dim=-1), of_partner).to(x.dtype)
+    (first, second), (cos, sin) = (one.unflatten(-1, (-1, 2)).unbind(-1) for one in (channels, turns))
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def as_complex(x: Tensor, like: Tensor) -> Tensor:
+    """Channels 2i and 2i + 1 of x (..., d) as one number: (..., d/2), as exact as those of ``like``, or float32."""
+    exact = x.to(torch.promote_types(like.dtype, torch.float32))
+    return torch.view_as_complex((exact if exact.stride(-1) == 1 else exact.contiguous()).unflatten(-1, (-1, 2)))
+
+
+def as_real(x: Tensor, like: Tensor) -> Tensor:
+    """The inverse of :func:`as_complex`, in the dtype of ``like``."""
+    return torch.view_as_real(x).flatten(-2).to(like.dtype)
+
+
+def turn_pairs(x: Tensor, turns: Tensor) -> Tensor:
+    return as_real(as_complex(x, x) * as_complex(turns, x), x)
+
+
+class TrainedTurn(torch.autograd.Function):
+    """:func:`turn_pairs` by trained angles.
+
+    The gradient of an angle needs x before the turn. It is the result turned back, since a turn has length 1. So only
+    the result is kept for the backward pass, which attention keeps anyway.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, turns: Tensor) -> Tensor:
+        return turn_pairs(x, turns)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output, inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        turned, turns = ctx.saved_tensors
+        grad_, turned_, turns_ = (as_complex(one, turned) for one in (grad, turned, turns))
+        of_turns = (grad_ * turned_.conj()).sum_to_size(turns_.shape) * turns_
+        return as_real(grad_ * turns_.conj(), grad), as_real(of_turns, turns)
 
 
 @torch.fx.wrap
@@ -57,9 +98,21 @@ class Rotary(AttentionEncoding):
         raise NotImplementedError
 
     def turns(self, places: Places, dtype: torch.dtype) -> Tensor:
-        """Cosine and sine of each token's angles, in float32 or better: broadcasts to (B, h, N, d/2, 2)."""
+        """What :func:`turn` multiplies channels by, (h, N, d) or (B, h, N, d), in float32 or better.
+
+        Cosine and sine of each pair, side by side; of halves, two such tensors (2, ...): what a channel is multiplied
+        by, and what its partner is.
+        """
         angles = F.pad(self.angles(places), (0, 0, self.num_prefix_tokens, 0))
-        return in_float32_or_better(torch.stack([angles.cos(), angles.sin()], dim=-1), dtype)
+        cos, sin = angles.cos(), angles.sin()
+        if self.halves:
+            turns = torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
+        else:
+            turns = torch.stack([cos, sin], dim=-1).flatten(-2)
+        heads = turns.expand(*(-1,) * (self.halves + places.differs_by_image), self.num_heads, -1, -1)
+        # As q lies in memory, where heads and channels are one run: a product then takes half of the time.
+        in_order = heads.transpose(-3, -2).contiguous().transpose(-3, -2)
+        return in_float32_or_better(in_order, dtype)
 
     def rotate(self, q: Tensor, k: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         turns = self.compute(self.turns, places, q)

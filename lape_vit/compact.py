@@ -1,6 +1,7 @@
 """Small transformers for small images: the compact ViT in which 2D encodings were compared, ViT-Lite and CCT.
 
-ViT-Lite and CCT are of Hassani et al. (2021), https://arxiv.org/abs/2104.05704.
+ViT-Lite and CCT are of Hassani et al. (2021), https://arxiv.org/abs/2104.05704. On a CPU their dropout draws faster
+than torch's; other models keep torch's, so that they train as timm's do, bit for bit.
 """
 
 from typing import Any
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp, PatchEmbed, trunc_normal_
 from torch import Tensor, nn
 
+from lape_vit.dropout import use_fast_dropout
 from lape_vit.vit import VisionTransformer
 
 
@@ -21,6 +23,10 @@ class CompactMlp(Mlp):
 
 class CompactVisionTransformer(VisionTransformer):
     """A ViT whose convolution and class token start as its linear layers do: truncated normal of deviation 0.02."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        use_fast_dropout(self)
 
     def init_weights(self, *args: Any, **kwargs: Any) -> None:
         super().init_weights(*args, **kwargs)
@@ -39,6 +45,7 @@ class ViTLite(VisionTransformer):
         if self.pos_embed is not None:
             trunc_normal_(self.pos_embed, std=0.2)
         nn.init.kaiming_normal_(self.patch_embed.proj.weight)
+        use_fast_dropout(self)
 
 
 class ConvPool(nn.Conv2d):

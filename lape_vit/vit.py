@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from lape_vit import encodings, joins
 from lape_vit.attention import Attention, Block
 from lape_vit.augmentation import PlaceAugmentation
-from lape_vit.dropout import use_fast_dropout
 from lape_vit.encodings import AttentionEncoding, LayerSpec, Resolved, TokenEncoding
 from lape_vit.joins import Terms
 from lape_vit.places import Grid, Places
@@ -348,7 +347,6 @@ def adopt(model: Any, encoding: Resolved, join_type: str, augmentation: PlaceAug
     model.pe, model.pe_options, model.join_type = encoding.name, encoding.options(), join_type
     model.augment_places, model.reference_grid = augmentation, None
     model.pos_embed, model.join, model.token_encoding = pos_embed, join, token_encoding
-    use_fast_dropout(model)
 
 
 def first_weight(model: Any) -> Tensor:

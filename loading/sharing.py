@@ -48,7 +48,7 @@ SECONDS_OF_PATIENCE = 300.0
 SECONDS_BETWEEN_LOOKS = 0.01
 CLEANINGS_PER_WINDOW = 16
 BATCH, POSITION = ".batch", ".position"
-LIBRARIES = ("torch", "torchvision", "timm", "pillow", "numpy")
+LIBRARIES = ("torch", "torchvision", "timm", "pillow", "simplejpeg", "numpy")
 """Whose versions may change what a batch is."""
 
 

@@ -1,4 +1,4 @@
-"""The dropout of our models is torch's, with cheaper random numbers on a CPU."""
+"""The dropout of our small models is torch's, with cheaper random numbers on a CPU."""
 
 import pytest
 import timm
@@ -76,8 +76,8 @@ def test_the_type_stays(dtype):
     assert seeded(Dropout(0.1), torch.ones(SHAPE, dtype=dtype)).dtype == dtype
 
 
-@pytest.mark.parametrize("name", ["vit_compact_patch4_32", "deit_tiny_patch16_224", "cct_7_3x1_32"])
-def test_models_drop_by_it_everywhere_and_keep_their_state_dict(name):
+@pytest.mark.parametrize("name", ["vit_compact_patch4_32", "vit_lite_7_patch4_32", "cct_7_3x1_32"])
+def test_small_models_drop_by_it_everywhere_and_keep_their_state_dict(name):
     model = timm.create_model(
         name, pe="learnable", drop_rate=0.1, proj_drop_rate=0.1, pos_drop_rate=0.1, attn_drop_rate=0.1
     )

@@ -87,7 +87,8 @@ def draw(args: argparse.Namespace, console: Console) -> None:
     for checkpoint in checkpoints:
         positions.check_choice(checkpoint.positions, choice)
     diagnoses = read_diagnoses(args.diagnosis, [checkpoint.positions for checkpoint in checkpoints])
-    maps = [over_image(checkpoint, args.image) for checkpoint in checkpoints if args.image]
+    maps = [over_image(checkpoint, args.image) for checkpoint in checkpoints if args.image and not args.compare]
+    every = from_every_patch(checkpoints, args.image) if args.image and args.html else {}
     shown = [checkpoint.positions for checkpoint in checkpoints]
     for positions_of_one in shown:
         if not positions_of_one.views:
@@ -102,9 +103,10 @@ def draw(args: argparse.Namespace, console: Console) -> None:
     elif shown[0].views:
         write(folder, args.format, positions.pictures(shown[0], choice), console)
         save_values(folder / "positions.npz", positions.raw_values(shown[0]))
-    if args.html and any(one.views for one in shown):
+    if args.html and (every or any(one.views for one in shown)):
+        folder.mkdir(parents=True, exist_ok=True)
         with show_activity(console, "writing explore.html"):
-            save_page(folder / "explore.html", shown, diagnoses)
+            save_page(folder / "explore.html", shown, diagnoses, every)
     for seen in maps:
         write(folder, args.format, attention.pictures(seen), console)
         save_values(folder / "attention.npz", attention.raw_values(seen))
@@ -142,6 +144,24 @@ def over_image(checkpoint: Checkpoint, file: str) -> attention.TokenAttention:
     return attention.over_image(shown, model, prepare(model, file), file)
 
 
+def from_every_patch(checkpoints: Sequence[Checkpoint], file: str) -> dict[str, attention.PatchAttention]:
+    """What every patch attends to on an image, by the source of each checkpoint that has this.
+
+    Raises:
+        ValueError, OSError: as of :func:`over_image`.
+    """
+    found = {}
+    for checkpoint in checkpoints:
+        model, shown = checkpoint.model, checkpoint.positions
+        seen = attention.from_every_patch(shown, model, prepare(model, file), file)
+        if seen is None:
+            reason = "it is not from every patch to every patch"
+            _logger.info("%s: attention over the image is not on the page, for %s", shown.source, reason)
+        else:
+            found[shown.source] = seen
+    return found
+
+
 def prepare(model: Any, file: str) -> Tensor:
     """An image, turned upright, as the model reads it (3, height, width)."""
     return image_transform(model)(read_image(str(Path(file).expanduser()), upright=True))
@@ -176,9 +196,14 @@ def read_diagnoses(path: str | None, shown: Sequence[Positions]) -> dict[str, Di
     return found
 
 
-def save_page(path: Path, shown: Sequence[Positions], diagnoses: Mapping[str, Diagnosis]) -> None:
+def save_page(
+    path: Path,
+    shown: Sequence[Positions],
+    diagnoses: Mapping[str, Diagnosis],
+    every: Mapping[str, attention.PatchAttention],
+) -> None:
     """The page to explore what is shown."""
-    page = explore_page(shown, diagnoses)
+    page = explore_page(shown, diagnoses, every)
     path.write_bytes(page)
     _logger.info("%s: %.1f MB, opens in any browser", path, len(page) / 1e6)
 

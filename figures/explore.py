@@ -3,6 +3,7 @@
 The page is `page/page.html` with its style sheet, its scripts, plotly.js and the data in it; it asks no network.
 """
 
+import io
 import json
 import math
 import re
@@ -10,20 +11,26 @@ import zlib
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from html import escape
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
+from PIL import Image
 from plotly.offline import get_plotlyjs
 from torch import Tensor
 
 from lape_vit.analysis.diagnosis import Diagnosis
 from lape_vit.analysis.diagnosis_numbers import INPUT, READ, TAKEN_AWAY, Key, numbers
 from lape_vit.analysis.positions import PositionView
-from lape_vit.drawing.panels import SIGNED
+from lape_vit.drawing.attention import UNSIGNED, PatchAttention
+from lape_vit.drawing.panels import SIGNED, Scale, limits_of
 from lape_vit.drawing.positions import Positions
+
+_logger = getLogger(__name__)
 
 FOLDER = Path(__file__).parent / "page"
 SCRIPTS = ("values.js", "plots.js", "panel.js", "page.js")
@@ -32,35 +39,64 @@ LIMIT = 10_000_000
 FINEST, COARSEST = 16, 8
 """Bits of a value."""
 STOPS = 41
-"""Colours of the files' scale that the page is told; between two it draws those between them."""
+"""Colours of each of the files' scales that the page is told; between two it draws those between them."""
 FREQUENCIES = "frequencies"
 """The name of the one view that has no patches but points in the plane."""
+ATTENTION = "attention"
+"""The name of the one view that is drawn over an image."""
+IMAGE_SIDE = 256
+"""Most pixels of a side of that image."""
 
 
-def explore_page(shown: Sequence[Positions], diagnoses: Mapping[str, Diagnosis] | None = None) -> bytes:
+def explore_page(
+    shown: Sequence[Positions],
+    diagnoses: Mapping[str, Diagnosis] | None = None,
+    attention: Mapping[str, PatchAttention] | None = None,
+) -> bytes:
     """The page, in UTF-8; the first two checkpoints stand side by side, others can be chosen in their place.
 
     Args:
         diagnoses: by the source of a checkpoint, what was measured in its blocks, which is shown as curves over depth.
+        attention: by the source of a checkpoint, what its patches attend to on an image; left out, with a line in the
+            log, where the page would be too large with it.
     """
-    known = diagnoses or {}
+    known, seen = diagnoses or {}, attention or {}
     parts = {
         "title": escape(", ".join(one.source for one in shown)),
         "style": read("page.css"),
         "script": "\n".join(map(read, SCRIPTS)),
         "plotly": pack(get_plotlyjs().encode()),
-        "colours": json.dumps([to_hex(colormaps[SIGNED](place / (STOPS - 1))) for place in range(STOPS)]),
+        "colours": json.dumps({"signed": stops(SIGNED), "unsigned": stops(UNSIGNED)}),
         "data": "",
     }
     views = [views_of(one) for one in shown]
-    packed = iter(pack_views([view for of_one in views for view in of_one], LIMIT - len(fill(parts))))
+    images = {source: image_of(of_one) for source, of_one in seen.items()}
+    for one, of_one in zip(shown, views, strict=True):
+        if one.source in seen:
+            of_one.append(attention_view(seen[one.source], one.scale))
+    room = LIMIT - len(fill(parts)) - sum(len(images[one.source]["url"]) for one in shown if one.source in images)
+    packed = iter(pack_views([view for of_one in views for view in of_one], room))
     data = [
         {**describe(one, [next(packed) for _ in of_one]), "curves": curves_of(known.get(one.source))}
         for one, of_one in zip(shown, views, strict=True)
     ]
+    for about in data:
+        for view in about["views"]:
+            if view["name"] == ATTENTION:
+                view["image"] = images[about["name"]]
     # "<" would let a checkpoint's name end the script element
     parts["data"] = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    return fill(parts)
+    page = fill(parts)
+    if seen and len(page) > LIMIT:
+        size = "with it, the page would have %.1f MB, more than %.1f"
+        _logger.warning(f"attention over the image is not on the page: {size}", len(page) / 1e6, LIMIT / 1e6)
+        return explore_page(shown, diagnoses)
+    return page
+
+
+def stops(name: str) -> list[str]:
+    """A colour map as the page is told of it."""
+    return [to_hex(colormaps[name](place / (STOPS - 1))) for place in range(STOPS)]
 
 
 def read(name: str) -> str:
@@ -85,6 +121,23 @@ def views_of(one: Positions) -> list[PositionView]:
         title = "frequencies in the plane (radians per patch)"
         views.append(PositionView(FREQUENCIES, title, one.frequencies, False, (-reach, reach), one.layers))
     return views
+
+
+def attention_view(seen: PatchAttention, scale: Scale) -> PositionView:
+    """Attention as a view between patches; where there are several heads, their mean comes last."""
+    values = [torch.cat([one, one.mean(dim=0, keepdim=True)]) if len(one) > 1 else one for one in seen.weights]
+    most = max(value.abs().max().item() for value in values) or 1.0
+    limits = limits_of(values, scale, (-most, most))
+    return PositionView(ATTENTION, "attention weights over the image", values, False, limits, seen.layers)
+
+
+def image_of(seen: PatchAttention) -> dict[str, str]:
+    """What the page is told of an image: its name, and its pixels as a PNG file in a data URL."""
+    image = Image.fromarray((seen.pixels * 255).round().byte().cpu().numpy())
+    image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+    file = io.BytesIO()
+    image.save(file, "png", optimize=True)
+    return {"name": Path(seen.file).name, "url": f"data:image/png;base64,{b64encode(file.getvalue()).decode('ascii')}"}
 
 
 def describe(one: Positions, views: list[dict[str, Any]]) -> dict[str, Any]:
@@ -147,6 +200,8 @@ def pack_view(view: PositionView, bits: int) -> dict[str, Any]:
         "title": view.title,
         "byOffset": view.by_offset,
         "points": view.name == FREQUENCIES,
+        "mean": view.name == ATTENTION and heads > 1,
+        "signed": view.name != ATTENTION or any(bool((value < 0).any()) for value in view.values),
         "panels": view.panels,
         "rows": view.rows,
         "limit": view.limits[1],

@@ -45,7 +45,8 @@ def build_parser() -> Parser:
         help="of the colours: quantile tells 99 %% of the values apart and says where it ends; range reaches the "
         "largest value, of cosines 1; a number is the limit itself; default: quantile")  # fmt: skip
     add("--format", choices=("png", "pdf", "svg"), default="png", help="of the pictures; default: png")
-    add("--image", metavar="FILE", help="draw attention over this image too, as seen from the patch of --token")
+    add("--image", metavar="FILE", help="draw attention over this image too, as seen from the patch of --token; "
+        "with --html, the page has it from every patch, also of --compare")  # fmt: skip
     add("--html", action="store_true", help="write explore.html, too: all of it on one page, to explore in a browser")
     add("--diagnosis", metavar="FILE",
         help="with --html: a diagnosis.json of diagnose.py, whose curves over depth the page shows, too")  # fmt: skip
@@ -74,8 +75,10 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError("--compare takes two checkpoints or more; one alone is drawn by --ckpt_path")
     if args.pretrained is not None and args.model is None:
         raise ValueError("--pretrained needs --model NAME: the model whose weights timm publishes")
-    if args.compare is not None and args.image is not None:
-        raise ValueError("--image draws one checkpoint: give it by --ckpt_path or --pretrained, not --compare")
+    if args.compare is not None and args.image is not None and not args.html:
+        raise ValueError(
+            "--image draws one checkpoint, of --ckpt_path or --pretrained; that of --compare is on the page: add --html"
+        )
     if args.diagnosis is not None and not args.html:
         raise ValueError("--diagnosis is for the page of --html: give both")
     if args.model is not None:

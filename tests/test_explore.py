@@ -6,6 +6,7 @@ from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from zlib import decompress
 
@@ -24,10 +25,13 @@ from torch import Tensor
 
 import similarity_visualize
 from figures import explore
+from figures.checkpoints import load_model
 from figures.explore import explore_page, quantise
 from lape_vit import encodings
+from lape_vit.analysis.attention_maps import attention_maps
 from lape_vit.analysis.diagnosis import Diagnosis, diagnose
 from lape_vit.analysis.positions import PositionView
+from lape_vit.drawing.attention import UNSIGNED, PatchAttention
 from lape_vit.drawing.panels import SIGNED, limits_of
 from lape_vit.drawing.positions import Positions, measure
 from lape_vit.joins import legal_joins
@@ -127,9 +131,55 @@ def test_a_name_stays_text() -> None:
 def test_the_page_has_the_colours_of_the_pictures() -> None:
     page = explore_page([positions(view("bias"))]).decode()
     (text,) = re.findall(r'id="colours">(.*?)</script>', page)
-    colours = json.loads(text)
-    assert colours == [to_hex(colormaps[SIGNED](place / (len(colours) - 1))) for place in range(len(colours))]
-    assert len(set(colours)) == len(colours)
+    for name, colours in zip(("signed", "unsigned"), map(json.loads(text).get, ("signed", "unsigned")), strict=True):
+        expected = colormaps[{"signed": SIGNED, "unsigned": UNSIGNED}[name]]
+        assert colours == [to_hex(expected(place / (len(colours) - 1))) for place in range(len(colours))]
+        assert len(set(colours)) == len(colours)
+
+
+def seen(heads: int = HEADS, grid: tuple[int, int] = GRID, seed: int = 0, least: float = 0.0) -> PatchAttention:
+    """What patches might attend to on an image of a colour for each row and column of patches."""
+    rows, columns = (torch.linspace(0, 1, side) for side in grid)
+    pixels = torch.stack([*torch.meshgrid(rows, columns, indexing="ij"), torch.zeros(grid)], dim=-1)
+    pixels = pixels.repeat_interleave(8, 0).repeat_interleave(8, 1)
+    patches = grid[0] * grid[1]
+    weights = [noise(heads, patches, patches, seed=seed + layer).clamp(min=least) / 2 for layer in range(LAYERS)]
+    return PatchAttention("photos/<a>.jpg", pixels, weights, [f"block {layer}, LaPE" for layer in range(LAYERS)])
+
+
+def with_mean(weights: list[Tensor]) -> list[Tensor]:
+    return [torch.cat([of_heads, of_heads.mean(dim=0, keepdim=True)]) for of_heads in weights]
+
+
+def test_attention_is_a_view_with_the_image_as_the_model_sees_it() -> None:
+    shown = seen()
+    (one,) = data_of(explore_page([positions(view("bias"))], attention={"runs/a.pth": shown}))
+    bias, attention = one["views"]
+    assert (bias["signed"], attention["signed"]) == (True, False)
+    assert attention["layers"][0]["title"] == "block 0, LaPE"
+    for layer, expected in zip(attention["layers"], with_mean(shown.weights), strict=True):
+        kept = unpack(layer, (HEADS + 1, 24, 24))
+        np.testing.assert_allclose(kept, expected, rtol=0, atol=layer["step"])
+    assert attention["image"]["name"] == "<a>.jpg"
+    with Image.open(BytesIO(b64decode(attention["image"]["url"].removeprefix("data:image/png;base64,")))) as image:
+        np.testing.assert_allclose(np.asarray(image) / 255, shown.pixels, rtol=0, atol=0.51 / 255)
+
+
+def test_weights_that_are_mixed_over_heads_may_be_negative() -> None:
+    (one,) = data_of(explore_page([positions()], attention={"runs/a.pth": seen(least=-1.0)}))
+    assert one["views"][0]["signed"]
+    assert one["nothing"] == ""
+
+
+def test_attention_that_would_make_the_page_too_large_is_left_out_with_a_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = explore_page([positions(view("bias"))])
+    monkeypatch.setattr(explore, "LIMIT", len(plain) + 5_000)
+    page = explore_page([positions(view("bias"))], attention={"runs/a.pth": seen(heads=40)})
+    assert [view["name"] for view in data_of(page)[0]["views"]] == ["bias"]
+    (line,) = caplog.messages
+    assert line.startswith("attention over the image is not on the page: with it, the page would have ")
 
 
 # ---- the command
@@ -178,6 +228,27 @@ def test_where_nothing_is_to_be_seen_there_is_no_page_but_a_line(
     assert "nothing to draw" in capsys.readouterr().out
 
 
+def photograph(path: Path) -> str:
+    Image.fromarray((noise(40, 40, 3) * 127 + 128).byte().numpy()).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("encodings", [("none",), ("learnable", "rope_mixed")])
+def test_the_page_has_attention_of_every_checkpoint_over_the_image(
+    command: Callable, tmp_path: Path, encodings: tuple[str, ...]
+) -> None:
+    shown = command(*encodings, flags=("--html", "--image", photograph(tmp_path / "photo.png")))
+    assert len(shown) == len(encodings)
+    for one, pe in zip(shown, encodings, strict=True):
+        attention = one["views"][-1]
+        assert (attention["name"], attention["image"]["name"]) == ("attention", "photo.png")
+        model, _ = load_model(str(tmp_path / f"{pe}.pth"), {})
+        layers = attention_maps(model, similarity_visualize.prepare(model, str(tmp_path / "photo.png"))[None])
+        for kept, layer in zip(attention["layers"], layers, strict=True):
+            expected = layer.weights[:, -64:, -64:]
+            assert np.abs(unpack(kept, (-1, 64, 64))[:-1] - expected.numpy()).max() <= kept["step"]
+
+
 # ---- in a browser
 
 Open = Callable[..., Page]
@@ -193,9 +264,14 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
 def open_page(driver, tmp_path: Path) -> Iterator[Open]:
     """Open a page of some checkpoints; whatever the browser had to complain about it is a failure."""
 
-    def open_(*shown: Positions, diagnoses: Mapping[str, Diagnosis] | None = None, **options) -> Page:
+    def open_(
+        *shown: Positions,
+        diagnoses: Mapping[str, Diagnosis] | None = None,
+        attention: Mapping[str, PatchAttention] | None = None,
+        **options,
+    ) -> Page:
         file = tmp_path / "explore.html"
-        file.write_bytes(explore_page(shown, diagnoses))
+        file.write_bytes(explore_page(shown, diagnoses, attention))
         return Page(driver, file, **options)
 
     driver.get_log("browser")
@@ -715,6 +791,78 @@ def test_curves_over_depth_follow_the_layer_and_a_click_on_one_goes_to_its_block
     page.js(f"{figure}.emit('plotly_click', {{ points: [{{ x: 2 }}] }})")
     page.until(f"{figure}.layout.shapes[0].x0 === 2")
     assert page.js("document.querySelector('#layer').value") == "2"
+
+
+@in_browser
+def test_attention_is_drawn_over_the_image_by_head_and_mean_in_the_colours_of_weights(open_page: Open) -> None:
+    shown = seen()
+    shown.weights[-1][0, 0, 1] = 0.9
+    weights = with_mean(shown.weights)
+    limit, largest = limit_of(weights)
+    page = open_page(positions(view("bias")), attention={"runs/a.pth": shown})
+    assert page.js("args[0].layout.images", page.plot("map")) is None
+    page.press("v", "]", ",")
+    assert (page.text("#head-label"), page.text("#head-name")) == ("Head", "mean of heads")
+    for keys, patch, head in (([], (2, 3), HEADS), ([Keys.ARROW_UP, "."], (1, 3), 0)):
+        page.press(*keys)
+        expected = weights[1][head, patch[0] * GRID[1] + patch[1]].unflatten(0, GRID)
+        assert_shown(page, "map", expected)
+        assert page.text(".map figcaption") == f"From row {patch[0]}, column {patch[1]} to every patch, over <a>.jpg"
+    assert_shown(page, "whole", weights[1][0])
+    tiles, scale = page.js("[args[0].data[0], args[0].data[0].colorscale]", page.plot("map"))
+    assert (tiles["zmin"], tiles["zmax"]) == pytest.approx((0, limit))
+    assert 0 < tiles["opacity"] < 1
+    assert all(colour == to_hex(colormaps[UNSIGNED](float(place))) for place, colour in scale)
+    assert [page.text(f".scale-{part}") for part in ("low", "zero", "high")] == ["0", "", f"{limit:.2f}"]
+    assert page.text(".cut") == f"colours end at {limit:.2f}, the largest value is {largest:.2f}"
+    assert "60 % of their strength" in page.text("#note")
+    box = "(({ x, y, width, height }) => [x, y, width, height])(args[0].querySelector(args[1]).getBoundingClientRect())"
+    image, cells = (page.js(box, page.plot("map"), part) for part in (".imagelayer image", ".nsewdrag"))
+    assert image == pytest.approx(cells, abs=1)
+    page.press("v")
+    assert page.js("args[0].querySelector('.imagelayer image')", page.plot("map")) is None
+    assert "strength" not in page.text("#note")
+
+
+@in_browser
+def test_attention_of_two_checkpoints_hovers_together_and_has_differences(open_page: Open) -> None:
+    ours, theirs = seen(), seen(seed=9)
+    page = open_page(positions(), positions(source="runs/b.pth"), attention={"runs/a.pth": ours, "runs/b.pth": theirs})
+    page.click("map", 1, 4, GRID)
+    page.point("map", 3, 5, GRID, panel=1)
+    for panel, one in enumerate((ours, theirs)):
+        line = reading(page, "row 1, column 4 to row 3, column 5: ", panel)
+        assert number(line.split(": ")[1]) == pytest.approx(one.weights[0][0, 10, 23].item(), abs=1e-4)
+        assert page.frames("map", panel) == [[3, 5]]
+    page.press(",", "d")
+    of_each = [with_mean(one.weights) for one in (ours, theirs)]
+    found = differ(*of_each)
+    assert_shown(page, "map", found[0][HEADS, 10].unflatten(0, GRID), within=4e-5)
+    tiles = page.js("args[0].data[0]", page.plot("map"))
+    assert tiles["zmin"] == -tiles["zmax"]
+    assert all(colour == to_hex(colormaps[SIGNED](float(place))) for place, colour in tiles["colorscale"])
+    address = "#checkpoints=0,1&views=attention,attention&layer=0&head=4&patch=1,4&pinned=1&show=A-B"
+    page.until("location.hash === args[0]", address)
+    page.driver.refresh()
+    page.settle()
+    assert_shown(page, "map", found[0][HEADS, 10].unflatten(0, GRID), within=4e-5)
+
+
+@in_browser
+def test_attention_is_saved_with_the_image_below_it(open_page: Open, tmp_path: Path) -> None:
+    shown = replace(seen(), weights=[torch.zeros(HEADS, 24, 24) for _ in range(LAYERS)])
+    page = open_page(positions(), attention={"runs/a.pth": shown})
+    page.press(",")
+    page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    page.find(".map .save").click()
+    file = tmp_path / "deit_a_pe_a_join_attention_layer0_mean_from_2_3_map.png"
+    WebDriverWait(page.driver, PATIENCE).until(lambda _: file.exists())
+    with Image.open(file) as image:
+        colours = image.convert("RGB").getcolors(image.width * image.height) or []
+    veil, opacity = np.array(colormaps[UNSIGNED](0.0)[:3]), page.js("args[0].data[0].opacity", page.plot("map"))
+    for corner in (shown.pixels[0, 0], shown.pixels[-1, 0], shown.pixels[0, -1]):
+        expected = 255 * (opacity * veil + (1 - opacity) * corner.numpy())
+        assert max(count for count, colour in colours if np.abs(expected - colour).max() <= 2) > 500
 
 
 @in_browser

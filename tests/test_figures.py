@@ -450,6 +450,20 @@ def test_attention_stands_beside_the_position_part_of_its_logits(pe: str, join_t
     assert len(panels(drawn[f"{join_type}_layer1_attention"])) == 3 * parts
 
 
+def test_attention_has_a_scale_that_no_single_head_sets_and_says_where_it_ends() -> None:
+    shown = attention_of("2D_RPE", "LaPE")
+    shown.parts["attention"] = [torch.linspace(0, 0.1, 120).reshape(8, 3, 5) for _ in shown.layers]
+    shown.parts["attention"][0][0, 0, 0] = 0.9
+    colours = attention.scale(shown, "attention")
+    assert (colours.cmap, colours.limits[0], colours.cut) == (attention.UNSIGNED, 0, True)
+    assert 0.09 < colours.limits[1] < 0.12
+    figure = dict(attention.pictures(shown))["attention"]
+    note = f"attention weights: colours end at {colours.limits[1]:.2g}, the largest value is 0.9"
+    assert note in [text.get_text() for text in figure.texts]
+    whole = replace(shown, positions=replace(shown.positions, scale="range"))
+    assert attention.scale(whole, "attention").limits == pytest.approx((0, 0.9))
+
+
 def test_attention_is_the_chosen_patchs_to_every_patch() -> None:
     model = tiny("learnable", "LaPE", img_size=(24, 40))
     layers = attention_maps(model, images(1, 24, 40))

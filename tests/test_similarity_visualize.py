@@ -399,7 +399,9 @@ def test_models_of_timm_show_all_their_positions_and_attention_over_an_image(
         assert values["attention"].shape == (2, 3, 4, 6)
         sums = values["attention"].sum(axis=(2, 3))
         assert np.all(sums < 1) if class_token else np.allclose(sums, 1, atol=1e-5)
-    assert heading in (folder / "explore.html").read_text(encoding="utf-8")
+    page = (folder / "explore.html").read_text(encoding="utf-8")
+    assert heading in page
+    assert '"title":"attention weights over the image"' in page
     assert {"overview.svg", "attention.svg", "basic_layer1_attention.svg"} <= names(tmp_path)
 
 
@@ -414,7 +416,10 @@ def test_windows_of_several_stages_are_drawn_and_compared(
     assert run(tmp_path, *flags) == 0
     parts = {f"basic_layer{layer}_bias_offsets_part{layer // 2}.png" for layer in range(3)}
     assert parts | {f"basic_layer{layer}_attention.png" for layer in range(3)} <= names(tmp_path)
-    assert f"{name} is timm's own" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{name} is timm's own" in said
+    assert "attention over the image is not on the page, for it is not from every patch to every patch" in said
+    assert '"attention"' not in (tmp_path / "pictures" / "explore.html").read_text(encoding="utf-8")
     with np.load(tmp_path / "pictures" / "attention.npz") as values:
         first, second = values["attention_part0"], values["attention_part1"]
     assert (first.shape, second.shape) == ((2, 2, 16, 24), (1, 3, 8, 12))

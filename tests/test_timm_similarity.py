@@ -13,8 +13,19 @@ from torch import Tensor
 
 from lape_vit import from_timm
 from lape_vit.analysis.positions import PositionView, cosine_similarity, position_views
-from lape_vit.analysis.timm_attention import attention_calls, is_channels_first, timm_attention
-from lape_vit.analysis.timm_positions import relative_biases, timm_grid, timm_position_views, title_of
+from lape_vit.analysis.timm_attention import (
+    attention_calls,
+    is_channels_first,
+    timm_attention,
+    timm_attention_of_patches,
+)
+from lape_vit.analysis.timm_positions import (
+    patch_grid,
+    relative_biases,
+    timm_grid,
+    timm_position_views,
+    title_of,
+)
 from lape_vit.encodings.relative_bias import offset_index
 from tests.models import SIZES, assert_equal, disturb, tiny
 
@@ -218,6 +229,27 @@ def test_weights_over_an_image_sum_to_one_and_the_model_is_as_before(name: str, 
     assert pickle.dumps(model.state_dict())
 
 
+@over_biased
+def test_attention_from_every_patch_is_that_from_each_where_there_are_no_windows(
+    name: str, arguments: dict[str, Any]
+) -> None:
+    model = biased(name, arguments)
+    every = timm_attention_of_patches(model, image := picture(model))
+    grid = patch_grid(model)
+    from_one = {place: timm_attention(model, image, place) for place in ((0.0, 0.99), (0.6, 0.3))}
+    shapes = {one.weights.shape for one in from_one[0.6, 0.3]}
+    in_windows = any(one.weights.isnan().any() for one in from_one[0.6, 0.3])
+    assert (every is None) == (in_windows or len(shapes) > 1 or {shape[1:] for shape in shapes} != {grid})
+    for place, layers in from_one.items() if every is not None and grid is not None else ():
+        row, column = (int(share * side) for share, side in zip(place, grid, strict=True))
+        assert list(every) == [one.layer for one in layers]
+        for one in layers:
+            assert torch.equal(every[one.layer][:, row * grid[1] + column].unflatten(1, grid), one.weights)
+
+
 def test_a_model_that_hands_out_no_weights_is_refused() -> None:
+    model, image = biased("levit_128s", {}), torch.randn(1, 3, 224, 224)
     with pytest.raises(ValueError, match="LevitDistilled does not hand out"):
-        timm_attention(biased("levit_128s", {}), torch.randn(1, 3, 224, 224), (0.5, 0.5))
+        timm_attention(model, image, (0.5, 0.5))
+    with pytest.raises(ValueError, match="LevitDistilled does not hand out"):
+        timm_attention_of_patches(model, image)

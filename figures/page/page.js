@@ -84,7 +84,9 @@ function showControls() {
   byId("head-control").hidden = headCount() === 1;
   byId("patch-control").hidden = byId("pin").hidden = drawable().every(({ patch }) => !patch);
   showDifferences(panel);
-  byId("note").textContent = `Values are within ${panel.error()} of the model's.`;
+  const isOver = drawable().some(({ view }) => view.image);
+  const over = isOver ? ` Over the image, colours have ${100 * OVER_IMAGE} % of their strength.` : "";
+  byId("note").textContent = `Values are within ${panel.error()} of the model's.${over}`;
   byId("play").disabled = layerCount() === 1;
   for (const [id, on, texts] of [
     ["play", timer !== null, ["Play", "Pause"]],

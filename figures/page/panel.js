@@ -42,7 +42,15 @@ class Panel {
   }
 
   headName() {
-    return this.view.panels[this.head] ?? (this.view.heads > 1 ? `head ${this.head}` : "all heads alike");
+    const { panels, heads, mean, image } = this.view;
+    if (mean && this.head === heads - 1) return "mean of heads";
+    return panels[this.head] ?? (heads > 1 || image ? `head ${this.head}` : "all heads alike");
+  }
+
+  /** Below a small picture. */
+  shortName(head) {
+    const { panels, heads, mean } = this.view;
+    return mean && head === heads - 1 ? "mean" : (panels[head] ?? String(head));
   }
 
   /** The chosen patch; none where values are between rows of tables, or no values of patches at all. */
@@ -123,12 +131,15 @@ class Panel {
     this.scale = this.makeScale();
     if (!this.scale) return;
     this.find(".scale").hidden = this.view.points;
-    const { limit, largest } = this.scale;
+    const { limit, largest, signed } = this.scale;
     this.find(".scale-name").textContent = this.scaleName();
-    this.find(".scale-low").textContent = brief(-limit);
+    this.find(".scale-low").textContent = brief(signed ? -limit : 0);
+    this.find(".scale-zero").textContent = signed ? "0" : "";
     this.find(".scale-high").textContent = brief(limit);
-    this.find(".scale-bar").style.background = `linear-gradient(to right, ${COLOURS.map(([, colour]) => colour)})`;
-    this.find(".cut").textContent = `colours end at ±${brief(limit)}, the largest value is ${brief(largest)}`;
+    const colours = coloursOf(this.scale).map(([, colour]) => colour);
+    this.find(".scale-bar").style.background = `linear-gradient(to right, ${colours})`;
+    const end = `${signed ? "±" : ""}${brief(limit)}`;
+    this.find(".cut").textContent = `colours end at ${end}, the largest value is ${brief(largest)}`;
     this.find(".cut").hidden = largest <= 1.001 * limit || this.view.points;
     this.find(".reading").textContent = this.reading();
     this.drawMap();
@@ -164,7 +175,7 @@ class Panel {
   }
 
   drawMap() {
-    const { patch, grid, pointed } = this;
+    const { patch, grid, pointed, view } = this;
     this.find(".map").hidden = !patch;
     if (!patch) return;
     const make = (width) => {
@@ -181,13 +192,15 @@ class Panel {
         if (String(pointed.from) !== String(patch)) layout.shapes.push(...cellFrame(pointed.from, cell, "dot"));
         layout.shapes.push(...cellFrame(pointed.to, cell));
       }
-      const gap = cell > 12 ? 1 : 0;
-      const tiles = heat(z, this.scale.limit, { xgap: gap, ygap: gap });
-      const values = numbers(z, cell, this.scale.limit, patch);
+      const gap = cell > 12 && !view.image ? 1 : 0;
+      const tiles = heat(z, this.scale, { xgap: gap, ygap: gap, ...(view.image && { opacity: OVER_IMAGE }) });
+      if (view.image) layout.images = [imageBelow(view.image, H, W)];
+      const values = view.image ? [] : numbers(z, cell, this.scale, patch);
       return { traces: [tiles, ...values, patchMark(patch, cell, state.pinned)], layout };
     };
     const signature = [this.layerIndex, this.head, patch, state.pinned, pointed];
-    this.plot("map", `From ${patchName(patch)} to every patch`, signature, make, (div) => {
+    const over = view.image ? `, over ${view.image.name}` : "";
+    this.plot("map", `From ${patchName(patch)} to every patch${over}`, signature, make, (div) => {
       div.on("plotly_hover", ({ points }) => this.pointAtPatch([points[0].y, points[0].x]));
       div.on("plotly_unhover", () => set({ pointed: null }));
       div.on("plotly_click", ({ points }) => this.pin([points[0].y, points[0].x]));
@@ -213,8 +226,8 @@ class Panel {
       }
       if (pointed) layout.shapes.push(...cellFrame(pointed.cell, cell));
       const marks = view.byOffset || !patch ? [] : [rowMark(this.numberOf(pointed?.from ?? patch))];
-      const values = numbers(z, cell, this.scale.limit);
-      return { traces: [heat(z, this.scale.limit), ...values, ...marks], layout };
+      const values = numbers(z, cell, this.scale);
+      return { traces: [heat(z, this.scale), ...values, ...marks], layout };
     };
     const what = view.rows.length ? "row" : "patch";
     const caption = view.byOffset ? "By offset from query to key" : `From every ${what} to every ${what}`;
@@ -273,8 +286,8 @@ class Panel {
       const terms = (i) => (ofLayers ? this.terms(i) : this.terms(this.layerIndex, i));
       const images = Array.from({ length: count }, (_, i) => patchPicture(terms(i), grid, patch));
       if (images.includes(undefined)) return undefined;
-      const names = images.map((_, i) => (ofLayers ? String(i) : (view.panels[i] ?? String(i))));
-      const made = contactSheet(images, names, selected, this.scale.limit, width, this.sheetHeight());
+      const names = images.map((_, i) => (ofLayers ? String(i) : this.shortName(i)));
+      const made = contactSheet(images, names, selected, this.scale, width, this.sheetHeight());
       this.columns = { ...this.columns, [name]: made.columns };
       return made;
     };
@@ -323,7 +336,7 @@ class Panel {
       this.checkpoint.stem,
       view.name,
       `layer${this.layerIndex}`,
-      view.heads > 1 && `head${this.head}`,
+      view.heads > 1 && (view.mean && this.head === view.heads - 1 ? "mean" : `head${this.head}`),
       Number.isInteger(state.difference) && `minus_layer${this.base}`,
       patch && name !== "whole" && `from_${patch.join("_")}`,
       name,

@@ -64,14 +64,23 @@ function gridLayout(cell, rows, columns, down, across, side = 0) {
   };
 }
 
-/** Cells in the colours of a scale of which `limit` is the end. */
-function heat(z, limit, more = {}) {
-  const scale = { zmin: -limit, zmax: limit, colorscale: COLOURS, showscale: false };
-  return { type: "heatmap", z, ...scale, hoverinfo: "none", hoverongaps: false, ...more };
+/** Cells in the colours of a scale. */
+function heat(z, scale, more = {}) {
+  const { limit, signed } = scale;
+  const colours = { zmin: signed ? -limit : 0, zmax: limit, colorscale: coloursOf(scale), showscale: false };
+  return { type: "heatmap", z, ...colours, hoverinfo: "none", hoverongaps: false, ...more };
 }
 
+const OVER_IMAGE = 0.6; // how much of its colours a map over an image has
+
+/** An image that fills a picture of cells, below them. */
+const imageBelow = ({ url }, rows, columns) => ({
+  ...{ source: url, layer: "below", sizing: "stretch" },
+  ...{ xref: "x", yref: "y", x: -0.5, y: -0.5, sizex: columns, sizey: rows },
+});
+
 /** The values themselves, where cells are large enough for them; not in the cell that bears the mark. */
-function numbers(z, cell, limit, marked = []) {
+function numbers(z, cell, { limit, signed }, marked = []) {
   if (cell < 40) return [];
   const cells = z.flatMap((values, y) => values.map((value, x) => ({ value, x, y })));
   const shown = cells.filter(({ x, y }) => y !== marked[0] || x !== marked[1]);
@@ -82,7 +91,7 @@ function numbers(z, cell, limit, marked = []) {
       x: shown.map(({ x }) => x),
       y: shown.map(({ y }) => y),
       text: shown.map(({ value }) => format(value, digitsFor(limit, 2))),
-      textfont: { color: shown.map(({ value }) => (Math.abs(value) > 0.6 * limit ? "white" : "black")) },
+      textfont: { color: shown.map(({ value }) => (Math.abs(value) > 0.6 * limit === signed ? "white" : "black")) },
     },
   ];
 }
@@ -157,7 +166,7 @@ const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
  * Small pictures in rows, as large as a width and height (in pixels) admit, as one heat map; the selected one is
  * framed. The picture at place [r, c] of its z is number floor(r / (H + 1)) * columns + floor(c / (W + 1)).
  */
-function contactSheet(images, names, selected, limit, width, height) {
+function contactSheet(images, names, selected, scale, width, height) {
   const [H, W] = [images[0].length, images[0][0].length];
   const cellWith = (columns) => {
     const rows = Math.ceil(images.length / columns);
@@ -190,7 +199,7 @@ function contactSheet(images, names, selected, limit, width, height) {
     yaxis: { ...axis, range: [rows * stepY, 0] },
     shapes: [box(...corner(selected), W, H)],
   };
-  return { traces: [heat(z, limit, { x, y }), labels], layout, columns };
+  return { traces: [heat(z, scale, { x, y }), labels], layout, columns };
 }
 
 const CURVE = { height: 84, title: 22 }; // of each row of curves, in pixels

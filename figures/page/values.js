@@ -102,8 +102,10 @@ function spread(count, most) {
 
 // ---- colours
 
-/** Plotly's colour scale, that of the files: white is zero, the middle. */
-const COLOURS = JSON.parse(byId("colours").textContent).map((colour, i, { length }) => [i / (length - 1), colour]);
+/** Plotly's colour scales, those of the files: of signed values, where white is zero, the middle, and of others. */
+const COLOURS = JSON.parse(byId("colours").textContent);
+for (const [name, stops] of Object.entries(COLOURS)) COLOURS[name] = stops.map((c, i) => [i / (stops.length - 1), c]);
+const coloursOf = ({ signed }) => COLOURS[signed ? "signed" : "unsigned"];
 const prefersDark = window.matchMedia("(prefers-color-scheme: dark)");
 const theme = () => document.documentElement.dataset.theme || (prefersDark.matches ? "dark" : "light");
 
@@ -111,7 +113,7 @@ const theme = () => document.documentElement.dataset.theme || (prefersDark.match
 function widest(scales) {
   if (scales.includes(undefined)) return undefined;
   const most = (key) => Math.max(...scales.map((scale) => scale[key]));
-  return { limit: most("limit"), largest: most("largest") };
+  return { limit: most("limit"), largest: most("largest"), signed: scales.some(({ signed }) => signed) };
 }
 
 /** One scale for all checkpoints that have a view of that name: only so can they be compared. */
@@ -132,7 +134,7 @@ function scaleOfDifferences(pairs, { byOffset, shape: [height, width], heads }, 
     return Float32Array.from({ length: heads * height * width }, size);
   });
   const largest = sizes.reduce((most, of) => of.reduce((one, other) => Math.max(one, other), most), 0);
-  if (all || largest === 0) return { limit: largest || 1, largest };
+  if (all || largest === 0) return { limit: largest || 1, largest, signed: true };
   const isSame = (place) => (byOffset ? 2 * place === height * width - 1 : place % (width + 1) === 0);
   const counts = new Uint32Array(BINS + 1);
   for (const of of sizes) {
@@ -144,9 +146,9 @@ function scaleOfDifferences(pairs, { byOffset, shape: [height, width], heads }, 
   let [bin, seen] = [0, counts[0]];
   while (seen < needed) seen += counts[++bin];
   const limit = (bin / BINS) * largest;
-  if (limit === 0 || limit > WORTHWHILE * largest) return { limit: largest, largest };
+  if (limit === 0 || limit > WORTHWHILE * largest) return { limit: largest, largest, signed: true };
   const step = 10 ** (Math.floor(Math.log10(limit)) - 1);
-  return { limit: Math.min(largest, Math.ceil(limit / step) * step), largest }; // two digits
+  return { limit: Math.min(largest, Math.ceil(limit / step) * step), largest, signed: true }; // two digits
 }
 
 /** A colour of the style sheet as the theme at hand has it. */

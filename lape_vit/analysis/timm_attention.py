@@ -60,13 +60,39 @@ def timm_attention(model: Any, image: Tensor, place: tuple[float, float]) -> lis
         else:
             grid, tokens = places_of_sequence(patch_grid(model), weights)
         found.append(SeenWeights(title_of(path), seen_from(place, grid, tokens, weights)))
-    if not found:
-        raise ValueError(f"timm's {type(model).__name__} does not hand out its attention weights")
     return found
 
 
+@torch.no_grad()
+def timm_attention_of_patches(model: Any, image: Tensor) -> dict[str, Tensor] | None:
+    """What each layer's attention gives every patch, as seen from every patch; prefix tokens are left out.
+
+    Args:
+        model: in evaluation mode.
+        image: (1, C, height, width), normalised.
+
+    Returns:
+        (h, H*W, H*W) by a title of the layer; None where a layer attends in windows or on another grid than that of the
+        patches, or layers differ in heads.
+
+    Raises:
+        ValueError: the model does not hand out attention weights.
+    """
+    grid, calls = patch_grid(model), attention_calls(model, image)
+    patches = grid[0] * grid[1] if grid is not None else 0
+    in_windows = any(len(weights) > 1 or (args[0].ndim == 4 != read.ndim) for args, read, weights in calls.values())
+    tokens = {weights.shape[1:] for _, _, weights in calls.values()}
+    if not patches or in_windows or len(tokens) > 1 or min(tokens)[-1] < patches:
+        return None
+    return {title_of(path): weights[0, :, -patches:, -patches:] for path, (_, _, weights) in calls.items()}
+
+
 def attention_calls(model: Any, image: Tensor) -> dict[str, _Call]:
-    """Each self-attention that a forward pass calls, by its module's path: weights are (G, h, n, n)."""
+    """Each self-attention that a forward pass calls, by its module's path: weights are (G, h, n, n).
+
+    Raises:
+        ValueError: none hands out its weights.
+    """
     modules = dict(model.named_modules())
     attns = {path: one for path, one in modules.items() if isinstance(getattr(one, "attn_drop", None), nn.Module)}
     seen: dict[str, dict[str, Any]] = {path: {} for path in attns}
@@ -88,7 +114,10 @@ def attention_calls(model: Any, image: Tensor) -> dict[str, _Call]:
         for path, of_one in seen.items()
         if "weights" in of_one
     }
-    return {path: call for path, call in calls.items() if call.weights.shape[-1] == call.weights.shape[-2]}
+    of_self = {path: call for path, call in calls.items() if call.weights.shape[-1] == call.weights.shape[-2]}
+    if not of_self:
+        raise ValueError(f"timm's {type(model).__name__} does not hand out its attention weights")
+    return of_self
 
 
 def is_channels_first(attn: Any) -> bool:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lape_vit.analysis.attention_maps import LayerAttention, attention_maps
 from lape_vit.analysis.positions import layer_titles, token_map
-from lape_vit.analysis.timm_attention import SeenWeights, timm_attention
-from lape_vit.drawing.panels import SIGNED, Token, layers_band, show_map
+from lape_vit.analysis.timm_attention import SeenWeights, timm_attention, timm_attention_of_patches
+from lape_vit.drawing.panels import SIGNED, Token, cut_note, layers_band, limit_of, show_map
 from lape_vit.drawing.positions import Positions
 from lape_vit.drawing.sheet import Band, Colours, Panel, Sheet, draw_sheets, single
 from lape_vit.images import pixels_of
@@ -93,6 +93,48 @@ def of_timm(positions: Positions, file: str, pixels: Tensor, layers: Sequence[Se
     return TokenAttention(positions, file, pixels, parts, [layer.layer for layer in layers])
 
 
+@dataclass(frozen=True)
+class PatchAttention:
+    """What every patch attends to on an image; what goes to prefix tokens is left out.
+
+    Attributes:
+        pixels: the image as the model sees it, without normalisation: (height, width, 3), in [0, 1].
+        weights: (h, H*W, H*W) of each layer, from query (row) to key (column) patch.
+        layers: a title of each layer.
+    """
+
+    file: str
+    pixels: Tensor
+    weights: list[Tensor]
+    layers: list[str]
+
+
+def from_every_patch(positions: Positions, model: Any, image: Tensor, file: str) -> PatchAttention | None:
+    """What every patch attends to on an image; None where attention is not from every patch to every patch of one grid.
+
+    Args:
+        model: ours, or one of timm's own that hands out its attention.
+        image: (3, height, width), as the model reads it, on the CPU.
+        file: what to call the image.
+
+    Raises:
+        ValueError: a model of timm's own that does not; weights that are NaN.
+    """
+    batch = image[None].to(next(model.parameters()).device)
+    found: dict[str, Tensor] | None
+    if isinstance(model, VisionTransformer):
+        patches = positions.grid[0] * positions.grid[1]
+        maps = [layer.weights[:, -patches:, -patches:] for layer in attention_maps(model, batch)]
+        found = dict(zip(layer_titles(len(maps), positions.join_type), maps, strict=True))
+    else:
+        found = timm_attention_of_patches(model, batch)
+    if found is None:
+        return None
+    if broken := next((layer for layer, weights in found.items() if not weights.isfinite().all()), None):
+        raise ValueError(f"{positions.source}: attention of {broken} is NaN on {file}")
+    return PatchAttention(file, pixels_of(model, image), list(found.values()), list(found))
+
+
 def alike(maps: Sequence[Tensor]) -> list[slice]:
     """Successive layers with as many heads on the same grid."""
     runs = [len([*run]) for _, run in groupby(maps, key=lambda of_layer: of_layer.shape)]
@@ -105,6 +147,8 @@ def pictures(shown: TokenAttention) -> Iterator[tuple[str, Figure]]:
     heading = [*shown.positions.heading, f"{shown.file}, seen from the patch in row {row}, column {column}"]
     sheets = [Sheet([], [image_band(shown.pixels, shown.positions)], box=2.4)]
     drawn = [name for name in TITLES if name in shown.parts]
+    notes = {name: cut_note([finite(shown, name)], scale(shown, name).limits) for name in drawn}
+    heading += [f"{TITLES[name]}: {note}" for name, note in notes.items() if note]
     for name in drawn:
         bands = []
         for run in alike(maps := shown.parts[name]):
@@ -122,13 +166,18 @@ def pictures(shown: TokenAttention) -> Iterator[tuple[str, Figure]]:
 
 
 def scale(shown: TokenAttention, name: str) -> Colours:
-    """One for all layers and heads."""
-    # An encoding may hide keys by logits of -inf, which stay blank.
-    values = torch.cat([maps[maps.isfinite()] for maps in shown.parts[name]])
+    """One for all layers and heads, which ends where those of positions do."""
+    values = finite(shown, name)
     most = values.abs().max().item() or 1.0
+    limit = limit_of(values, shown.positions.scale, most, most)
     if name == "attention" and values.min() >= 0:  # mixed over heads, as in CaiT, weights may be negative
-        return Colours(UNSIGNED, (0.0, most))
-    return Colours(SIGNED, (-most, most))
+        return Colours(UNSIGNED, (0.0, limit), cut=most > limit)
+    return Colours(SIGNED, (-limit, limit), cut=most > limit)
+
+
+def finite(shown: TokenAttention, name: str) -> Tensor:
+    """All values of a part; an encoding may hide keys by logits of -inf, which stay blank."""
+    return torch.cat([maps[maps.isfinite()] for maps in shown.parts[name]])
 
 
 def heads_band(title: str, shown: TokenAttention, name: str, layer: int) -> Band:

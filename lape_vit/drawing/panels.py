@@ -59,20 +59,22 @@ def limits_of(values: Sequence[Tensor], scale: Scale, bounds: tuple[float, float
             make the others pale; ``range`` for the bounds; or a limit.
         bounds: of all values.
     """
-    if not isinstance(scale, str):
-        return -scale, scale
-    if scale == "range":
-        return bounds
-    different = [value[:, ~same_place(value)].flatten() for value in values]
-    sizes = torch.cat(different).abs()
-    if not sizes.numel() or not sizes.any():
-        return bounds
-    limit = sizes.kthvalue(math.ceil(QUANTILE * sizes.numel())).values.item()
-    if limit == 0 or limit > WORTHWHILE * max(value.abs().max().item() for value in values):
-        return bounds
-    step = 10.0 ** (math.floor(math.log10(limit)) - 1)
-    limit = min(bounds[1], math.ceil(limit / step) * step)  # two digits
+    different = torch.cat([value[:, ~same_place(value)].flatten() for value in values])
+    limit = limit_of(different, scale, bounds[1], max(value.abs().max().item() for value in values))
     return -limit, limit
+
+
+def limit_of(values: Tensor, scale: Scale, bound: float, largest: float) -> float:
+    """Where colours of values end, see :func:`limits_of`; `largest` is that of all that is drawn."""
+    if not isinstance(scale, str):
+        return scale
+    if scale == "range" or not values.any():
+        return bound
+    limit = values.abs().kthvalue(math.ceil(QUANTILE * values.numel())).values.item()
+    if limit == 0 or limit > WORTHWHILE * largest:
+        return bound
+    step = 10.0 ** (math.floor(math.log10(limit)) - 1)
+    return min(bound, math.ceil(limit / step) * step)  # two digits
 
 
 def same_place(values: Tensor) -> Tensor:
@@ -88,7 +90,9 @@ def same_place(values: Tensor) -> Tensor:
 def cut_note(values: Sequence[Tensor], limits: tuple[float, float]) -> str:
     """Says that colours end before the values do; empty where they do not."""
     largest = max(value.abs().max().item() for value in values)
-    return f"colours end at ±{limits[1]:.2g}, the largest value is {largest:.2g}" if largest > limits[1] * 1.001 else ""
+    sign = "±" if limits[0] < 0 else ""
+    cut = largest > limits[1] * 1.001
+    return f"colours end at {sign}{limits[1]:.2g}, the largest value is {largest:.2g}" if cut else ""
 
 
 def varies_by_patch(view: PositionView, grid: Grid) -> bool:

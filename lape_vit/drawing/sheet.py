@@ -292,8 +292,9 @@ def _draw_bar(figure: Figure, colours: Colours, left: float, top: float, height:
     axes.set_label("<colorbar>")
     scale = ScalarMappable(Normalize(*colours.limits), colours.cmap)
     point = min(BAR[0], height / 8)
-    share = point / (height - 2 * point)  # of the bar between the points
-    bar = figure.colorbar(scale, cax=axes, extend="both" if colours.cut else "neither", extendfrac=share)
+    extend, points = ("neither", 0) if not colours.cut else ("both", 2) if colours.limits[0] < 0 else ("max", 1)
+    share = point / (height - points * point)  # of the bar between the points
+    bar = figure.colorbar(scale, cax=axes, extend=extend, extendfrac=share)
     if colours.ticks is not None:
         bar.set_ticks(list(colours.ticks), labels=colours.tick_labels)
     else:

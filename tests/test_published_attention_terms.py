@@ -221,8 +221,9 @@ def test_irpe_is_its_reference_at_whole_and_at_real_places(on: str, grid: Grid, 
     N = prefix + grid[0] * grid[1]
     q, k, v = noise(3, B, HEADS, N, D).unbind(0)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        return ((q @ k.mT) * D**-0.5 + (0 if bias is None else bias)).softmax(dim=-1) @ v
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Any) -> Tensor:
+        term = 0 if bias is None else bias.make(q, k)
+        return ((q @ k.mT) * D**-0.5 + term).softmax(dim=-1) @ v
 
     def reference(index: slice, **places: Any) -> Any:
         parts = (part[index].numpy() for part in (q, k, v))

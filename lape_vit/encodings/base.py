@@ -324,7 +324,7 @@ class AttentionEncoding(Encoding):
     def logits_bias(self, q: Tensor, k: Tensor, places: Places) -> Tensor | None:
         """The sum of :meth:`patch_bias`, padded for prefix tokens and cast, and :meth:`bias`; None without both."""
         of_patches = self.compute(self._token_bias, places, q) if "patch_bias" in self.overridden else None
-        of_content = self.bias(q, k, places)
+        of_content = self.bias(q, k, places) if "bias" in self.overridden else None
         if of_patches is None or of_content is None:
             return of_content if of_patches is None else of_patches
         return of_patches + of_content

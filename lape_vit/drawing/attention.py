@@ -27,6 +27,8 @@ UNSIGNED = "viridis"
 """Perceptually uniform."""
 TITLES = {"attention": "attention weights", "position_logits": "what positions add to the logits"}
 """Of the parts that are drawn."""
+STRENGTH = 0.6
+"""Of the colours of attention that are drawn over the image."""
 
 
 @dataclass(frozen=True)
@@ -181,12 +183,24 @@ def finite(shown: TokenAttention, name: str) -> Tensor:
 
 
 def heads_band(title: str, shown: TokenAttention, name: str, layer: int) -> Band:
-    """One layer, a panel for each head, with ticks."""
+    """One layer, a panel for each head, with ticks; attention weights lie over the image."""
     maps, colours = shown.parts[name][layer], scale(shown, name)
     grid = (maps.shape[1], maps.shape[2])
     draw = partial(show_map, colours=colours, grid=grid, mark=shown.mark(grid))
+    if name == "attention":
+        title += " over the image"
+        draw = partial(show_over_image, colours=colours, grid=grid, mark=shown.mark(grid), pixels=shown.pixels)
     panels = [Panel(f"head {head}", partial(draw, values=values)) for head, values in enumerate(maps)]
     return Band(title, panels, grid[0] / grid[1], colours, with_ticks=True)
+
+
+def show_over_image(axes: Axes, values: Tensor, colours: Colours, grid: Grid, mark: Token, pixels: Tensor) -> None:
+    """A map (H, W) in colours that let the image (height, width, 3), in grey, show through."""
+    show_map(axes, values, colours, grid, mark)
+    for picture in axes.images:
+        picture.set_alpha(STRENGTH)
+    extent = (-0.5, grid[1] - 0.5, grid[0] - 0.5, -0.5)
+    axes.imshow(pixels.mean(dim=-1), cmap="gray", vmin=0, vmax=1, extent=extent, aspect="auto", zorder=-1)
 
 
 def image_band(pixels: Tensor, positions: Positions) -> Band:

@@ -90,28 +90,34 @@ def rows_of(values: Sequence[Sequence[float]], pairs: Sequence[Pair], sides: Seq
     ]
 
 
+STANDS_OUT = 1.3
+"""A ratio from which an encoding has a colour of its own in the figure."""
+
+
 def draw(measured: Measured, pairs: Sequence[Pair], sides: Sequence[int], path: Path) -> None:
-    """A panel for each step and quantity: the ratio to timm's over the side. Grey where it stays below 1.1."""
+    """A panel for each step and quantity: the ratio to timm's over the side."""
     height = len(measured) // len(STEPS)
-    figure = Figure(figsize=(10, 4 * height), layout="constrained")
-    panels = figure.subplots(height, len(STEPS), squeeze=False).T.flat
+    figure = Figure(figsize=(11, 4 * height), layout="constrained")
+    panels = figure.subplots(height, len(STEPS), squeeze=False, sharey="row").T.flat
+    largest = [max(max(values[number]) for values in measured.values()) for number in range(1, len(pairs) + 1)]
+    coloured = [pair for pair, most in zip(pairs, largest, strict=True) if most >= STANDS_OUT]
     for panel, ((step, quantity), values) in zip(panels, measured.items(), strict=True):
-        number = 0
-        for (pe, join_type), ratios in zip(pairs, values[1:], strict=True):
-            stands_out = max(ratios) >= 1.1
-            style = (
-                {"color": f"C{number % 10}", "marker": "osv^D"[number // 10 % 5]} if stands_out else {"color": "0.8"}
-            )
-            label = f"{pe}, {join_type}" if stands_out else None
-            panel.plot(sides, ratios, label=label, markersize=4, zorder=1 + stands_out, **style)
-            number += stands_out
+        for pair, ratios in zip(pairs, values[1:], strict=True):
+            style: dict[str, Any] = {"color": "0.75", "zorder": 1}
+            if pair in coloured:
+                number = coloured.index(pair)
+                style = {"color": f"C{number % 10}", "marker": "osv^D"[number // 10 % 5], "label": ", ".join(pair)}
+            panel.plot(sides, ratios, markersize=4, **style)
         panel.axhline(1, color="black", linewidth=0.8)
+        panel.set_yscale("log", base=2)
+        panel.yaxis.set_major_formatter("{x:g}")
         panel.set_xticks(sides, [f"{side} x {side}" for side in sides])
         panel.set_xlabel("patches")
         panel.set_ylabel(f"{quantity} / timm's")
-        panel.set_title(f"{quantity} of a {STEPS[step]}")
-        if number:
-            panel.legend(fontsize="small", title="others, grey: below 1.1")
+        panel.set_title(f"{quantity}, {STEPS[step]}")
+    handles, labels = panel.get_legend_handles_labels()
+    title = f"grey: below {STANDS_OUT} everywhere"
+    figure.legend(handles, labels, loc="outside right center", fontsize="small", title=title, title_fontsize="small")
     figure.savefig(path, dpi=150)
 
 
@@ -130,7 +136,7 @@ def main() -> None:
     measured = measure([None, *pairs], args.sides, args.depth, args.measure, setting)
     units = {"time": "s", "memory": "MiB"}
     for (step, quantity), values in measured.items():
-        title = f"{quantity} of a {STEPS[step]}: {MODEL}, {args.depth} blocks, batch {args.batch_size}, {args.dtype}"
+        title = f"{quantity}, {STEPS[step]}: {MODEL}, {args.depth} blocks, batch {args.batch_size}, {args.dtype}"
         rows = rows_of(values, pairs, args.sides, units[quantity])
         print_table(console, f"{title}; {describe_machine(device)}", rows, NAMES)
     if args.figure is not None:

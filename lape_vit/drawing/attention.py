@@ -200,7 +200,7 @@ def show_over_image(axes: Axes, values: Tensor, colours: Colours, grid: Grid, ma
     for picture in axes.images:
         picture.set_alpha(STRENGTH)
     extent = (-0.5, grid[1] - 0.5, grid[0] - 0.5, -0.5)
-    axes.imshow(pixels.mean(dim=-1), cmap="gray", vmin=0, vmax=1, extent=extent, aspect="auto", zorder=-1)
+    axes.imshow(pixels.mean(dim=-1).numpy(), cmap="gray", vmin=0, vmax=1, extent=extent, aspect="auto", zorder=-1)
 
 
 def image_band(pixels: Tensor, positions: Positions) -> Band:

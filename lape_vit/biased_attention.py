@@ -95,7 +95,11 @@ def gradients(
         gathered: the result of attention.
         grad: its gradient.
     """
-    of_q, of_k, of_v, of_term = (torch.zeros_like(one) for one in (q, k, v, term))
+    of_q = torch.zeros_like(q)
+    # In float32 or better, as each is a sum over blocks.
+    of_k, of_v, of_term = (
+        torch.zeros_like(one, dtype=torch.promote_types(one.dtype, torch.float32)) for one in (k, v, term)
+    )
     along = (grad * gathered).sum(dim=-1, keepdim=True)
     for block in blocks(q):
         images, rows = block
@@ -107,7 +111,7 @@ def gradients(
         of_v[images] += weights.mT @ of_rows
         of_part = part(of_term, block)
         of_part += of_logits.sum_to_size(of_part.shape)
-    return of_q, of_k, of_v, of_term
+    return of_q, of_k.to(k.dtype), of_v.to(v.dtype), of_term.to(term.dtype)
 
 
 def blocks(q: Tensor) -> Iterator[tuple[slice, slice]]:

@@ -57,7 +57,7 @@ def build_transform(is_train: bool, settings: ImageSettings, is_small: bool) -> 
     crops the whole image padded by an eighth of its side, `none` takes the whole image. `--src` and `--three-augment`
     put DeiT III's simple random crop and its three augmentations in the place of `--train-crop` and `--aa`. Unless
     `--fast-crop` is off, the random resized crop also takes uint8 (H, W, 3), which it resizes faster than a PIL image,
-    and RandAugment shears and shifts faster than PIL: both but for rounding.
+    and RandAugment shears and shifts faster than PIL. The results differ from PIL's by rounding alone.
 
     Evaluation: the whole image for a small data set or a small input (up to 32 x 32), else DeiT's centre crop of
     `--eval-crop-ratio` of each side.

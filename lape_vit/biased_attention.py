@@ -49,7 +49,7 @@ class BiasedAttention(torch.autograd.Function):
         """
         term = bias.make(q, k)
         assert term is not None
-        mask = (term * temperature).expand(*q.shape[:3], k.shape[2])
+        mask = times(term, temperature).expand(*q.shape[:3], k.shape[2])
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
     @staticmethod
@@ -63,7 +63,7 @@ class BiasedAttention(torch.autograd.Function):
         gathered, q, k, v, *parameters = ctx.saved_tensors
         with ctx.autocast:
             with torch.enable_grad():
-                term = made_with(ctx.bias, parameters, q, k) * ctx.temperature
+                term = times(made_with(ctx.bias, parameters, q, k), ctx.temperature)
                 term = term if term.dim() == 4 else term[None]
             of_q, of_k, of_v, of_term = gradients(q, k, v, term, gathered, grad, ctx.scale)
         by_term: list[Tensor | None] = [None] * (2 + len(parameters))
@@ -78,6 +78,11 @@ class BiasedAttention(torch.autograd.Function):
                 by_term[number] = of
         of_q, of_k = (of if by is None else of + by for of, by in zip((of_q, of_k), by_term[:2], strict=True))
         return None, None, None, of_q, of_k, of_v, *by_term[2:]
+
+
+def times(term: Tensor, temperature: float) -> Tensor:
+    """Their product, without a pass over the memory where the temperature is 1."""
+    return term if temperature == 1 else term * temperature
 
 
 def made_with(bias: Bias, parameters: Sequence[Tensor], q: Tensor, k: Tensor) -> Tensor:

@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 
 from lape_vit import biased_attention
-from lape_vit.encodings import resolve
+from lape_vit.biased_attention import BiasedAttention
+from lape_vit.encodings import LayerSpec, resolve
+from lape_vit.encodings.base import Bias
+from lape_vit.encodings.relative_bias import RelativeBias
+from lape_vit.places import Places
 from tests.models import images, over_pairs, tiny
 
 WITH_BIAS = ["2D_RPE", "cpb", "irpe", "irpe(irpe_on=qk)"]
@@ -45,6 +49,30 @@ def test_the_size_of_a_block_makes_no_difference(pe: str, block: int, monkeypatc
     model, pixels = tiny(pe), images(3)
     monkeypatch.setattr(biased_attention, "BLOCK", block)
     assert_near(gradients(model, pixels, fused=True), gradients(model, pixels, fused=False))
+
+
+def test_sums_over_blocks_lose_nothing_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(biased_attention, "BLOCK", 1)
+    encoding = RelativeBias(LayerSpec(head_dim=16, num_heads=2, grid=(6, 6), num_prefix_tokens=1, dim=32))
+    bias = Bias(encoding, Places((6, 6)))
+    rounded = [torch.randn(16, 2, 37, 16).bfloat16() for _ in range(4)] + [torch.randn(121, 2).bfloat16()]
+
+    def of_inputs(dtype: torch.dtype, fused: bool) -> list[Tensor]:
+        q, k, v, grad, table = (one.to(dtype) for one in rounded)
+        encoding.table.data = table
+        inputs = [one.requires_grad_() for one in (q, k, v)]
+        if fused:
+            result = BiasedAttention.apply(bias, 0.25, 1.0, *inputs, encoding.table)
+        else:
+            result = (0.25 * q @ k.mT + bias.make(q, k)).softmax(dim=-1) @ v
+        return [one.double() for one in torch.autograd.grad(result, [*inputs, encoding.table], grad)]
+
+    exact, plain, by_blocks = (
+        of_inputs(dtype, fused)
+        for dtype, fused in ((torch.float64, False), (torch.bfloat16, False), (torch.bfloat16, True))
+    )
+    for of_exact, of_plain, of_blocks in zip(exact, plain, by_blocks, strict=True):
+        assert (of_blocks - of_exact).norm() <= 1.5 * (of_plain - of_exact).norm()
 
 
 @pytest.mark.parametrize("pe", WITH_BIAS)

@@ -256,7 +256,7 @@ def test_an_option_needs_a_default_of_a_plain_type() -> None:
         (AbsoluteEncoding, ["vectors"], "defines none of patch_vectors, forward"),
         (AbsoluteEncoding, ["patch_vectors", "forward"], "its patch_vectors would never be called"),
         (AbsoluteEncoding, ["patch_vectors", "patch_bias"], "patch_bias, a hook of another family"),
-        (AttentionEncoding, ["value_term"], "defines none of rotate, patch_bias, bias, widen, narrow"),
+        (AttentionEncoding, ["value_term"], "defines none of rotate, offset_bias, patch_bias, bias, widen, narrow"),
         (AttentionEncoding, ["narrow"], "must define widen and narrow together"),
         (AttentionEncoding, ["bias", "widen"], "must define widen and narrow together"),
         (AttentionEncoding, ["bias", "patch_vectors"], "patch_vectors, a hook of another family"),
@@ -291,15 +291,43 @@ def test_widen_is_called_without_any_flag() -> None:
     assert (model(images()) - bag(images())).abs().max() > 1e-6
 
 
-def test_bias_patch_bias_and_widen_add_up() -> None:
-    class Both(Along):
-        name = "both"
+def test_the_biases_of_a_member_add_up() -> None:
+    class All(Along):
+        name = "all of them"
+
+        def offset_bias(self, dx: Tensor, dy: Tensor) -> Tensor:
+            return 10 * dx + 100 * dy
 
         def bias(self, q: Tensor, k: Tensor, places: Places) -> Tensor:
             return torch.ones(1, 1, q.shape[2], q.shape[2]).to(q).triu()
 
-    encodings.register(Both)
-    encoding = tiny("both").blocks[0].attn.encoding
-    q = torch.randn(2, 3, 17, 8, dtype=torch.float64)
-    alone = tiny("along").blocks[0].attn.encoding.logits_bias(q, q, Places((4, 4)))
-    assert_near(encoding.logits_bias(q, q, Places((4, 4))) - alone, torch.ones(1, 1, 17, 17).double().triu())
+    encoding, along = (kind(LayerSpec(8, 3, (4, 4), 1, 24)) for kind in (All, Along))
+    places, q = Places((4, 4)), torch.randn(2, 3, 17, 8, dtype=torch.float64)
+    dx, dy = places.offsets()
+    of_offsets = torch.nn.functional.pad(10 * dx + 100 * dy, (1, 0, 1, 0))
+    expected = torch.ones(1, 1, 17, 17).double().triu() + of_offsets
+    assert_near(encoding.logits_bias(q, q, places) - along.logits_bias(q, q, places), expected)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_bias_of_offsets_is_the_same_of_a_whole_grid_of_some_patches_and_of_each_image(heads: int) -> None:
+    class Slanted(AttentionEncoding):
+        name = "slanted"
+
+        def offset_bias(self, dx: Tensor, dy: Tensor) -> Tensor:
+            slopes = torch.arange(1.0, heads + 1, dtype=dx.dtype)[:, None, None]
+            return slopes * (dx + 10 * dy)
+
+    # As many images as heads: neither may stand in for the other.
+    encoding, q = Slanted(LayerSpec(8, 2, (2, 3), 1, 16)), torch.zeros(2, 2, 7, 8, dtype=torch.float64)
+    places = Places((2, 3))
+    whole = encoding.logits_bias(q, q, places)
+    assert whole.shape == (heads, 7, 7)
+    assert whole[-1, 1, 6] == heads * (2 + 10)  # from the first cell to the last
+    assert not whole[:, 0].any()
+    assert not whole[:, :, 0].any()
+    order = torch.tensor([[5, 0, 3], [1, 2, 4]])
+    tokens = torch.nn.functional.pad(order + 1, (1, 0))
+    of_each = torch.stack([whole[:, one][:, :, one] for one in tokens])
+    assert_equal(encoding.logits_bias(q, q, places.keep(order)), of_each)
+    assert_equal(encoding.logits_bias(q, q, places.keep(order[0])), of_each[0])

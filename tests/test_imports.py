@@ -28,7 +28,8 @@ LIBRARIES = ("torch", "torchvision", "timm", "argparse")
 BENEATH: dict[str, tuple[str, ...]] = {
     "places": (),
     "augmentation": ("places",),
-    "encodings/base": ("places",),
+    "encodings/offsets": ("places",),
+    "encodings/base": ("encodings/offsets",),
     "encodings/tables": ("places",),
     "encodings/*": ("encodings/base", "encodings/tables"),
     "encodings": ("encodings/*",),
@@ -74,7 +75,7 @@ def layer_of(module: str) -> str:
             return "lape_vit"
         case ["lape_vit", "encodings"]:
             return "encodings"
-        case ["lape_vit", "encodings", ("base" | "tables") as name]:
+        case ["lape_vit", "encodings", ("base" | "offsets" | "tables") as name]:
             return f"encodings/{name}"
         case ["lape_vit", "encodings", _]:
             return "encodings/*"
@@ -152,7 +153,7 @@ def name_comparisons(root: Path) -> list[str]:
     """Comparisons with one of ``NAMES``, by an operator or by a match, where only encodings and joins may know them."""
     faults = []
     for module, path in modules(root).items():
-        if layer_of(module) in {"encodings/base", "encodings/tables", "encodings/*", "encodings", "joins"}:
+        if layer_of(module).startswith(("encodings", "joins")):
             continue
         for line, subject, value in comparisons(ast.parse(path.read_text(encoding="utf-8"))):
             if value in NAMES and (value not in EVERYDAY or POSITION.search(subject)):

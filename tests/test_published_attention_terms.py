@@ -121,7 +121,7 @@ def check_irpe_terms(entry: Entry, arrays: Arrays, grid: Grid) -> None:
     for side in [side for side in tables if f"term_{side}" in arrays]:
         for other, table in tables.items():
             table.copy_(torch.from_numpy(arrays[f"table_{side}"][0].T) * (other == side))
-        term = encoding.term(q, k, places) * entry["head_dim"] ** -0.5
+        term = encoding.term(q, k, places, entry["head_dim"] ** -0.5)
         assert_is(term, arrays[f"term_{side}"], entry["tolerance"])
     if "value_term" in arrays:
         encoding.value_table.copy_(torch.from_numpy(arrays["table_v"][0]))

@@ -26,7 +26,7 @@ from lape_vit.analysis.timm_positions import (
     timm_position_views,
     title_of,
 )
-from lape_vit.encodings.relative_bias import offset_index
+from lape_vit.encodings.offsets import offset_index
 from tests.models import SIZES, assert_equal, disturb, tiny
 
 

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lape_vit.encodings import AttentionEncoding, TokenEncoding
+from lape_vit.encodings.offsets import offset_index
 from lape_vit.encodings.relative import Relative
-from lape_vit.encodings.relative_bias import RelativeBias, offset_index
+from lape_vit.encodings.relative_bias import RelativeBias
 from lape_vit.encodings.rotary import Rotary
 from lape_vit.places import Grid, Places
 

@@ -12,13 +12,16 @@ every forward.
 
 import inspect
 import math
+import operator
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lape_vit.encodings.offsets import offsets_to_key, spread_offsets
 from lape_vit.places import Grid, Places
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | Bias | None"], Tensor]
@@ -249,13 +252,15 @@ class LayerSpec(NamedTuple):
 
 class AttentionEncoding(Encoding):
     """Position inside attention; one module per layer. A subclass defines any of the hooks, each of which does nothing
-    by default: :meth:`rotate`, :meth:`patch_bias`, :meth:`bias`, and :meth:`widen` with :meth:`narrow`.
+    by default: :meth:`rotate`, :meth:`offset_bias`, :meth:`patch_bias`, :meth:`bias`, and :meth:`widen` with
+    :meth:`narrow`.
     """
 
     takes_norm: ClassVar[bool] = False
     """True where a join may normalise the bias: :meth:`add_norm` is defined."""
 
-    hooks = ("rotate", "patch_bias", "bias", "widen", "narrow")
+    biases: ClassVar = ("offset_bias", "patch_bias", "bias")
+    hooks = ("rotate", *biases, "widen", "narrow")
 
     def __init__(self, spec: LayerSpec) -> None:
         self.check_width(spec.head_dim, "a head width")
@@ -272,20 +277,31 @@ class AttentionEncoding(Encoding):
         """q and k (B, h, N, d) turned by their positions."""
         return q, k
 
-    def patch_bias(self, places: Places) -> Tensor | None:
+    def offset_bias(self, dx: Tensor, dy: Tensor) -> Tensor:
+        """A term of the logits between patches that depends on their offset alone.
+
+        Args:
+            dx, dy: columns and rows from query to key, in cells, (..., 1, Q, K) in float64.
+
+        Returns:
+            (..., h, Q, K), or (..., 1, Q, K) for all heads alike; in any dtype. Pairs with a prefix token get 0.
+        """
+        raise NotImplementedError
+
+    def patch_bias(self, places: Places) -> Tensor:
         """A term of the logits between patches that depends on places alone.
 
         It broadcasts to (h, M, M). Where the places of images differ, it is (B, M, M) for all heads alike, or
         broadcasts to (B, h, M, M). In any dtype. Pairs with a prefix token get 0.
         """
-        return None
+        raise NotImplementedError
 
-    def bias(self, q: Tensor, k: Tensor, places: Places) -> Tensor | None:
+    def bias(self, q: Tensor, k: Tensor, places: Places) -> Tensor:
         """A term of the logits that depends on q and k (B, h, N, d), after :meth:`rotate`; q is not yet scaled.
 
         It broadcasts to (B, h, N, N), prefix tokens included.
         """
-        return None
+        raise NotImplementedError
 
     def widen(self, q: Tensor, k: Tensor, v: Tensor, read: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v (B, h, N, d) with more channels E, alike: (B, h, N, d + E).
@@ -317,25 +333,35 @@ class AttentionEncoding(Encoding):
         if "rotate" in self.overridden and autograd_keeps():
             v = v.clone()  # it is a part of one tensor, and would keep the memory of q and k before their turn
         if "widen" not in self.overridden:
-            return attend(q, k, v, Bias(self, places) if self.overridden & {"patch_bias", "bias"} else None)
+            return attend(q, k, v, Bias(self, places) if self.overridden.intersection(self.biases) else None)
         bias = self.logits_bias(q, k, places)
         return self.narrow(attend(*self.widen(q, k, v, read, places), bias), places)
 
     def logits_bias(self, q: Tensor, k: Tensor, places: Places) -> Tensor | None:
-        """The sum of :meth:`patch_bias`, padded for prefix tokens and cast, and :meth:`bias`; None without both."""
-        of_patches = self.compute(self._token_bias, places, q) if "patch_bias" in self.overridden else None
-        of_content = self.bias(q, k, places) if "bias" in self.overridden else None
-        if of_patches is None or of_content is None:
-            return of_content if of_patches is None else of_patches
-        return of_patches + of_content
+        """The sum of :meth:`offset_bias`, :meth:`patch_bias` and :meth:`bias`; None without any of them."""
+        terms = [
+            self.compute(formula, places, q)
+            for hook, formula in (("offset_bias", self._of_offsets), ("patch_bias", self._of_patches))
+            if hook in self.overridden
+        ]
+        if "bias" in self.overridden:
+            terms.append(self.bias(q, k, places))
+        return reduce(operator.add, terms) if terms else None
 
-    def _token_bias(self, places: Places, dtype: torch.dtype) -> Tensor:
+    def _of_offsets(self, places: Places, dtype: torch.dtype) -> Tensor:
+        if not places.is_whole:
+            dx, dy = (offset.unsqueeze(-3) for offset in places.offsets())
+            return self._for_tokens(self.offset_bias(dx, dy), dtype)
+        dx, dy = offsets_to_key(places.grid, places.device)
+        return self._for_tokens(spread_offsets(self.offset_bias(dx[None], dy[None]).to(dtype), places.grid), dtype)
+
+    def _of_patches(self, places: Places, dtype: torch.dtype) -> Tensor:
         bias = self.patch_bias(places)
-        assert bias is not None
-        if places.differs_by_image and bias.dim() == 3:
-            bias = bias[:, None]
+        return self._for_tokens(bias[:, None] if places.differs_by_image and bias.dim() == 3 else bias, dtype)
+
+    def _for_tokens(self, bias: Tensor, dtype: torch.dtype) -> Tensor:
         P = self.num_prefix_tokens
-        return F.pad(bias, (P, 0, P, 0)).to(dtype)
+        return F.pad(bias.to(dtype), (P, 0, P, 0))
 
 
 class Bias(NamedTuple):

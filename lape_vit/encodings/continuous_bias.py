@@ -1,6 +1,6 @@
 """A bias that a small MLP makes of the offset between two patches.
 
-Shapes: B batch, h heads, H x W cells, M patches, O = (2H - 1)(2W - 1) offsets, m hidden units.
+Shapes: h heads, m hidden units.
 """
 
 import math
@@ -11,8 +11,6 @@ from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
 
 from lape_vit.encodings.base import AttentionEncoding, LayerSpec
-from lape_vit.encodings.relative_bias import bias_of_pairs, offset_grid
-from lape_vit.places import Places
 
 
 class ContinuousBias(AttentionEncoding):
@@ -72,11 +70,5 @@ class ContinuousBias(AttentionEncoding):
         bias = self.mlp(self.log_offsets(dx, dy).to(self.mlp.fc1.weight.dtype))
         return 16 * bias.sigmoid() if self.is_swin else bias
 
-    def patch_bias(self, places: Places) -> Tensor:
-        if not places.is_whole:
-            dx, dy = places.offsets()
-            return self.bias_of(-dx, -dy).movedim(-1, -3)
-        height, width = places.grid
-        x, y = Places(offset_grid(places.grid), device=places.device).coordinates()
-        table = self.bias_of(x - (width - 1), y - (height - 1))
-        return bias_of_pairs(table, places.grid)
+    def offset_bias(self, dx: Tensor, dy: Tensor) -> Tensor:
+        return self.bias_of(-dx, -dy).transpose(-1, -4).squeeze(-1)

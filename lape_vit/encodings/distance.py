@@ -1,6 +1,6 @@
 """Logits that fall with the distance between two patches; nothing is trained.
 
-Shapes: B batch, h heads, M patches. D = (dx, dy) is the offset from query to key, in cells, y downwards.
+Shapes: h heads, Q queries, K keys. D = (dx, dy) is the offset from query to key, in cells, y downwards.
 """
 
 import math
@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from lape_vit.encodings.base import AttentionEncoding, LayerSpec
-from lape_vit.places import Places
 
 
-def fall_with_distance(places: Places, slopes: list[float]) -> Tensor:
-    """-slope ||D|| of each head: (h, M, M), or (B, h, M, M) where the places of images differ; in float64."""
-    dx, dy = places.offsets()
-    distance = (dx**2 + dy**2).sqrt().unsqueeze(-3)
+def fall_with_distance(dx: Tensor, dy: Tensor, slopes: list[float]) -> Tensor:
+    """-slope ||D|| of each head: (..., h, Q, K) for offsets (..., 1, Q, K)."""
+    distance = (dx**2 + dy**2).sqrt()
     return -torch.tensor(slopes, dtype=dx.dtype, device=dx.device)[:, None, None] * distance
 
 
@@ -31,8 +29,8 @@ class ALiBi(AttentionEncoding):
 
     name = "alibi"
 
-    def patch_bias(self, places: Places) -> Tensor:
-        return fall_with_distance(places, alibi_slopes(self.num_heads))
+    def offset_bias(self, dx: Tensor, dy: Tensor) -> Tensor:
+        return fall_with_distance(dx, dy, alibi_slopes(self.num_heads))
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
@@ -164,9 +162,8 @@ class LookHere(AttentionEncoding):
         self.layer = spec.layer
         self.layer_slope = 1.5 - spec.layer / max(spec.depth - 1, 1)
 
-    def patch_bias(self, places: Places) -> Tensor:
-        dx, dy = places.offsets()
+    def offset_bias(self, dx: Tensor, dy: Tensor) -> Tensor:
         heads = lookhere_heads(self.lookhere_view, self.num_heads, self.layer)
-        seen = torch.stack([view(dx, dy) for view, _ in heads], dim=-3)
-        bias = fall_with_distance(places, [self.global_slope * self.layer_slope * slope for _, slope in heads])
+        seen = torch.cat([view(dx, dy) for view, _ in heads], dim=-3)
+        bias = fall_with_distance(dx, dy, [self.global_slope * self.layer_slope * slope for _, slope in heads])
         return bias.masked_fill(~seen, -math.inf)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape_vit.encodings.base import AttentionEncoding, LayerSpec
+from lape_vit.encodings.offsets import offsets_to_key, spread_offsets
 from lape_vit.places import Places
 
 ALPHA, BETA, GAMMA = 1.9, 3.8, 15.2
@@ -84,23 +85,24 @@ class IRPE(AttentionEncoding):
 
     def buckets(self, places: Places, dtype: torch.dtype | None = None) -> Tensor:
         """The bucket of each query (row) and key: (N, N), or (B, 1, N, N) where images differ."""
-        dx, dy = places.offsets()
+        dx, dy = offsets_to_key(places.grid, places.device) if places.is_whole else places.offsets()
         buckets = SIDE * (classes(-dy) + int(BETA)) + classes(-dx) + int(BETA)
+        buckets = spread_offsets(buckets, places.grid) if places.is_whole else buckets
         P = self.num_prefix_tokens
         buckets = F.pad(buckets, (P, 0, P, 0), value=NUM_BUCKETS - 1)
         return buckets[:, None] if places.differs_by_image else buckets
 
-    def term(self, q: Tensor, k: Tensor, places: Places) -> Tensor:
-        """What the logits gain, not yet scaled: (B, h, N, N)."""
+    def term(self, q: Tensor, k: Tensor, places: Places, scale: float) -> Tensor:
+        """What the logits gain, scaled: (B, h, N, N)."""
         buckets = self.fixed(self.buckets, places, q)
         assert self.key_table is not None
-        term = of_pairs(q @ self.key_table.T.to(q.dtype), buckets)
+        term = of_pairs(q @ (self.key_table.T * scale).to(q.dtype), buckets)
         if self.query_table is None:
             return term
-        return term + of_pairs(k @ self.query_table.T.to(k.dtype), buckets).mT
+        return term + of_pairs(k @ (self.query_table.T * scale).to(k.dtype), buckets).mT
 
     def bias(self, q: Tensor, k: Tensor, places: Places) -> Tensor:
-        return self.term(q, k, places) * self.head_dim**-0.5
+        return self.term(q, k, places, self.head_dim**-0.5)
 
     def marks(self, places: Places, dtype: torch.dtype) -> Tensor:
         """A mark of its own for each key, and channels of zeros up to a multiple of 8: (N, E)."""
@@ -111,7 +113,7 @@ class IRPE(AttentionEncoding):
     def widen(self, q: Tensor, k: Tensor, v: Tensor, read: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
         """On values: v is widened by marks, and so is k, by which the term of the logits needs no place of its own."""
         marks = self.fixed(self.marks, places, q)
-        of_marks = F.pad(self.term(q, k, places), (0, marks.shape[1] - marks.shape[0]))
+        of_marks = F.pad(self.term(q, k, places, scale=1.0), (0, marks.shape[1] - marks.shape[0]))
         marks = marks.expand(q.shape[0], q.shape[1], -1, -1)
         return torch.cat([q, of_marks], dim=-1), torch.cat([k, marks], dim=-1), torch.cat([v, marks], dim=-1)
 

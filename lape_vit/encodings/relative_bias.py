@@ -1,6 +1,6 @@
 """A trained bias for each offset between two patches.
 
-Shapes: H x W cells, M patches, h heads, O = (2H - 1)(2W - 1) offsets, row-major.
+Shapes: H x W cells, M patches, h heads, O = (2H - 1)(2W - 1) offsets, row-major: query less key.
 """
 
 import torch
@@ -8,13 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape_vit.encodings.base import AttentionEncoding, LayerSpec
+from lape_vit.encodings.offsets import offset_grid, spread_offsets
 from lape_vit.encodings.tables import read_between_cells, resize_grid
 from lape_vit.places import Grid, Places
-
-
-def offset_grid(grid: Grid) -> Grid:
-    """The grid of offsets, (2H - 1, 2W - 1)."""
-    return 2 * grid[0] - 1, 2 * grid[1] - 1
 
 
 class KeyNorm(nn.LayerNorm):
@@ -85,7 +81,7 @@ class RelativeBias(AttentionEncoding):
         grid, offsets = queries.grid, offset_grid(queries.grid)
         table = resize_grid(self.table[None], offset_grid(self.grid), offsets)[0]
         if queries.is_whole and keys.is_whole:
-            return bias_of_pairs(table, grid)
+            return spread_offsets(table.T.unflatten(1, offsets), grid)
         (x, y), (key_x, key_y) = queries.coordinates(), keys.coordinates()
         dx = x[..., :, None] - key_x[..., None, :] + grid[1] - 1
         dy = y[..., :, None] - key_y[..., None, :] + grid[0] - 1
@@ -106,19 +102,3 @@ class RelativeBias(AttentionEncoding):
         if self.norm is not None:
             self.norm.set_grid(grid)
         super().set_grid(grid)
-
-
-def offset_index(grid: Grid, device: torch.device) -> Tensor:
-    """The number of each pair's offset, query (first) less key: (H*W, H*W), row-major over (2H-1, 2W-1)."""
-    height, width = grid
-    y, x = torch.arange(height, device=device), torch.arange(width, device=device)
-    rows = y[:, None] - y[None, :] + height - 1
-    columns = x[:, None] - x[None, :] + width - 1
-    index = rows[:, None, :, None] * (2 * width - 1) + columns[None, :, None, :]
-    return index.flatten(2, 3).flatten(0, 1)
-
-
-def bias_of_pairs(table: Tensor, grid: Grid) -> Tensor:
-    """The entry of each pair of cells (h, H*W, H*W) of a table of offsets (O, h)."""
-    index = offset_index(grid, table.device)
-    return table.T.contiguous().index_select(1, index.flatten()).unflatten(1, index.shape)

@@ -57,6 +57,8 @@ study-where: .venv/.installed ## the study on WHERE: every encoding and join, al
 		$(ONE_THREAD) .venv/bin/python compare.py --data-set WHERE --where-task $$task --pe all --join-type all \
 			--seeds 0 1 2 --jobs 2 --output-dir runs/study/where-$$task || exit; \
 	done
+	.venv/bin/python -m comparison.side_by_side --reached 99 runs/study/where-cell runs/study/where-direction \
+		runs/study/where-order runs/study/where-distance
 
 study-cifar: .venv/.installed ## the study on CIFAR-10 (a download; about 70 minutes on 2 cores for each of 22 runs; may be stopped)
 	.venv/bin/python compare.py $(CIFAR) --pe none learnable 2D_sin relative rope rope_mixed learnable+rope_mixed alibi irpe

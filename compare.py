@@ -20,7 +20,8 @@ from rich.console import Console
 
 from comparison.forecast import forecast
 from comparison.jobs import FAILED, Job, alone_in, environments, folder_of_batches, run_jobs
-from comparison.paired import write_paired
+from comparison.overview import write_overview
+from comparison.paired import paired_differences, write_paired
 from comparison.pictures import draw_comparison
 from comparison.plan import Plan, check_can_share, make_plan
 from comparison.screen import Screen
@@ -174,8 +175,10 @@ def keep_failure(job: Job, failures: dict[str, str]) -> None:
 def write_results(plan: Plan, failures: dict[str, str]) -> None:
     """Write the tables and, once a run has finished, the picture."""
     found = outcomes(plan)
+    differences = paired_differences(found)
     write_tables(plan, found, failures)
-    write_paired(plan, found)
+    write_paired(plan, differences)
+    write_overview(plan, found, differences)
     if any(found.values()):
         with atomic_write(plan.folder / "compare.png") as file:
             draw_comparison(found, heading(plan), file)

@@ -1,4 +1,4 @@
-"""The command line of `compare.py`, read without torch: in a moment."""
+"""The command lines of `compare.py` and `side_by_side.py`, read without torch: in a moment."""
 
 import argparse
 from collections.abc import Sequence
@@ -51,8 +51,9 @@ def build_parser() -> Parser:
              "basic")
     add("--seeds", nargs="+", type=whole(), default=[0], metavar="N", help="a run each; default: 0")
     add("--output-dir", required=True, metavar="DIR",
-        help="receives a folder per run, table.md, table.csv, compare.png and, with two seeds or more, paired.md and "
-             "paired.csv; runs of other calls in it, made with the same options, are in the tables too")
+        help="receives a folder per run, table.md, table.csv, compare.png; with several joins overview.md; with two "
+             "seeds or more paired.md and paired.csv; runs of other calls in it, made with the same options, are in "
+             "the tables too")
     add("--jobs", type=whole(1), default=1, metavar="N",
         help="runs at a time: they share out the cores and, unless --num-workers is given, the processes that load "
              "data; with several GPUs each run has one; default: 1")
@@ -77,6 +78,20 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("options of encodings, which go to those that take them")
     for name, (kind, encodings) in encoding_options().items():
         group.add_argument(flag_of(name), **encoding_option(kind, encodings))
+    return parser
+
+
+def side_by_side_parser() -> argparse.ArgumentParser:
+    """The options of `python -m comparison.side_by_side`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m comparison.side_by_side",
+        description="Print a table of the last accuracies (%) of several comparisons: a row for each pair of an "
+                    "encoding and a join, a column for each folder.",
+    )
+    add = parser.add_argument
+    add("folders", nargs="+", metavar="DIR", help="the --output-dir of a call of compare.py")
+    add("--reached", type=number(), metavar="PERCENT",
+        help="add in brackets the first epoch with this accuracy or more: the median over seeds, where all reach it")
     return parser
 # fmt: on
 

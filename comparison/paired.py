@@ -5,7 +5,7 @@ the seed does to both.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from comparison.plan import Plan
 from comparison.tables import NAMES, MeanAndDeviation, Outcome, Pair, csv_text, heading
@@ -26,6 +26,7 @@ class PairedDifference:
         seeds: those that both were trained with.
         difference: over these seeds.
         p: of a paired t-test; None where the differences do not vary.
+        p_corrected: the same after Holm's correction for all comparisons.
     """
 
     pair: Pair
@@ -33,16 +34,20 @@ class PairedDifference:
     seeds: Sequence[int]
     difference: MeanAndDeviation
     p: float | None
+    p_corrected: float | None = None
 
 
 def paired_differences(found: Mapping[Pair, Sequence[Outcome]]) -> list[PairedDifference]:
     """Each pair against the same encoding with `basic`, and against `none`, where two seeds or more are common."""
-    differences = []
-    for pair in found:
-        for baseline in dict.fromkeys([(pair[0], Basic.name), (NoEncoding.name, Basic.name)]):
-            if baseline != pair and baseline in found:
-                differences.append(paired_difference(found, pair, baseline))
-    return [difference for difference in differences if difference is not None]
+    possible = [
+        paired_difference(found, pair, baseline)
+        for pair in found
+        for baseline in dict.fromkeys([(pair[0], Basic.name), (NoEncoding.name, Basic.name)])
+        if baseline != pair and baseline in found
+    ]
+    differences = [one for one in possible if one is not None]
+    corrected = iter(holm([one.p for one in differences if one.p is not None]))
+    return [one if one.p is None else replace(one, p_corrected=next(corrected)) for one in differences]
 
 
 def paired_difference(found: Mapping[Pair, Sequence[Outcome]], pair: Pair, baseline: Pair) -> PairedDifference | None:
@@ -71,28 +76,24 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def write_paired(plan: Plan, found: Mapping[Pair, Sequence[Outcome]]) -> None:
+def write_paired(plan: Plan, differences: Sequence[PairedDifference]) -> None:
     """Write `paired.md` and `paired.csv`, where any two pairs have two seeds in common."""
-    differences = paired_differences(found)
     if not differences:
         return
-    tested = [one.p for one in differences if one.p is not None]
-    in_order = iter(holm(tested))
-    corrected = [None if one.p is None else next(in_order) for one in differences]
     rows: list[Row] = [
         {
             **dict(zip(NAMES, one.pair, strict=True)),
             "against": ", ".join(one.baseline),
             "difference (points)": f"{round(one.difference.mean, 2) + 0:+.2f} ± {one.difference.deviation:.2f}",
             "p": "-" if one.p is None else f"{one.p:.2g}",
-            "p, corrected": "-" if p_corrected is None else f"{p_corrected:.2g}",
+            "p, corrected": "-" if one.p_corrected is None else f"{one.p_corrected:.2g}",
             "seeds": str(len(one.seeds)),
         }
-        for one, p_corrected in zip(differences, corrected, strict=True)
+        for one in differences
     ]
     remark = (
         "\nAccuracy of the last epoch, seed by seed: mean ± standard deviation of the differences, and a paired t-test "
-        f"of {len(tested)} comparisons. The corrected p is Holm's for this number.\n"
+        f"of {count_tests(differences)} comparisons. The corrected p is Holm's for this number.\n"
     )
     text = f"# {heading(plan)}: differences, seed by seed\n\n{markdown(rows, (*NAMES, 'against'))}{remark}"
     write_text(plan.folder / "paired.md", text)
@@ -106,8 +107,12 @@ def write_paired(plan: Plan, found: Mapping[Pair, Sequence[Outcome]]) -> None:
             "difference_mean": one.difference.mean,
             "difference_std": one.difference.deviation,
             "p": one.p,
-            "p_corrected": p_corrected,
+            "p_corrected": one.p_corrected,
         }
-        for one, p_corrected in zip(differences, corrected, strict=True)
+        for one in differences
     ]
     write_text(plan.folder / "paired.csv", csv_text(numbers))
+
+
+def count_tests(differences: Sequence[PairedDifference]) -> int:
+    return sum(one.p is not None for one in differences)

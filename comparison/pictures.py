@@ -22,11 +22,20 @@ LOOKS: dict[str, tuple[Any, str]] = dict(zip(JOINS, zip(cycle(LINES), cycle(MARK
 """Line style and marker of each join."""
 MANY = 30
 """Epochs from which on curves have no markers."""
+MOST_CURVES = 20
+"""Pairs up to which learning curves can be told apart."""
 
 
 def draw_comparison(found: Mapping[Pair, Sequence[Outcome]], title: str, file: IO[bytes]) -> None:
-    """Draw the best accuracies, seed by seed and on average, left, and the learning curves, right."""
+    """Draw the best accuracies, seed by seed and on average, left, and the learning curves, right.
+
+    Of more than ``MOST_CURVES`` pairs with several joins, draw the last accuracies alone, in a row for each encoding.
+    """
     done = {pair: finished for pair, finished in found.items() if finished}
+    if len(done) > MOST_CURVES and len({join for _, join in done}) > 1:
+        figure = draw_by_encoding(done, title)
+        figure.savefig(file, format="png")
+        return
     colours = colours_of(list(done))
     figure = Figure(figsize=(13, max(4.6, 1.7 + 0.27 * len(done))), dpi=DPI, layout="constrained")
     figure.suptitle(title, fontsize=12)
@@ -64,6 +73,41 @@ def _draw_accuracies(axes: Axes, done: Mapping[Pair, Sequence[Outcome]], colours
     axes.set_title("mean (framed) and each seed" if several else "one seed each", fontsize=10)
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_by_encoding(done: Mapping[Pair, Sequence[Outcome]], title: str) -> Figure:
+    """Means and seeds of the last accuracies: a row for each encoding, the best on top, a colour for each join."""
+    joins = [join for join in JOINS if join in {join for _, join in done}]
+    means = {pair: float(np.mean([one.last for one in finished])) for pair, finished in done.items()}
+    ranked = sorted({pe for pe, _ in done}, key=lambda pe: max(means[pair] for pair in means if pair[0] == pe))
+    figure = Figure(figsize=(10, 1.6 + 0.36 * len(ranked)), dpi=DPI, layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    axes = figure.subplots()
+    margin = 0.04 * (max(means.values()) - min(means.values())) or 1.0
+    lowest = min(means.values()) - margin
+    for (pe, join), finished in done.items():
+        place = ranked.index(pe) + 0.7 * (0.5 - (joins.index(join) + 0.5) / len(joins))
+        colour, marker = colormaps["tab10"](list(JOINS).index(join)), LOOKS[join][1]
+        numbers = [one.last for one in finished]
+        axes.plot([min(numbers), max(numbers)], [place] * 2, color=colour, linewidth=1.5, alpha=0.5)
+        axes.plot(means[pe, join], place, marker, color=colour, markersize=5.5, markeredgecolor="black", mew=0.5)
+        if beyond := sorted(number for number in numbers if number < lowest):
+            listed = "◂ " + ", ".join(f"{number:.0f}" for number in beyond)
+            axes.text(lowest, place, listed, color=colour, fontsize=7.5, va="bottom")
+    axes.set_xlim(lowest, max(one.last for finished in done.values() for one in finished) + margin)
+    axes.set_yticks(range(len(ranked)), ranked, fontsize=9)
+    axes.set_ylim(-0.7, len(ranked) - 0.3)
+    for place in range(len(ranked) - 1):
+        axes.axhline(place + 0.5, color="0.92", linewidth=0.8, zorder=0)
+    axes.set_xlabel("test accuracy of the last epoch (%): mean, and from the lowest to the highest seed")
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    handles = [
+        Line2D([], [], color=colormaps["tab10"](list(JOINS).index(join)), marker=LOOKS[join][1], label=join)
+        for join in joins
+    ]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
+    return figure
 
 
 def _draw_curves(axes: Axes, done: Mapping[Pair, Sequence[Outcome]], colours: Mapping[str, Any]) -> None:

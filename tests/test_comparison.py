@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from comparison import forecast, screen
+from comparison import forecast, screen, side_by_side
 from comparison.jobs import FAILED, FINISHED, RUNNING, Job
-from comparison.paired import holm, write_paired
+from comparison.overview import write_overview
+from comparison.paired import holm, paired_differences, write_paired
 from comparison.pictures import LOOKS, colours_of, draw_comparison, draw_sizes
 from comparison.plan import Plan, Run
 from comparison.screen import Screen
@@ -181,7 +182,7 @@ def test_pairs_are_compared_seed_by_seed(tmp_path: Path) -> None:
     for run in plan.runs:
         if run.seed < len(more[run.pair]):
             finish(run, [row(1, of_none[run.seed] + more[run.pair][run.seed])])
-    write_paired(plan, outcomes(plan))
+    write_paired(plan, paired_differences(outcomes(plan)))
     found = {
         (one["pe"], one["join_type"], one["baseline_pe"], one["baseline_join_type"]): one
         for one in table_of(tmp_path / "paired.csv")
@@ -209,8 +210,79 @@ def test_pairs_are_compared_seed_by_seed(tmp_path: Path) -> None:
 def test_one_seed_is_not_tested(tmp_path: Path) -> None:
     plan = plan_of("--pe", "none", "learnable", *QUICK, "--epochs", 1, "--output_dir", tmp_path)
     finish_all(plan)
-    write_paired(plan, outcomes(plan))
+    write_paired(plan, paired_differences(outcomes(plan)))
     assert not (tmp_path / "paired.md").exists()
+
+
+def test_the_overview_has_a_row_for_each_encoding_and_marks_what_is_certain(tmp_path: Path) -> None:
+    flags = ("--join-type", "basic", "LaPE", *QUICK, "--epochs", 1, "--seeds", 0, 1, 2, "--output_dir", tmp_path)
+    plan = plan_of("--pe", "none", "learnable", "2D_sin", "rope", *flags)
+    levels = {
+        ("none", "basic"): [50.0, 50.1, 50.2],
+        ("learnable", "basic"): [60.0, 60.2, 60.1],
+        ("learnable", "LaPE"): [55.0, 55.1, 55.3],
+        ("2D_sin", "basic"): [40.0, 70.0],
+    }
+    for run in plan.runs:
+        if run.seed < len(levels.get(run.pair, [])):
+            finish(run, [row(1, levels[run.pair][run.seed])])
+    found = outcomes(plan)
+    write_overview(plan, found, paired_differences(found))
+    _, _, header, _, *rows, _, remark = lines_of(tmp_path / "overview.md")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, *rows)]
+    assert cells == [
+        ["encoding", "basic", "LaPE"],
+        ["none", "50.10 ± 0.10 (3)", ""],
+        ["learnable", "60.10 ± 0.10 (3) ↑", "55.13 ± 0.15 (3) ↓"],
+        ["2D_sin", "55.00 ± 21.21 (2)", "-"],
+        ["rope", "-", ""],
+    ]
+    assert "correction for 4 comparisons" in remark
+
+
+def test_comparisons_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    curves = {
+        ("one", "none", 0): [10.0, 20.0],
+        ("one", "none", 1): [10.0, 30.0],
+        ("one", "rope", 0): [99.0, 100.0],
+        ("one", "rope", 1): [50.0, 99.5],
+        ("two", "rope", 0): [99.0, 80.0],
+    }
+    for folder in ("one", "two"):
+        flags = (*QUICK, "--epochs", 2, "--seeds", 0, 1, "--output_dir", tmp_path / folder)
+        for run in plan_of("--pe", "rope", "none", *flags).runs:
+            curve = curves.get((folder, run.pe, run.seed), [])
+            if curve:
+                finish(run, [row(epoch, accuracy) for epoch, accuracy in enumerate(curve, start=1)])
+    words = [str(tmp_path / "one"), str(tmp_path / "two")]
+    assert side_by_side.main([*words, "--reached", "99"]) == 0
+    header, _, *rows, _, said = capsys.readouterr().out.splitlines()
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, *rows)] == [
+        ["encoding", "join", "one", "two"],
+        ["none", "basic", "25.00 ± 7.07", "-"],
+        ["rope", "basic", "99.75 ± 0.35 (1.5)", "80.00 (1)"],
+    ]
+    assert "over 1 to 2 seeds a pair" in said
+    assert side_by_side.main(words) == 0
+    assert "(1" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "message"), [(["empty"], "no finished run"), (["empty", "more/empty"], "same name")])
+def test_folders_that_cannot_stand_side_by_side_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for word in words if len(words) > 1 else []:
+        finish_all(plan_of("--pe", "none", *QUICK, "--epochs", 1, "--output_dir", word))
+    assert side_by_side.main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_one_join_needs_no_overview(tmp_path: Path) -> None:
+    plan = plan_of("--pe", "none", "learnable", *QUICK, "--epochs", 1, "--output_dir", tmp_path)
+    finish_all(plan)
+    write_overview(plan, outcomes(plan), [])
+    assert not (tmp_path / "overview.md").exists()
 
 
 def test_holms_correction_never_changes_the_order() -> None:

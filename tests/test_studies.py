@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from comparison.options import side_by_side_parser
 from comparison.plan import Plan
 from tests.fake_runs import plan_of
 
@@ -20,7 +21,10 @@ exit CODE
 
 
 def run_study(folder: Path, study: str, code: int, *variables: str) -> tuple[int, list[list[str]]]:
-    """The exit code of `make`, and the command lines of `compare.py`, each of which ends with `code`."""
+    """The exit code of `make`, and the command lines of `compare.py`, each of which ends with `code`.
+
+    Tables side by side may follow, of folders that these calls write.
+    """
     python = folder / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(PYTHON.replace("CODE", str(code)))
@@ -30,8 +34,12 @@ def run_study(folder: Path, study: str, code: int, *variables: str) -> tuple[int
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=60)
     words = (folder / "calls.txt").read_text().split("\nEND\n")[:-1]
     calls = [call.splitlines() for call in words]
-    assert all(call[0] == "compare.py" for call in calls)
-    return done.returncode, [call[1:] for call in calls]
+    comparisons = [call[1:] for call in calls if call[0] == "compare.py"]
+    written = {call[call.index("--output-dir") + 1] for call in comparisons}
+    for call in calls[len(comparisons) :]:
+        assert call[:2] == ["-m", "comparison.side_by_side"]
+        assert {*side_by_side_parser().parse_args(call[2:]).folders} == written
+    return done.returncode, comparisons
 
 
 def plan_in(folder: Path, call: list[str]) -> Plan:

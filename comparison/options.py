@@ -51,9 +51,9 @@ def build_parser() -> Parser:
              "basic")
     add("--seeds", nargs="+", type=whole(), default=[0], metavar="N", help="a run each; default: 0")
     add("--output-dir", required=True, metavar="DIR",
-        help="receives a folder per run, table.md, table.csv, compare.png; with several joins overview.md; with two "
-             "seeds or more paired.md and paired.csv; runs of other calls in it, made with the same options, are in "
-             "the tables too")
+        help="receives a folder per run, table.md, table.csv, curves.csv, compare.png; with several joins overview.md; "
+             "with two seeds or more paired.md and paired.csv; runs of other calls in it, made with the same options, are "
+             "in the tables too")
     add("--jobs", type=whole(1), default=1, metavar="N",
         help="runs at a time: they share out the cores and, unless --num-workers is given, the processes that load "
              "data; with several GPUs each run has one; default: 1")

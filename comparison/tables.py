@@ -78,7 +78,7 @@ def outcomes(plan: Plan) -> dict[Pair, list[Outcome]]:
 
 
 def write_tables(plan: Plan, found: Mapping[Pair, Sequence[Outcome]], failures: Mapping[str, str]) -> None:
-    """Write `table.md` and `table.csv`.
+    """Write `table.md`, `table.csv` and `curves.csv`.
 
     Args:
         failures: why a run failed, by its name.
@@ -93,6 +93,8 @@ def write_tables(plan: Plan, found: Mapping[Pair, Sequence[Outcome]], failures: 
     text = f"# {heading(plan)}\n\n{markdown(rows, NAMES)}{remarks(plan, rows)}{failed(failures)}"
     write_text(plan.folder / "table.md", text)
     write_text(plan.folder / "table.csv", csv_text(csv_rows(found, failures, plan)))
+    if curves := curve_rows(found):
+        write_text(plan.folder / "curves.csv", csv_text(curves))
 
 
 def heading(plan: Plan) -> str:
@@ -157,6 +159,27 @@ def csv_rows(found: Mapping[Pair, Sequence[Outcome]], failures: Mapping[str, str
         row |= {"making_share": made and made.share, "making_share_unshared": made and made.share_unshared}
         rows.append(row)
     return rows
+
+
+CURVES = ("epoch", "train_loss", "test_loss", "test_acc1", "test_ema_acc1")
+"""What `curves.csv` has of each row of a log, where it is there."""
+
+
+def curve_rows(found: Mapping[Pair, Sequence[Outcome]]) -> list[dict[str, Any]]:
+    """Each epoch of each run."""
+    runs = [one for finished in found.values() for one in finished]
+    names = [name for name in CURVES if any(name in row for one in runs for row in one.rows)]
+    return [
+        {"pe": one.run.pe, "join_type": one.run.join_type, "seed": one.run.seed}
+        | {name: rounded(row.get(name)) for name in names}
+        for one in runs
+        for row in one.rows
+    ]
+
+
+def rounded(number: float | None) -> float | None:
+    """To six digits."""
+    return float(f"{number:.6g}") if isinstance(number, float) else number
 
 
 def mean_and_deviation(name: str, numbers: Sequence[float]) -> dict[str, float | None]:

@@ -278,6 +278,21 @@ def test_folders_that_cannot_stand_side_by_side_are_told(
     assert message in capsys.readouterr().err
 
 
+def test_the_curves_have_each_epoch_of_each_finished_run(tmp_path: Path) -> None:
+    plan = plan_of("--pe", "none", "rope", *QUICK, "--epochs", 2, "--seeds", 0, 1, "--output_dir", tmp_path)
+    for run in plan.runs[:3]:
+        finish(run, [row(1, 10.0, train_loss=2.0), row(2, 20 + run.seed + 1 / 3, train_loss=1.0)])
+    write_tables(plan, outcomes(plan), {})
+    assert [tuple(line.values()) for line in table_of(tmp_path / "curves.csv")] == [
+        ("none", "basic", "0", "1", "2.0", "10.0"),
+        ("none", "basic", "0", "2", "1.0", "20.3333"),
+        ("none", "basic", "1", "1", "2.0", "10.0"),
+        ("none", "basic", "1", "2", "1.0", "21.3333"),
+        ("rope", "basic", "0", "1", "2.0", "10.0"),
+        ("rope", "basic", "0", "2", "1.0", "20.3333"),
+    ]
+
+
 def test_one_join_needs_no_overview(tmp_path: Path) -> None:
     plan = plan_of("--pe", "none", "learnable", *QUICK, "--epochs", 1, "--output_dir", tmp_path)
     finish_all(plan)

@@ -52,8 +52,8 @@ def build_parser() -> Parser:
     add("--seeds", nargs="+", type=whole(), default=[0], metavar="N", help="a run each; default: 0")
     add("--output-dir", required=True, metavar="DIR",
         help="receives a folder per run, table.md, table.csv, curves.csv, compare.png; with several joins overview.md; "
-             "with two seeds or more paired.md and paired.csv; runs of other calls in it, made with the same options, are "
-             "in the tables too")
+             "with two seeds or more paired.md and paired.csv; the tables also have runs of other calls in it, which "
+             "were made with the same options")
     add("--jobs", type=whole(1), default=1, metavar="N",
         help="runs at a time: they share out the cores and, unless --num-workers is given, the processes that load "
              "data; with several GPUs each run has one; default: 1")

@@ -16,7 +16,7 @@ from comparison import forecast, screen, side_by_side
 from comparison.jobs import FAILED, FINISHED, RUNNING, Job
 from comparison.overview import write_overview
 from comparison.paired import holm, paired_differences, write_paired
-from comparison.pictures import LOOKS, colours_of, draw_comparison, draw_sizes
+from comparison.pictures import LOOKS, colours_of, draw_by_encoding, draw_comparison, draw_sizes
 from comparison.plan import Plan, Run
 from comparison.screen import Screen
 from comparison.sizes import evaluation_jobs
@@ -332,6 +332,19 @@ def test_a_comparison_of_any_extent_is_drawn(
     file = io.BytesIO()
     draw_comparison(outcomes(plan), "title", file)
     assert file.getvalue().startswith(PNG)
+
+
+def test_many_pairs_are_drawn_in_a_row_for_each_encoding_and_a_far_seed_is_named(tmp_path: Path) -> None:
+    flags = ("--join-type", "basic", "LaPE", "--seeds", 0, 1, *QUICK, "--epochs", 1, "--output_dir", tmp_path)
+    plan = plan_of("--pe", "rope", "none", "learnable", *flags)
+    levels = {"rope": [90.0, 92.0], "none": [71.0, 71.2], "learnable": [30.0, 130.0]}
+    for run in plan.runs:
+        finish(run, [row(1, levels[run.pe][run.seed])])
+    done = {pair: finished for pair, finished in outcomes(plan).items() if finished}
+    (axes,) = draw_by_encoding(done, "title").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["none", "learnable", "rope"]
+    assert {text.get_text() for text in axes.texts} == {"◂ 30"}
+    assert axes.get_xlim()[0] > 60
 
 
 @pytest.mark.parametrize("trained_at", [32, [32, 48]])

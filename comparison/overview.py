@@ -8,7 +8,7 @@ from comparison.tables import NAMES, MeanAndDeviation, Outcome, Pair, heading
 from lape_vit.encodings.base import NoEncoding
 from lape_vit.joins import JOINS, Basic, legal_joins
 from runtime.files import write_text
-from runtime.tables import Row, markdown
+from runtime.tables import NOT_YET, Row, markdown
 
 CERTAIN = 0.05
 """The largest p, after the correction, of a difference that is marked."""
@@ -36,7 +36,7 @@ def cell(pair: Pair, found: Mapping[Pair, Sequence[Outcome]], differences: Seque
         return ""
     finished = found.get(pair, [])
     if not finished:
-        return "-"
+        return NOT_YET
     seeds = f" ({len(finished)})" if differ_in_seeds(found) else ""
     return f"{MeanAndDeviation.of([one.last for one in finished])}{seeds}{arrow(pair, differences)}"
 

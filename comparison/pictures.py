@@ -78,6 +78,7 @@ def _draw_accuracies(axes: Axes, done: Mapping[Pair, Sequence[Outcome]], colours
 def draw_by_encoding(done: Mapping[Pair, Sequence[Outcome]], title: str) -> Figure:
     """Means and seeds of the last accuracies: a row for each encoding, the best on top, a colour for each join."""
     joins = [join for join in JOINS if join in {join for _, join in done}]
+    colours = {join: colormaps["tab10"](list(JOINS).index(join)) for join in joins}
     means = {pair: float(np.mean([one.last for one in finished])) for pair, finished in done.items()}
     ranked = sorted({pe for pe, _ in done}, key=lambda pe: max(means[pair] for pair in means if pair[0] == pe))
     figure = Figure(figsize=(10, 1.6 + 0.36 * len(ranked)), dpi=DPI, layout="constrained")
@@ -87,7 +88,7 @@ def draw_by_encoding(done: Mapping[Pair, Sequence[Outcome]], title: str) -> Figu
     lowest = min(means.values()) - margin
     for (pe, join), finished in done.items():
         place = ranked.index(pe) + 0.7 * (0.5 - (joins.index(join) + 0.5) / len(joins))
-        colour, marker = colormaps["tab10"](list(JOINS).index(join)), LOOKS[join][1]
+        colour, marker = colours[join], LOOKS[join][1]
         numbers = [one.last for one in finished]
         axes.plot([min(numbers), max(numbers)], [place] * 2, color=colour, linewidth=1.5, alpha=0.5)
         axes.plot(means[pe, join], place, marker, color=colour, markersize=5.5, markeredgecolor="black", mew=0.5)
@@ -102,10 +103,7 @@ def draw_by_encoding(done: Mapping[Pair, Sequence[Outcome]], title: str) -> Figu
     axes.set_xlabel("test accuracy of the last epoch (%): mean, and from the lowest to the highest seed")
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    handles = [
-        Line2D([], [], color=colormaps["tab10"](list(JOINS).index(join)), marker=LOOKS[join][1], label=join)
-        for join in joins
-    ]
+    handles = [Line2D([], [], color=colours[join], marker=LOOKS[join][1], label=join) for join in joins]
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
     return figure
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape_vit.encodings.offsets import offsets_to_key, spread_offsets
+from lape_vit.encodings.offsets import for_each_pair
 from lape_vit.places import Grid, Places
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | Bias | None"], Tensor]
@@ -349,11 +349,10 @@ class AttentionEncoding(Encoding):
         return reduce(operator.add, terms) if terms else None
 
     def _of_offsets(self, places: Places, dtype: torch.dtype) -> Tensor:
-        if not places.is_whole:
-            dx, dy = (offset.unsqueeze(-3) for offset in places.offsets())
-            return self._for_tokens(self.offset_bias(dx, dy), dtype)
-        dx, dy = offsets_to_key(places.grid, places.device)
-        return self._for_tokens(spread_offsets(self.offset_bias(dx[None], dy[None]).to(dtype), places.grid), dtype)
+        def formula(dx: Tensor, dy: Tensor) -> Tensor:
+            return self.offset_bias(dx.unsqueeze(-3), dy.unsqueeze(-3)).to(dtype)
+
+        return self._for_tokens(for_each_pair(formula, places), dtype)
 
     def _of_patches(self, places: Places, dtype: torch.dtype) -> Tensor:
         bias = self.patch_bias(places)

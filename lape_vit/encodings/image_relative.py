@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape_vit.encodings.base import AttentionEncoding, LayerSpec
-from lape_vit.encodings.offsets import offsets_to_key, spread_offsets
+from lape_vit.encodings.offsets import for_each_pair
 from lape_vit.places import Places
 
 ALPHA, BETA, GAMMA = 1.9, 3.8, 15.2
@@ -27,6 +27,11 @@ def classes(offset: Tensor) -> Tensor:
     far = ALPHA + (size.clamp(min=ALPHA) / ALPHA).log() / math.log(GAMMA / ALPHA) * (BETA - ALPHA)
     near_or_far = torch.where(size <= ALPHA, size.round(), far.round().clamp(max=BETA))
     return (offset.sign() * near_or_far.floor()).long()
+
+
+def bucket_of(dx: Tensor, dy: Tensor) -> Tensor:
+    """The number of the bucket of each offset from query to key, of query less key."""
+    return SIDE * (classes(-dy) + int(BETA)) + classes(-dx) + int(BETA)
 
 
 @torch.fx.wrap
@@ -85,11 +90,8 @@ class IRPE(AttentionEncoding):
 
     def buckets(self, places: Places, dtype: torch.dtype | None = None) -> Tensor:
         """The bucket of each query (row) and key: (N, N), or (B, 1, N, N) where images differ."""
-        dx, dy = offsets_to_key(places.grid, places.device) if places.is_whole else places.offsets()
-        buckets = SIDE * (classes(-dy) + int(BETA)) + classes(-dx) + int(BETA)
-        buckets = spread_offsets(buckets, places.grid) if places.is_whole else buckets
         P = self.num_prefix_tokens
-        buckets = F.pad(buckets, (P, 0, P, 0), value=NUM_BUCKETS - 1)
+        buckets = F.pad(for_each_pair(bucket_of, places), (P, 0, P, 0), value=NUM_BUCKETS - 1)
         return buckets[:, None] if places.differs_by_image else buckets
 
     def term(self, q: Tensor, k: Tensor, places: Places, scale: float) -> Tensor:

@@ -4,6 +4,8 @@ Shapes: H x W cells, M = H*W patches, row-major; O = (2H - 1)(2W - 1) offsets, q
 entry (H - 1 + a, W - 1 + b) is of queries a rows below and b columns right of their keys.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,11 +17,18 @@ def offset_grid(grid: Grid) -> Grid:
     return 2 * grid[0] - 1, 2 * grid[1] - 1
 
 
-def offsets_to_key(grid: Grid, device: torch.device | None) -> tuple[Tensor, Tensor]:
-    """Columns dx and rows dy from query to key of each offset, (2H - 1, 2W - 1), in float64."""
-    offsets = offset_grid(grid)
-    x, y = (axis.unflatten(0, offsets) for axis in Places(offsets, device=device).coordinates())
-    return grid[1] - 1 - x, grid[0] - 1 - y
+def for_each_pair(formula: Callable[[Tensor, Tensor], Tensor], places: Places) -> Tensor:
+    """A formula of the offset, for each pair of patches: (..., M, M).
+
+    Args:
+        formula: from columns dx and rows dy from query to key, (..., Q, K) in float64, to values (..., Q, K).
+    """
+    if not places.is_whole:
+        return formula(*places.offsets())
+    height, width = places.grid
+    offsets = offset_grid(places.grid)
+    x, y = (axis.unflatten(0, offsets) for axis in Places(offsets, device=places.device).coordinates())
+    return spread_offsets(formula(width - 1 - x, height - 1 - y), places.grid)
 
 
 def offset_index(grid: Grid, device: torch.device) -> Tensor:

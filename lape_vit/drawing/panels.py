@@ -50,7 +50,9 @@ def colours_of(view: PositionView) -> Colours:
     return Colours(SIGNED, view.limits, cut=bool(cut_note(view.values, view.limits)))
 
 
-def limits_of(values: Sequence[Tensor], scale: Scale, bounds: tuple[float, float]) -> tuple[float, float]:
+def limits_of(
+    values: Sequence[Tensor], scale: Scale, bounds: tuple[float, float], by_offset: bool = False
+) -> tuple[float, float]:
     """Limits of the colours of all layers, symmetric about 0.
 
     Args:
@@ -58,8 +60,9 @@ def limits_of(values: Sequence[Tensor], scale: Scale, bounds: tuple[float, float
         scale: ``quantile`` for what holds 99 % of the absolute values between different places, so that a few do not
             make the others pale; ``range`` for the bounds; or a limit.
         bounds: of all values.
+        by_offset: whether (R, C) are offsets, as in a :class:`~lape_vit.analysis.positions.PositionView`.
     """
-    different = torch.cat([value[:, ~same_place(value)].flatten() for value in values])
+    different = torch.cat([value[:, ~same_place(value, by_offset)].flatten() for value in values])
     limit = limit_of(different, scale, bounds[1], max(value.abs().max().item() for value in values))
     return -limit, limit
 
@@ -77,10 +80,10 @@ def limit_of(values: Tensor, scale: Scale, bound: float, largest: float) -> floa
     return min(bound, math.ceil(limit / step) * step)  # two digits
 
 
-def same_place(values: Tensor) -> Tensor:
-    """Where (V, R, C) relates a place to itself: (R, C)."""
+def same_place(values: Tensor, by_offset: bool) -> Tensor:
+    """Where (V, R, C) relates a place to itself, (R, C): the offset in the middle, or the diagonal."""
     _, rows, columns = values.shape
-    if rows == columns and rows % 2 == 0:
+    if not by_offset:
         return torch.eye(rows, dtype=torch.bool)
     same = torch.zeros(rows, columns, dtype=torch.bool)
     same[rows // 2, columns // 2] = True

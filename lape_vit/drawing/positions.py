@@ -130,7 +130,7 @@ def measure(model: Any, source: str, name: str, token: Token | None = None, scal
         model.join_type if ours else Basic.name,
         grid,
         token,
-        views=[replace(view, limits=limits_of(view.values, scale, view.limits)) for view in views],
+        views=[replace(view, limits=limits_of(view.values, scale, view.limits, view.by_offset)) for view in views],
         frequencies=plane_frequencies(model) if ours else [],
         encoding=torch.stack([cosine_similarity(table) for table in tables]) if tables is not None else None,
         places="patches" if patch_grid(model) else "places of a window",

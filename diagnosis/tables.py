@@ -100,13 +100,13 @@ def counts(record: Diagnosis) -> str:
 
 
 def heading(groups: Sequence[Group]) -> str:
-    """What was diagnosed, in few words."""
-    models, data_sets = (
-        " and ".join(dict.fromkeys(about(one.first, name) for one in groups)) for name in ("model", "data_set")
-    )
-    first = groups[0].first
-    height, width = first.grid
-    return f"{models} on {data_sets}, {height} x {width} patches; {images_of(first)}"
+    """What was diagnosed, in few words; all there is where the groups differ."""
+    each = [
+        (about(record, "model"), about(record, "data_set"), "{} x {}".format(*record.grid), images_of(record))
+        for record in (one.first for one in groups)
+    ]
+    models, data_sets, grids, images = (" and ".join(dict.fromkeys(texts)) for texts in zip(*each, strict=True))
+    return f"{models} on {data_sets}, {grids} patches; {images}"
 
 
 def cell(values: Values, key: Key) -> str:

@@ -151,6 +151,13 @@ def test_the_number_of_images_is_told_once_or_of_each_model_where_they_differ(ru
     assert "attention are of 5 of these" in text.partition("*rope_axial, basic*: ")[2]
 
 
+def test_the_heading_names_every_grid_and_number_of_images(runs: dict[str, Any]) -> None:
+    one, _, other = read_records(runs["out"] / "diagnosis.json")
+    text = report(group([one, replace(other, grid=(3, 5), fitted=12)])).splitlines()[0]
+    assert "4 x 4 and 3 x 5 patches" in text
+    assert "10 images to fit probes, 10 to judge and 12 images to fit probes, 10 to judge" in text
+
+
 def test_pictures_are_drawn_once_and_also_where_a_later_checkpoint_is_no_good(
     runs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -541,15 +541,15 @@ def outlier(shown: PositionView) -> PositionView:
     return replace(shown, values=values, limits=(-9.0, 9.0))
 
 
-def limit_of(values: list[Tensor]) -> tuple[float, float]:
+def limit_of(values: list[Tensor], by_offset: bool = False) -> tuple[float, float]:
     """Where files would end the colours of such values, and the largest."""
     largest = max(value.abs().max().item() for value in values)
-    return limits_of(values, "quantile", (-largest, largest))[1], largest
+    return limits_of(values, "quantile", (-largest, largest), by_offset)[1], largest
 
 
-def assert_scale(page: Page, values: list[Tensor], name: str) -> None:
+def assert_scale(page: Page, values: list[Tensor], name: str, by_offset: bool) -> None:
     """The colours of all layers are those that files would have of such values, and it says where they end."""
-    limit, largest = limit_of(values)
+    limit, largest = limit_of(values, by_offset)
     assert limit < largest
     scale = page.js(f"(({{ zmin, zmax }}) => [zmin, zmax])({page.figure('whole')}.data[0])")
     assert scale == pytest.approx([-limit, limit])
@@ -573,7 +573,7 @@ def test_what_two_checkpoints_differ_by_has_pictures_and_a_scale_of_its_own(open
     assert_shown(page, "map", token_map(expected, 1, 2, (2, 3), GRID), within=4e-5)
     tiles = page.small_pictures("layers", LAYERS, GRID)
     np.testing.assert_allclose(tiles, [token_map(expected, i, 2, (2, 3), GRID) for i in range(LAYERS)], atol=2e-4)
-    assert_scale(page, found, f"difference A {MINUS} B")
+    assert_scale(page, found, f"difference A {MINUS} B", by_offset)
     page.point("map", 3, 5, GRID)
     page.click("map", 3, 5, GRID)
     page.point("map", 1, 4, GRID)

@@ -98,10 +98,12 @@ def hold_signals() -> Iterator[None]:
     """Within this context signals wait; processes that start here have them wait until `leave_signals_to_parent`.
 
     Else torch's own handler ends a loader's worker that gets a SIGTERM before it is ready, and with it the run.
+    Python's resource tracker only ignores SIGINT and SIGTERM. It starts in here, so that no other signal ends it.
     """
-    resource_tracker.ensure_running()  # else a process that spawns starts it in here, which unblocks the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
+        resource_tracker.ensure_running()  # which unblocks SIGINT and SIGTERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

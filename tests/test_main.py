@@ -1017,7 +1017,7 @@ def test_a_signal_to_all_processes_of_a_run_ends_it_in_one_line_with_whole_files
         time.sleep(0.05)
     os.killpg(process.pid, number)  # loader workers included, as a terminal, torchrun and SLURM do
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    assert (process.returncode, len(err.splitlines())) == (128 + number, 2), err
     _, line = err.splitlines()  # the first says what is being loaded
     where = rf"interrupted by {number.name} in epoch \d+, after update \d of 4"
     assert re.fullmatch(rf"main.py: {where}; last checkpoint: (\S+); continue with --resume \1", line)

@@ -7,6 +7,8 @@ import logging
 import random
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -875,6 +877,36 @@ def test_an_ignored_ctrl_c_stays_ignored() -> None:
             assert noted_signal() == 0
     finally:
         signal.signal(signal.SIGINT, usual)
+
+
+SIGNAL_BETWEEN_TWO_LOADERS = """
+import os, signal, time
+from runtime.interrupt import defer_interrupts, hold_signals, noted_signal
+
+with defer_interrupts():
+    with hold_signals():
+        pass
+    os.killpg(0, signal.{name})
+    time.sleep(0.5)
+    with hold_signals():
+        pass
+    assert noted_signal() == signal.{name}
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGALRM"])
+def test_a_signal_to_all_processes_ends_none_that_a_loader_needs(name: str) -> None:
+    """Python's resource tracker is one; if it has ended, the next loader warns and starts another."""
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNAL_BETWEEN_TWO_LOADERS.format(name=name)],
+        cwd=ROOT,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # ---- the log

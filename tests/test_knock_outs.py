@@ -258,6 +258,12 @@ def test_knock_outs_and_attention_are_of_the_first_images_and_probes_of_all(pe: 
     assert whole.judged == 7
 
 
+def test_no_answer_changes_where_there_is_no_position_to_be_removed() -> None:
+    record = diagnose(tiny("none", depth=3), [(images(60, seed=1), None)], [(images(20, seed=2), None)])
+    assert [layer.removed.agreement for layer in record.layers] == [100, 100, 100]
+    assert record.removed.agreement == 100
+
+
 def test_the_default_numbers_of_images_depend_on_the_patches_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(of_all, "FLOOR_PATCHES", 50)
     monkeypatch.setattr(of_all, "JUDGED_PATCHES", 64)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from lape_vit.analysis.probes import (
     Found,
     FoundSums,
+    PlaceProbe,
     PlaceSums,
     patch_tokens,
     permute_contents,
@@ -194,11 +195,15 @@ def test_equal_values_share_the_mean_of_their_ranks() -> None:
     assert ranked(torch.tensor([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1, 3.5, 2]
 
 
+def fitted(tokens: Tensor, grid: tuple[int, int]) -> PlaceProbe:
+    sums = PlaceSums()
+    sums.add(tokens, torch.stack(Places(grid).coordinates(), dim=-1))
+    return sums.fit()
+
+
 def found_in(tokens: Tensor, grid: tuple[int, int]) -> Found:
     places = torch.stack(Places(grid).coordinates(), dim=-1)
-    sums = PlaceSums()
-    sums.add(tokens, places)
-    judged = FoundSums(sums.fit())
+    judged = FoundSums(fitted(tokens, grid))
     for part in tokens.split(3):
         judged.add(part, places)
     return judged.found()
@@ -230,8 +235,27 @@ def test_the_share_that_is_removed_is_the_variance_of_what_tells_places() -> Non
     assert found_in(tokens, (3, 4)).removed_share == pytest.approx((variance(removed) / variance(tokens)).item())
 
 
-def test_little_is_removed_where_no_position_is_to_be_found() -> None:
+def test_nothing_is_removed_where_no_position_is_to_be_found() -> None:
     generator = torch.Generator().manual_seed(0)
-    sizes = torch.logspace(-2, 2, 32, dtype=torch.float64)  # so that chance would find the largest channels
+    sizes = torch.logspace(-2, 2, 32, dtype=torch.float64)
     tokens = sizes * torch.randn(60, 12, 32, generator=generator, dtype=torch.float64)
-    assert found_in(tokens, (3, 4)).removed_share < 0.15
+    assert found_in(tokens, (3, 4)).removed_share == 0
+
+
+def test_chance_seldom_passes_for_a_position() -> None:
+    generator = torch.Generator().manual_seed(0)
+    many = torch.randn(2000, 20, 6, 8, generator=generator, dtype=torch.float64)
+    removing = sum(bool(fitted(tokens, (2, 3)).along.any()) for tokens in many)
+    assert removing <= 8  # 2 are expected
+
+
+def test_the_direction_that_no_token_tells_is_left_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    places = torch.stack(Places((4, 4)).coordinates(), dim=-1)
+    tokens = torch.randn(50, 16, 8, generator=generator, dtype=torch.float64)
+    tokens[..., 0] += places @ torch.tensor([1.0, 4.0], dtype=torch.float64)  # as in a count along the rows
+    probe = fitted(tokens, (4, 4))
+    assert torch.linalg.matrix_rank(probe.along) == 1
+    left = remove_position(tokens, probe)
+    assert (left - tokens)[..., 1:].std() < 0.1 * (left - tokens)[..., 0].std()
+    assert fitted(left, (4, 4)).along.eq(0).all()

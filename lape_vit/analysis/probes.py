@@ -20,6 +20,8 @@ from lape_vit.places import Places
 
 RIDGE = 1e-6
 """Default penalty of the squared weights, in mean variances of a channel."""
+CHANCE = 1e-3
+"""Tokens tell places if tokens that know none would tell as much less often than this."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class PlaceProbe:
         weight: (D, 2), float64.
         mean: of the tokens that the probe was fitted to, (D,).
         centre: the mean place, (2,): x and y in cells.
-        along: by how much a token changes for each cell by which the probe finds it farther right, or down: (D, 2).
+        along: what is to be removed of a token for each cell by which the probe finds it farther right, or down,
+            (D, 2); 0 where places are told no better than by chance.
     """
 
     weight: Tensor
@@ -53,11 +56,13 @@ class PlaceSums:
 
     Attributes:
         count: number of tokens.
+        images: number of images that they are of.
         total: sum of the tokens and their places side by side, (D + 2,), float64.
         products: sum of the outer products of the same with itself, (D + 2, D + 2).
     """
 
     count: int = 0
+    images: int = 0
     total: Tensor | None = None
     products: Tensor | None = None
 
@@ -66,6 +71,7 @@ class PlaceSums:
         places = places.to(features.device, torch.float64)
         rows = torch.cat([features.double(), places.expand(len(features), -1, -1)], dim=-1).flatten(0, 1)
         self.count += len(rows)
+        self.images += len(features)
         self.total = rows.sum(dim=0) + (0 if self.total is None else self.total)
         self.products = rows.mT @ rows + (0 if self.products is None else self.products)
 
@@ -87,9 +93,35 @@ class PlaceSums:
         tokens, cross = covariance[:-2, :-2], covariance[:-2, -2:]
         scale = tokens.diagonal().mean()
         penalty = ridge * scale if scale > 0 else torch.ones_like(scale)  # equal tokens have no covariance
-        weight = torch.linalg.solve(tokens + penalty * torch.eye(len(tokens)).to(tokens), cross)
-        along = cross @ torch.linalg.pinv(weight.mT @ cross, hermitian=True)
+        solved = torch.linalg.solve(tokens + penalty * torch.eye(len(tokens)).to(tokens), covariance[:-2])
+        weight, freedom = solved[:, -2:], solved[:, :-2].trace()
+        spread, axes = torch.linalg.eigh(covariance[-2:, -2:])
+        varies = spread > 1e-9 * spread[-1]  # in a grid of one row, y does not
+        unit = axes[:, varies] / spread[varies].sqrt()
+        squares, directions = torch.linalg.eigh(unit.mT @ cross.mT @ weight @ unit)
+        first = self._first_told(squares, freedom)
+        kept = unit @ directions[:, first:]
+        along = cross @ kept / squares[first:] @ kept.mT
         return PlaceProbe(weight, mean[:-2], mean[-2:], along)
+
+    def _first_told(self, squares: Tensor, freedom: Tensor) -> int:
+        """The first of the squared canonical correlations of tokens and places, ascending, that is more than chance.
+
+        Bartlett's chi-square test, of fewer and fewer of the smallest of them. Places have the same mean in each image,
+        so as many tokens as images are not counted.
+
+        Args:
+            squares: (2,), or (1,) for a grid of one row or column.
+            freedom: effective number of the tokens' channels.
+        """
+        tokens = self.count - self.images - (freedom + len(squares) + 1) / 2
+        statistics = -tokens * torch.log1p(-squares.clamp(max=1)).cumsum(0)
+        for k in range(len(squares), 0, -1):
+            degrees = k * (freedom - len(squares) + k)
+            by_chance = torch.special.gammaincc(degrees / 2, statistics[k - 1] / 2)
+            if not by_chance < CHANCE:  # NaN where tokens are equal, or too few
+                return k
+        return 0
 
 
 @dataclass(frozen=True)
@@ -107,8 +139,7 @@ class Found:
         share: part of the tokens' variance that is between places: how much of a token is fixed by its place, whatever
             the image. Estimated without bias, so that chance gives 0 on the average (the adjusted R^2 of an analysis
             of variance by places).
-        removed_share: variance of what :func:`remove_position` removes, as a part of the tokens' variance. Where no
-            position is to be found, it is about 2 / D: one part of D for x and one for y.
+        removed_share: variance of what :func:`remove_position` removes, as a part of the tokens' variance.
     """
 
     probe: PlaceProbe
@@ -305,6 +336,7 @@ def remove_position(features: Tensor, probe: PlaceProbe) -> Tensor:
     C is the covariance of the tokens with places. What is left has no covariance with places, so that no linear probe
     does better on it than the mean place, where it is fitted to the same tokens; and of all maps of which that is true,
     this one changes tokens least (LEACE, Belrose et al. 2023, https://arxiv.org/abs/2306.03819, section 4, up to the
-    ridge). Where tokens know nothing of places, little is removed.
+    ridge). A direction of places that tokens tell no better than by chance (:data:`CHANCE`) is left alone: what tells
+    it in a sample is contents.
     """
     return (features.double() - probe.part(features)).to(features.dtype)

@@ -225,9 +225,7 @@ def test_the_share_that_is_removed_is_the_variance_of_what_tells_places() -> Non
     tokens = torch.randn(50, 12, 6, generator=generator, dtype=torch.float64)
     places = torch.stack(Places((3, 4)).coordinates(), dim=-1)
     tokens[..., :2] += places
-    sums = PlaceSums()
-    sums.add(tokens, places)
-    removed = tokens - remove_position(tokens, sums.fit())
+    removed = tokens - remove_position(tokens, fitted(tokens, (3, 4)))
 
     def variance(features: Tensor) -> Tensor:
         return features.flatten(0, 1).var(dim=0).sum()

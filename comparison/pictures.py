@@ -1,5 +1,5 @@
-"""Accuracies with their spread, learning curves, and accuracy against resolution: a colour per encoding, a line style
-and a marker per join."""
+"""Accuracies with their spread, learning curves, and accuracy against resolution: a colour per encoding (per join where
+there is one encoding alone), a line style and a marker per join."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -46,12 +46,12 @@ def draw_comparison(found: Mapping[Pair, Sequence[Outcome]], title: str, file: I
     figure.savefig(file, format="png")
 
 
-def _draw_accuracies(axes: Axes, done: Mapping[Pair, Sequence[Outcome]], colours: Mapping[str, Any]) -> None:
+def _draw_accuracies(axes: Axes, done: Mapping[Pair, Sequence[Outcome]], colours: Mapping[Pair, Any]) -> None:
     """The best pair on top."""
     ranked = sorted(done, key=lambda pair: np.mean([one.best for one in done[pair]]))
     for place, pair in enumerate(ranked):
         numbers = [one.best for one in done[pair]]
-        colour, (_, marker) = colours[pair[0]], LOOKS[pair[1]]
+        colour, (_, marker) = colours[pair], LOOKS[pair[1]]
         axes.plot([min(numbers), max(numbers)], [place, place], color=colour, linewidth=2, alpha=0.45)
         axes.plot(numbers, [place] * len(numbers), marker, color=colour, markersize=5, alpha=0.45, markeredgewidth=0)
         axes.plot(np.mean(numbers), place, marker, color=colour, markersize=8, markeredgecolor="black")
@@ -108,16 +108,16 @@ def draw_by_encoding(done: Mapping[Pair, Sequence[Outcome]], title: str) -> Figu
     return figure
 
 
-def _draw_curves(axes: Axes, done: Mapping[Pair, Sequence[Outcome]], colours: Mapping[str, Any]) -> None:
+def _draw_curves(axes: Axes, done: Mapping[Pair, Sequence[Outcome]], colours: Mapping[Pair, Any]) -> None:
     """The mean over the seeds, and a band from the lowest to the highest of them."""
-    for (pe, join_type), finished in done.items():
+    for pair, finished in done.items():
         epochs = [row["epoch"] for row in finished[0].rows]
         numbers = np.array([one.accuracies for one in finished])
-        line, marker = LOOKS[join_type]
+        colour, (line, marker) = colours[pair], LOOKS[pair[1]]
         shown = marker if len(epochs) < MANY else None
-        axes.plot(epochs, numbers.mean(0), color=colours[pe], linestyle=line, linewidth=1.5, marker=shown, markersize=4)
+        axes.plot(epochs, numbers.mean(0), color=colour, linestyle=line, linewidth=1.5, marker=shown, markersize=4)
         if len(numbers) > 1:
-            axes.fill_between(epochs, numbers.min(0), numbers.max(0), color=colours[pe], alpha=0.12, linewidth=0)
+            axes.fill_between(epochs, numbers.min(0), numbers.max(0), color=colour, alpha=0.12, linewidth=0)
     late = [
         number for finished in done.values() for one in finished for number in one.accuracies[len(one.rows) // 10 :]
     ]
@@ -140,18 +140,18 @@ def draw_sizes(
     done = {pair: {size: found[pair][size] for size in sorted(found[pair]) if found[pair][size]} for pair in found}
     done = {pair: by_size for pair, by_size in done.items() if by_size}
     colours = colours_of(list(done))
-    figure = Figure(figsize=(9.5, max(5.0, 2.2 + 0.2 * len(colours))), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(9.5, max(5.0, 2.2 + 0.2 * len({pe for pe, _ in done}))), dpi=DPI, layout="constrained")
     figure.suptitle(title, fontsize=12)
     axes = figure.subplots()
-    for (pe, join_type), by_size in done.items():
+    for pair, by_size in done.items():
         means = np.array([np.mean(numbers) for numbers in by_size.values()])
         ends = np.array([[min(numbers), max(numbers)] for numbers in by_size.values()]).T
-        line, marker = LOOKS[join_type]
+        line, marker = LOOKS[pair[1]]
         axes.errorbar(
             list(by_size),
             means,
             yerr=np.abs(ends - means),
-            color=colours[pe],
+            color=colours[pair],
             linestyle=line,
             marker=marker,
             markersize=5,
@@ -181,21 +181,36 @@ def draw_sizes(
     figure.savefig(file, format="png")
 
 
-def colours_of(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """A colour for each encoding, as different as so many can be."""
-    names = list(dict.fromkeys(pe for pe, _ in pairs))
-    few = len(names) <= 10
-    places = range(len(names)) if few else np.linspace(0.02, 0.98, len(names))
-    return {name: colormaps["tab10" if few else "turbo"](place) for name, place in zip(names, places, strict=True)}
+def colours_of(pairs: Sequence[Pair]) -> dict[Pair, Any]:
+    """A colour for each encoding, or for each join of a single encoding, as different as so many can be."""
+    names = {pair: pair[_told_by(pairs)] for pair in pairs}
+    several = list(dict.fromkeys(names.values()))
+    few = len(several) <= 10
+    places = range(len(several)) if few else np.linspace(0.02, 0.98, len(several))
+    colours = {name: colormaps["tab10" if few else "turbo"](place) for name, place in zip(several, places, strict=True)}
+    return {pair: colours[name] for pair, name in names.items()}
 
 
-def explain(figure: Figure, pairs: Sequence[Pair], colours: Mapping[str, Any]) -> None:
-    """A legend beside the axes: the encodings by their colours, then the joins by their lines, if there are several."""
-    handles = [Line2D([], [], color=colour, linewidth=3, label=pe) for pe, colour in colours.items()]
-    joins = [join for join in JOINS if join in {join for _, join in pairs}]
-    if len(joins) > 1:
-        handles += [
-            Line2D([], [], color="black", linestyle=LOOKS[join][0], marker=LOOKS[join][1], markersize=5, label=join)
-            for join in joins
-        ]
+def _told_by(pairs: Sequence[Pair]) -> int:
+    """What of a pair its colour tells: 0 for the encoding, 1 for the join."""
+    return int(len({pe for pe, _ in pairs}) == 1)
+
+
+def explain(figure: Figure, pairs: Sequence[Pair], colours: Mapping[Pair, Any]) -> None:
+    """A legend beside the axes: the encodings by their colours, then the joins by their lines, if there are several.
+
+    Of a single encoding, the pairs by both.
+    """
+    if _told_by(pairs) == 1:
+        handles = [_line(colours[pair], pair[1], ", ".join(pair)) for pair in pairs]
+    else:
+        joins = [join for join in JOINS if join in {join for _, join in pairs}]
+        of_encodings = {pe: colours[pe, join] for pe, join in pairs}
+        handles = [Line2D([], [], color=colour, linewidth=3, label=pe) for pe, colour in of_encodings.items()]
+        handles += [_line("black", join, join) for join in joins if len(joins) > 1]
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9, handlelength=5)
+
+
+def _line(colour: Any, join: str, label: str) -> Line2D:
+    line, marker = LOOKS[join]
+    return Line2D([], [], color=colour, linestyle=line, marker=marker, markersize=5, label=label)

@@ -188,9 +188,12 @@ def looks_of(groups: Sequence[Group]) -> list[dict[str, Any]]:
     pairs = [(one.first.pe, one.first.join_type) for one in groups]
     if len({*pairs}) == len(pairs):
         colours = colours_of(pairs)
-        return [{"color": colours[pe], "linestyle": LOOKS[join][0], "marker": LOOKS[join][1]} for pe, join in pairs]
+        return [
+            {"color": colour, "linestyle": LOOKS[join][0], "marker": LOOKS[join][1]}
+            for (_, join), colour in colours.items()
+        ]
     colours = colours_of([(one.label, "") for one in groups])
-    return [{"color": colours[one.label], "linestyle": "-", "marker": "o"} for one in groups]
+    return [{"color": colours[one.label, ""], "linestyle": "-", "marker": "o"} for one in groups]
 
 
 def explain_looks(figure: Figure, groups: Sequence[Group], looks: Sequence[dict[str, Any]]) -> None:

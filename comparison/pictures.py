@@ -16,7 +16,7 @@ from comparison.tables import Outcome, Pair
 from lape_vit.joins import JOINS
 
 DPI = 130
-LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
+LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (9, 2)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LOOKS: dict[str, tuple[Any, str]] = dict(zip(JOINS, zip(cycle(LINES), cycle(MARKERS)), strict=False))
 """Line style and marker of each join."""

@@ -360,7 +360,8 @@ def test_every_encoding_has_its_own_colour_and_every_join_its_own_look() -> None
     colours = colours_of(legal_pairs())
     of_encodings = {(pe, colour) for (pe, _), colour in colours.items()}
     assert len(set(colours.values())) == len(of_encodings) == len(encodings.names())
-    assert len(set(LOOKS.values())) == len(JOINS) == len(LOOKS)
+    lines, markers = zip(*LOOKS.values(), strict=True)
+    assert len(set(lines)) == len(set(markers)) == len(JOINS) == len(LOOKS)
 
 
 def test_joins_of_a_single_encoding_differ_in_colour_and_the_legend_names_the_pairs() -> None:

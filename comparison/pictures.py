@@ -1,7 +1,7 @@
 """Accuracies with their spread, learning curves, and accuracy against resolution: a colour per encoding (per join where
 there is one encoding alone), a line style and a marker per join."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import IO, Any
 
@@ -20,6 +20,8 @@ LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (9, 2)), (0, (1, 3))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LOOKS: dict[str, tuple[Any, str]] = dict(zip(JOINS, zip(cycle(LINES), cycle(MARKERS)), strict=False))
 """Line style and marker of each join."""
+Look = Mapping[str, Any]
+"""Colour, line style and marker, by matplotlib's names."""
 MANY = 30
 """Epochs from which on curves have no markers."""
 MOST_CURVES = 20
@@ -36,22 +38,22 @@ def draw_comparison(found: Mapping[Pair, Sequence[Outcome]], title: str, file: I
         figure = draw_by_encoding(done, title)
         figure.savefig(file, format="png")
         return
-    colours = colours_of(list(done))
+    looks = pair_looks(done)
     figure = Figure(figsize=(13, max(4.6, 1.7 + 0.27 * len(done))), dpi=DPI, layout="constrained")
     figure.suptitle(title, fontsize=12)
     accuracy, curves = figure.subplots(1, 2, width_ratios=[1.0, 1.25])
-    _draw_accuracies(accuracy, done, colours)
-    _draw_curves(curves, done, colours)
-    explain(figure, list(done), colours)
+    _draw_accuracies(accuracy, done, looks)
+    _draw_curves(curves, done, looks)
+    explain(figure, looks)
     figure.savefig(file, format="png")
 
 
-def _draw_accuracies(axes: Axes, done: Mapping[Pair, Sequence[Outcome]], colours: Mapping[Pair, Any]) -> None:
+def _draw_accuracies(axes: Axes, done: Mapping[Pair, Sequence[Outcome]], looks: Mapping[Pair, Look]) -> None:
     """The best pair on top."""
     ranked = sorted(done, key=lambda pair: np.mean([one.best for one in done[pair]]))
     for place, pair in enumerate(ranked):
         numbers = [one.best for one in done[pair]]
-        colour, (_, marker) = colours[pair], LOOKS[pair[1]]
+        colour, marker = looks[pair]["color"], looks[pair]["marker"]
         axes.plot([min(numbers), max(numbers)], [place, place], color=colour, linewidth=2, alpha=0.45)
         axes.plot(numbers, [place] * len(numbers), marker, color=colour, markersize=5, alpha=0.45, markeredgewidth=0)
         axes.plot(np.mean(numbers), place, marker, color=colour, markersize=8, markeredgecolor="black")
@@ -108,16 +110,15 @@ def draw_by_encoding(done: Mapping[Pair, Sequence[Outcome]], title: str) -> Figu
     return figure
 
 
-def _draw_curves(axes: Axes, done: Mapping[Pair, Sequence[Outcome]], colours: Mapping[Pair, Any]) -> None:
+def _draw_curves(axes: Axes, done: Mapping[Pair, Sequence[Outcome]], looks: Mapping[Pair, Look]) -> None:
     """The mean over the seeds, and a band from the lowest to the highest of them."""
     for pair, finished in done.items():
         epochs = [row["epoch"] for row in finished[0].rows]
         numbers = np.array([one.accuracies for one in finished])
-        colour, (line, marker) = colours[pair], LOOKS[pair[1]]
-        shown = marker if len(epochs) < MANY else None
-        axes.plot(epochs, numbers.mean(0), color=colour, linestyle=line, linewidth=1.5, marker=shown, markersize=4)
+        look = looks[pair] if len(epochs) < MANY else {**looks[pair], "marker": None}
+        axes.plot(epochs, numbers.mean(0), linewidth=1.5, markersize=4, **look)
         if len(numbers) > 1:
-            axes.fill_between(epochs, numbers.min(0), numbers.max(0), color=colour, alpha=0.12, linewidth=0)
+            axes.fill_between(epochs, numbers.min(0), numbers.max(0), color=look["color"], alpha=0.12, linewidth=0)
     late = [
         number for finished in done.values() for one in finished for number in one.accuracies[len(one.rows) // 10 :]
     ]
@@ -139,25 +140,15 @@ def draw_sizes(
     """Draw accuracy against resolution: the mean over the seeds, with bars from the lowest to the highest of them."""
     done = {pair: {size: found[pair][size] for size in sorted(found[pair]) if found[pair][size]} for pair in found}
     done = {pair: by_size for pair, by_size in done.items() if by_size}
-    colours = colours_of(list(done))
+    looks = pair_looks(done)
     figure = Figure(figsize=(9.5, max(5.0, 2.2 + 0.2 * len({pe for pe, _ in done}))), dpi=DPI, layout="constrained")
     figure.suptitle(title, fontsize=12)
     axes = figure.subplots()
     for pair, by_size in done.items():
         means = np.array([np.mean(numbers) for numbers in by_size.values()])
         ends = np.array([[min(numbers), max(numbers)] for numbers in by_size.values()]).T
-        line, marker = LOOKS[pair[1]]
-        axes.errorbar(
-            list(by_size),
-            means,
-            yerr=np.abs(ends - means),
-            color=colours[pair],
-            linestyle=line,
-            marker=marker,
-            markersize=5,
-            capsize=2.5,
-            elinewidth=0.8,
-        )
+        errors = np.abs(ends - means)
+        axes.errorbar(list(by_size), means, yerr=errors, markersize=5, capsize=2.5, elinewidth=0.8, **looks[pair])
     sizes = sorted({size for by_size in done.values() for size in by_size})
     if isinstance(trained_at, int):
         axes.axvline(trained_at, color="grey", linewidth=1, linestyle=(0, (1, 2)))
@@ -177,40 +168,44 @@ def draw_sizes(
     axes.set_ylabel("test accuracy (%)")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    explain(figure, list(done), colours)
+    explain(figure, looks)
     figure.savefig(file, format="png")
 
 
-def colours_of(pairs: Sequence[Pair]) -> dict[Pair, Any]:
-    """A colour for each encoding, or for each join of a single encoding, as different as so many can be."""
-    names = {pair: pair[_told_by(pairs)] for pair in pairs}
-    several = list(dict.fromkeys(names.values()))
+def colours_of(names: Iterable[str]) -> dict[str, Any]:
+    """A colour for each name, as different as so many can be."""
+    several = list(dict.fromkeys(names))
     few = len(several) <= 10
     places = range(len(several)) if few else np.linspace(0.02, 0.98, len(several))
-    colours = {name: colormaps["tab10" if few else "turbo"](place) for name, place in zip(several, places, strict=True)}
-    return {pair: colours[name] for pair, name in names.items()}
+    return {name: colormaps["tab10" if few else "turbo"](place) for name, place in zip(several, places, strict=True)}
 
 
-def _told_by(pairs: Sequence[Pair]) -> int:
-    """What of a pair its colour tells: 0 for the encoding, 1 for the join."""
-    return int(len({pe for pe, _ in pairs}) == 1)
+def pair_looks(pairs: Iterable[Pair]) -> dict[Pair, Look]:
+    """The look of each pair: a colour for each encoding, or for each join of a single encoding."""
+    pairs = list(pairs)
+    told = 1 if _share_encoding(pairs) else 0
+    colours = colours_of(pair[told] for pair in pairs)
+    return {
+        pair: {"color": colours[pair[told]], "linestyle": LOOKS[pair[1]][0], "marker": LOOKS[pair[1]][1]}
+        for pair in pairs
+    }
 
 
-def explain(figure: Figure, pairs: Sequence[Pair], colours: Mapping[Pair, Any]) -> None:
+def _share_encoding(pairs: Iterable[Pair]) -> bool:
+    return len({pe for pe, _ in pairs}) == 1
+
+
+def explain(figure: Figure, looks: Mapping[Pair, Look]) -> None:
     """A legend beside the axes: the encodings by their colours, then the joins by their lines, if there are several.
 
     Of a single encoding, the pairs by both.
     """
-    if _told_by(pairs) == 1:
-        handles = [_line(colours[pair], pair[1], ", ".join(pair)) for pair in pairs]
+    if _share_encoding(looks):
+        handles = [Line2D([], [], markersize=5, label=", ".join(pair), **look) for pair, look in looks.items()]
     else:
-        joins = [join for join in JOINS if join in {join for _, join in pairs}]
-        of_encodings = {pe: colours[pe, join] for pe, join in pairs}
-        handles = [Line2D([], [], color=colour, linewidth=3, label=pe) for pe, colour in of_encodings.items()]
-        handles += [_line("black", join, join) for join in joins if len(joins) > 1]
+        colours = {pe: look["color"] for (pe, _), look in looks.items()}
+        handles = [Line2D([], [], color=colour, linewidth=3, label=pe) for pe, colour in colours.items()]
+        of_joins = {join: {**look, "color": "black"} for (_, join), look in looks.items()}
+        joins = [join for join in JOINS if join in of_joins and len(of_joins) > 1]
+        handles += [Line2D([], [], markersize=5, label=join, **of_joins[join]) for join in joins]
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9, handlelength=5)
-
-
-def _line(colour: Any, join: str, label: str) -> Line2D:
-    line, marker = LOOKS[join]
-    return Line2D([], [], color=colour, linestyle=line, marker=marker, markersize=5, label=label)

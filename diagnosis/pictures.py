@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from comparison.pictures import DPI, LOOKS, colours_of, explain
+from comparison.pictures import DPI, Look, colours_of, explain, pair_looks
 from diagnosis.summary import group
 from diagnosis.tables import heading
 from lape_vit.analysis import diagnosis_numbers as names
@@ -112,9 +111,7 @@ def measure_of(values: Sequence[Values]) -> str:
     return "accuracy" if all(Key("accuracy") in found for found in values) else "agreement"
 
 
-def draw_knowledge(
-    axes: Axes, groups: Sequence[Group], values: Sequence[Values], looks: Sequence[dict[str, Any]]
-) -> None:
+def draw_knowledge(axes: Axes, groups: Sequence[Group], values: Sequence[Values], looks: Sequence[Look]) -> None:
     """What the where-probe finds in what attention reads."""
     draw_curves(axes, KNOWN, R2, lambda block: Key("r2", names.READ, "permuted", block), groups, values, looks)
 
@@ -126,7 +123,7 @@ def draw_curves(
     key: Callable[[int | None], Key],
     groups: Sequence[Group],
     values: Sequence[Values],
-    looks: Sequence[dict[str, Any]],
+    looks: Sequence[Look],
     has_output: bool = False,
 ) -> None:
     """A line over the blocks for each group."""
@@ -141,7 +138,7 @@ def draw_curves(
 
 
 def draw_all_changes(
-    axes: Axes, groups: Sequence[Group], values: Sequence[Values], looks: Sequence[dict[str, Any]], measure: str
+    axes: Axes, groups: Sequence[Group], values: Sequence[Values], looks: Sequence[Look], measure: str
 ) -> None:
     """A row for each change of the whole model, and in it a mark for each group."""
     changes = ([names.INTACT] if measure == "accuracy" else []) + changes_of(groups)
@@ -163,7 +160,7 @@ def draw_all_changes(
 
 
 def draw_losses(
-    axes: Axes, groups: Sequence[Group], values: Sequence[Values], looks: Sequence[dict[str, Any]], measure: str
+    axes: Axes, groups: Sequence[Group], values: Sequence[Values], looks: Sequence[Look], measure: str
 ) -> None:
     """What is lost once the positions of one block are taken away."""
     for one, found, style in zip(groups, values, looks, strict=True):
@@ -183,24 +180,25 @@ def draw_losses(
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def looks_of(groups: Sequence[Group]) -> list[dict[str, Any]]:
+def looks_of(groups: Sequence[Group]) -> list[Look]:
     """Colour, line and marker of each group: of its encoding and join where these tell the groups apart."""
+    if pairs := telling_pairs(groups):
+        looks = pair_looks(pairs)
+        return [looks[pair] for pair in pairs]
+    colours = colours_of(one.label for one in groups)
+    return [{"color": colours[one.label], "linestyle": "-", "marker": "o"} for one in groups]
+
+
+def telling_pairs(groups: Sequence[Group]) -> list[tuple[str, str]] | None:
+    """The encoding and join of each group, if these tell the groups apart."""
     pairs = [(one.first.pe, one.first.join_type) for one in groups]
-    if len({*pairs}) == len(pairs):
-        colours = colours_of(pairs)
-        return [
-            {"color": colour, "linestyle": LOOKS[join][0], "marker": LOOKS[join][1]}
-            for (_, join), colour in colours.items()
-        ]
-    colours = colours_of([(one.label, "") for one in groups])
-    return [{"color": colours[one.label, ""], "linestyle": "-", "marker": "o"} for one in groups]
+    return pairs if len({*pairs}) == len(pairs) else None
 
 
-def explain_looks(figure: Figure, groups: Sequence[Group], looks: Sequence[dict[str, Any]]) -> None:
+def explain_looks(figure: Figure, groups: Sequence[Group], looks: Sequence[Look]) -> None:
     """A legend beside the panels."""
-    pairs = [(one.first.pe, one.first.join_type) for one in groups]
-    if len({*pairs}) == len(pairs):
-        explain(figure, pairs, colours_of(pairs))
+    if pairs := telling_pairs(groups):
+        explain(figure, dict(zip(pairs, looks, strict=True)))
         return
     handles = [Line2D([], [], label=one.label, markersize=5, **look) for one, look in zip(groups, looks, strict=True)]
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)

@@ -17,7 +17,7 @@ from comparison import forecast, screen, side_by_side
 from comparison.jobs import FAILED, FINISHED, RUNNING, Job
 from comparison.overview import write_overview
 from comparison.paired import holm, paired_differences, write_paired
-from comparison.pictures import LOOKS, colours_of, draw_by_encoding, draw_comparison, draw_sizes, explain
+from comparison.pictures import LOOKS, draw_by_encoding, draw_comparison, draw_sizes, explain, pair_looks
 from comparison.plan import Plan, Run
 from comparison.screen import Screen
 from comparison.sizes import evaluation_jobs
@@ -357,23 +357,24 @@ def test_accuracy_against_resolution_is_drawn_with_what_is_there(trained_at: obj
 
 
 def test_every_encoding_has_its_own_colour_and_every_join_its_own_look() -> None:
-    colours = colours_of(legal_pairs())
-    of_encodings = {(pe, colour) for (pe, _), colour in colours.items()}
-    assert len(set(colours.values())) == len(of_encodings) == len(encodings.names())
+    looks = pair_looks(legal_pairs())
+    colours = {pe: look["color"] for (pe, _), look in looks.items()}
+    assert list(colours) == encodings.names()
+    assert len(set(colours.values())) == len(colours) == len({(pe, look["color"]) for (pe, _), look in looks.items()})
     lines, markers = zip(*LOOKS.values(), strict=True)
     assert len(set(lines)) == len(set(markers)) == len(JOINS) == len(LOOKS)
 
 
 def test_joins_of_a_single_encoding_differ_in_colour_and_the_legend_names_the_pairs() -> None:
     pairs = [pair for pair in legal_pairs() if pair[0] == "learnable"]
-    colours = colours_of(pairs)
-    assert len(set(colours.values())) == len(pairs) == len(JOINS)
+    looks = pair_looks(pairs)
+    assert len({look["color"] for look in looks.values()}) == len(pairs) == len(JOINS)
     figure = Figure()
-    explain(figure, pairs, colours)
+    explain(figure, looks)
     (legend,) = figure.legends
     texts = [text.get_text() for text in legend.get_texts()]
     assert [*zip(texts, [line.get_color() for line in legend.get_lines()], strict=True)] == [
-        (f"{pe}, {join}", colour) for (pe, join), colour in colours.items()
+        (f"{pe}, {join}", look["color"]) for (pe, join), look in looks.items()
     ]
 
 

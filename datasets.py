@@ -222,14 +222,14 @@ def build_loader(
     sampler = TrainSampler(order, data.batch_size * settings.accum_steps)
     if data.shared_batches is None:
         return load(samples, sampler=sampler)
-    shared, company = _shared(samples, load.keywords["collate_fn"], len(sampler), settings, rank, world_size)
+    shared, company = _shared(samples, load.keywords["collate_fn"], sampler, settings, rank, world_size)
     return load(shared, sampler=sampler, company=company, collate_fn=_as_it_is)
 
 
 def _shared(
-    samples: Samples, batching: Batching, num_images: int, settings: ImageSettings, rank: int, world_size: int
+    samples: Samples, batching: Batching, sampler: TrainSampler, settings: ImageSettings, rank: int, world_size: int
 ) -> tuple[SharedBatches, Company]:
-    """The batches of `num_images` an epoch in the folder of `--shared-batches`, and those that share them."""
+    """The batches in the folder of `--shared-batches`, and those that share them."""
     data = settings.data
     # what only says how to load shapes no batch
     shaping = replace(settings, data=replace(data, num_workers=0, pin_mem=None, shared_batches=None))
@@ -237,8 +237,7 @@ def _shared(
     files = BatchFiles(Path(data.shared_batches or "").expanduser() / key)
     window = window_of(3 * math.prod(to_2tuple(settings.input_size)) * data.batch_size)
     company = Company(files, window, ahead=2 * data.num_workers)
-    batches_per_epoch = num_images // data.batch_size
-    return SharedBatches(samples, batching, files, data.batch_size * world_size, batches_per_epoch), company
+    return SharedBatches(samples, batching, sampler, files, data.batch_size, window), company
 
 
 def _as_it_is(batch: Loaded) -> Loaded:

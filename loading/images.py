@@ -117,15 +117,16 @@ class Loaded(NamedTuple):
     Attributes:
         batch: pixels, uint8 (B, H, W, 3), and labels (B,).
         places, complaints: of the samples.
-        seconds: of a core's time that it took to make it, from the files on.
-        is_made: by this process; else another one has made it.
+        num_made: batches that this process has made to have it: 1 in general; where batches are shared none if another
+            one has made it, and more if it made others meanwhile.
+        seconds: of a core's time that it took to make those, from the files on.
     """
 
     batch: Any
     places: Sequence[tuple[int, int]]
     complaints: Sequence[str]
     seconds: float = 0.0
-    is_made: bool = True
+    num_made: int = 1
 
 
 GROUP = 8

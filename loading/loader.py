@@ -25,7 +25,7 @@ class ImageLoader(DataLoader):
         num_images: of the data set, of which this process loads its share.
         skips_unreadable: whether the next readable image stands in for an unreadable one; else it is an error.
         num_skipped: unreadable images so far, in the batches that were taken.
-        num_taken, num_made: batches of the present epoch that were taken, and those of them that this process has made.
+        num_taken, num_made: batches of the present epoch that were taken, and those that this process has made.
         making_seconds: of a core's time that it took to make those.
 
     Args:
@@ -69,7 +69,7 @@ class ImageLoader(DataLoader):
             if self.company is not None:
                 self.company.advance()
             self.num_taken += 1
-            self.num_made += loaded.is_made
+            self.num_made += loaded.num_made
             self.making_seconds += loaded.seconds
             for complaint in filter(None, loaded.complaints):
                 # raised here, as an exception from a worker comes with that worker's traceback in its message

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from itertools import islice
 
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import Dataset, DistributedSampler, Sampler
@@ -48,15 +47,22 @@ class TrainSampler(Sampler[tuple[int, int, int]]):
     def set_epoch(self, epoch: int, first: int = 0) -> None:
         """Yield the order of `epoch` after this process's `first` images, which are skipped without a read."""
         self.order.set_epoch(epoch)
+        self.indices = list(self.order)
         self.epoch = epoch
         self.first = first
+
+    def batch(self, number: int, size: int) -> list[tuple[int, int, int]]:
+        """Batch `number` of `size` images of the whole epoch."""
+        return [self._entry(place) for place in range(number * size, (number + 1) * size)]
 
     def __len__(self) -> int:
         return self.num_images  # of the whole epoch
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        for number, index in islice(enumerate(self.order), self.first, self.num_images):
-            yield index, self.epoch, number * self.order.num_replicas + self.order.rank
+        return map(self._entry, range(self.first, self.num_images))
+
+    def _entry(self, number: int) -> tuple[int, int, int]:
+        return self.indices[number], self.epoch, number * self.order.num_replicas + self.order.rank
 
 
 class Samples(Dataset[Sample]):

@@ -1,8 +1,8 @@
 """Training batches for several processes: made once, and handed on through files.
 
 Processes that train on the same batches at the same time name the same folder. Whoever needs a batch first makes it,
-and the others read it. Nothing depends on who does what: a batch is a function of its number, so it is the same to the
-bit whether it is made or read.
+and the others read it; who needs it while it is being made makes a later one meanwhile. Nothing depends on who does
+what: a batch is a function of its number, so it is the same to the bit whether it is made or read.
 
 A folder holds, beneath a key of all that shapes a batch,
 
@@ -36,13 +36,13 @@ import torch
 from torch.utils.data import Dataset
 
 from loading.images import Batching, Loaded
-from loading.samplers import Samples
+from loading.samplers import Samples, TrainSampler
 from runtime.interrupt import noted_signal
 
 _logger = getLogger(__name__)
 
 WINDOW_BYTES = 2**28
-"""Of pixels that a process may be ahead of another one that shares its batches."""
+"""Of pixels that a process may be ahead of another one that shares its batches, and may make before it needs them."""
 SECONDS_OF_PATIENCE = 300.0
 """That a process waits for another one that takes no batch, as it may evaluate."""
 SECONDS_BETWEEN_LOOKS = 0.01
@@ -58,7 +58,7 @@ def key_of(*shaping: object) -> str:
 
 
 def window_of(batch_bytes: int) -> int:
-    """How many batches a process may be ahead of another one."""
+    """How many batches a process may be ahead of another one, and may make before it needs them."""
     return max(1, WINDOW_BYTES // batch_bytes)
 
 
@@ -76,17 +76,35 @@ class BatchFiles:
         """Of the batches that are there."""
         return [int(path.stem) for path in self.folder.glob(f"[0-9]*{BATCH}")]
 
-    def get(self, number: int, make: Callable[[], Loaded]) -> Loaded:
-        """Read the batch, or make it; while another process makes it, wait for that."""
-        if (found := self._read(number)) is not None:
-            return found
-        with (self.folder / "making").open("ab") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX, 1, number)  # until the file is closed, or this process dies
-            if (found := self._read(number)) is not None:
-                return found
-            made = make()
-            self._write(number, made)
-            return made
+    def get(self, number: int, make: Callable[[int], Loaded], end: int) -> Loaded:
+        """Read a batch, or make it; while another process makes it, make others before `end` that nobody makes."""
+        seconds, num_made = 0.0, 0
+        while (batch := self._read(number)) is None:
+            with self._to_make(number, end) as chosen:
+                if chosen is None:
+                    continue
+                batch = make(chosen)
+                self._write(chosen, batch)
+                seconds, num_made = seconds + batch.seconds, num_made + 1
+            if chosen == number:
+                break
+        return batch._replace(seconds=seconds, num_made=num_made)
+
+    @contextmanager
+    def _to_make(self, number: int, end: int) -> Iterator[int | None]:
+        """The first batch from `number` on that is missing and that nobody makes, for this process to make.
+
+        None: `number` is there by now. Where all others are there or are being made, it waits for `number`.
+        """
+        with (self.folder / "making").open("ab") as lock:  # whose locks end when it is closed, or this process dies
+            for chosen in range(number, number + 1 if self.has_warned else end):
+                if self.path(number).exists():
+                    break
+                if not self.path(chosen).exists() and _try_lock(lock, chosen) and not self.path(chosen).exists():
+                    yield chosen
+                    return
+            fcntl.lockf(lock, fcntl.LOCK_EX, 1, number)
+            yield None if self.path(number).exists() else number
 
     def _read(self, number: int) -> Loaded | None:
         try:
@@ -95,7 +113,7 @@ class BatchFiles:
         except FileNotFoundError:
             return None
         batch = [torch.from_numpy(pixels), torch.from_numpy(labels)]
-        return Loaded(batch, list(map(tuple, places.tolist())), complaints.tolist(), is_made=False)
+        return Loaded(batch, list(map(tuple, places.tolist())), complaints.tolist())
 
     def _write(self, number: int, made: Loaded) -> None:
         path = self.path(number)
@@ -107,6 +125,15 @@ class BatchFiles:
             if not self.has_warned:
                 _logger.warning("batches are not shared, as they cannot be written: %s", error)
             self.has_warned = True
+
+
+def _try_lock(file: IO[bytes], byte: int) -> bool:
+    """Lock this byte of the file for this process, unless another one has."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+    except (BlockingIOError, PermissionError):  # POSIX leaves open which
+        return False
+    return True
 
 
 @contextmanager
@@ -125,18 +152,27 @@ class SharedBatches(Dataset):
     """Whole batches of `samples`: made by `batching`, or read if another process has made them.
 
     Args:
-        batch_size: of all processes of a run together.
-        batches_per_epoch: of each of them.
+        sampler: of the batches' images, of this process of the run.
+        batch_size: of this process of the run.
+        window: how far from the batch that is asked for one may be that is made.
     """
 
     def __init__(
-        self, samples: Samples, batching: Batching, files: BatchFiles, batch_size: int, batches_per_epoch: int
+        self,
+        samples: Samples,
+        batching: Batching,
+        sampler: TrainSampler,
+        files: BatchFiles,
+        batch_size: int,
+        window: int,
     ) -> None:
         self.samples = samples
         self.batching = batching
+        self.sampler = sampler
         self.files = files
         self.batch_size = batch_size
-        self.batches_per_epoch = batches_per_epoch
+        self.batches_per_epoch = len(sampler) // batch_size
+        self.window = window
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -144,10 +180,13 @@ class SharedBatches(Dataset):
     def __getitems__(self, indices: Sequence[tuple[int, int, int]]) -> Loaded:
         """The batch of these indices, which are as `TrainSampler` yields them."""
         _, epoch, place = indices[0]
-        number = epoch * self.batches_per_epoch + place // self.batch_size
-        return self.files.get(number, lambda: self._make(indices))
+        first = epoch * self.batches_per_epoch
+        number = first + place // (self.batch_size * self.sampler.order.num_replicas)
+        return self.files.get(number, self._make, min(number + self.window, first + self.batches_per_epoch))
 
-    def _make(self, indices: Sequence[tuple[int, int, int]]) -> Loaded:
+    def _make(self, number: int) -> Loaded:
+        """A batch of the sampler's present epoch."""
+        indices = self.sampler.batch(number % self.batches_per_epoch, self.batch_size)
         made = self.batching(self.samples.__getitems__(indices))
         assert isinstance(made, Loaded)  # for `Samples` raises its errors
         return made

@@ -109,10 +109,65 @@ def test_processes_make_each_batch_once_and_read_the_same_from_each_other(tmp_pa
 def test_a_batch_is_read_as_it_was_made_with_its_complaints(tmp_path: Path) -> None:
     pixels = torch.arange(96, dtype=torch.uint8).view(2, 4, 4, 3)
     made = Loaded([pixels, torch.tensor([5, 7])], [(0, 3), (0, 1)], ["", "x.png is damaged"], 1.5)
-    assert BatchFiles(tmp_path).get(3, lambda: made) is made
-    read = BatchFiles(tmp_path).get(3, lambda: pytest.fail("it is there"))
+    assert BatchFiles(tmp_path).get(3, lambda number: made, end=9) == made
+    read = BatchFiles(tmp_path).get(3, lambda number: pytest.fail("it is there"), end=9)
     assert all(torch.equal(*tensors) for tensors in zip(read.batch, made.batch, strict=True))
-    assert read[1:] == (made.places, made.complaints, 0.0, False)
+    assert read[1:] == (made.places, made.complaints, 0.0, 0)
+
+
+def test_a_process_makes_other_batches_while_one_that_it_needs_is_made(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    is_making, may_end = context.Event(), context.Event()
+
+    def batch(number: int) -> Loaded:
+        return Loaded(
+            [torch.full((2, 4, 4, 3), number, dtype=torch.uint8), torch.zeros(2)], [(0, 0)] * 2, [""] * 2, 1.0
+        )
+
+    def make_slowly(number: int) -> Loaded:
+        is_making.set()
+        assert may_end.wait(SECONDS)
+        return batch(number)
+
+    made: list[int] = []
+
+    def make(number: int) -> Loaded:
+        made.append(number)
+        if len(made) == 3:
+            may_end.set()
+        return batch(number)
+
+    BatchFiles(tmp_path).get(6, batch, end=7)
+    other = context.Process(target=BatchFiles(tmp_path).get, args=(4, make_slowly, 9))
+    other.start()
+    assert is_making.wait(SECONDS)
+    got = BatchFiles(tmp_path).get(4, make, end=9)
+    other.join()
+    assert made == [5, 7, 8]  # 4 is being made, and 6 is there; then only to wait is left
+    assert (got.batch[0] == 4).all()
+    assert (got.num_made, got.seconds) == (3, 3.0)
+
+
+def test_processes_that_share_make_different_batches_at_the_same_time(tmp_path: Path) -> None:
+    slow = sharing.SharedBatches._make
+
+    def load(loader: ImageLoader) -> list[tuple[float, float]]:
+        making = []
+
+        def make(self: sharing.SharedBatches, number: int) -> Loaded:
+            start = time.monotonic()
+            time.sleep(0.1)
+            made = slow(self, number)
+            making.append((start, time.monotonic()))
+            return made
+
+        sharing.SharedBatches._make = make  # type: ignore[method-assign]  # of this process alone
+        batches_of(loader, [0])
+        return making
+
+    first, second = together(*(partial(load, loader_of(tmp_path)) for _ in range(2)))
+    overlaps = [min(a[1], b[1]) - max(a[0], b[0]) for a in first for b in second]
+    assert sum(overlap for overlap in overlaps if overlap > 0) > 0.25 * len(loader_of(None)) * 0.1
 
 
 @pytest.mark.parametrize(
@@ -168,7 +223,7 @@ def test_batches_of_processes_that_have_ended_are_not_read(tmp_path: Path) -> No
     (folder / "processes").mkdir(parents=True)
     (folder / "processes" / "dead.position").write_bytes(bytes(8))
     black = torch.zeros(64, 16, 16, 3, dtype=torch.uint8)
-    BatchFiles(folder).get(0, lambda: Loaded([black, torch.zeros(64)], [(0, 0)] * 64, [""] * 64))
+    BatchFiles(folder).get(0, lambda number: Loaded([black, torch.zeros(64)], [(0, 0)] * 64, [""] * 64), end=1)
     assert batches_of(loader, [0]) == batches_of(loader_of(None), [0])
     assert loader.company.others() == []
 

@@ -30,7 +30,7 @@ class TrainLoader(Protocol):
     Attributes:
         num_images: of the data set.
         num_skipped: unreadable images so far.
-        num_taken, num_made: batches of the present epoch that were taken, and those of them that this process has made.
+        num_taken, num_made: batches of the present epoch that were taken, and those that this process has made.
         making_seconds: of a core's time that it took to make those.
     """
 

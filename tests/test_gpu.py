@@ -28,7 +28,9 @@ def test_a_run_trains_goes_on_and_is_evaluated(
     checkpoint = load(tmp_path / "checkpoint.pth")
     assert bool(checkpoint["scaler"]) == (amp_dtype == "float16")
     assert call("--resume", tmp_path / "checkpoint.pth", "--epochs", 3) == 0
-    assert [row["skipped_steps"] for row in log_of(tmp_path)] == [0, 0, 0]
+    skipped = [row["skipped_steps"] for row in log_of(tmp_path)]
+    assert len(skipped) == 3
+    assert not any(skipped) or amp_dtype == "float16"  # whose scale is lowered by steps that overflow
     assert call("--eval", "--resume", tmp_path / "checkpoint.pth", "--output_dir", tmp_path) == 0
 
 

@@ -338,7 +338,9 @@ def compile_model(model: nn.Module, device: torch.device) -> nn.Module:
         torch.compile(torch.sin)(torch.zeros(1, device=device))
     except Exception as error:  # the parts of a compiler raise what they like
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"--compile needs a C++ compiler such as g++; install it or leave it out: {reason}") from error
+        raise ValueError(
+            f"--compile does not work here: {reason}; leave it out, or install what it needs, such as g++"
+        ) from error
     return cast("nn.Module", torch.compile(model))
 
 

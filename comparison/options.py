@@ -56,7 +56,8 @@ def build_parser() -> Parser:
              "were made with the same options")
     add("--jobs", type=whole(1), default=1, metavar="N",
         help="runs at a time: they share out the cores and, unless --num-workers is given, the processes that load "
-             "data; with several GPUs each run has one; default: 1")
+             "data; with several GPUs each run has one; many small models on one GPU train faster under NVIDIA's "
+             "MPS (docs/comparing.md); default: 1")
     add("--share-batches", action="store_true",
         help="runs of one seed that train at the same time make each augmented batch once, and share it through files "
              "in DIR, which are removed at the end; the fast ones wait for the slow ones; results stay the same to the "

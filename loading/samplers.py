@@ -47,7 +47,7 @@ class TrainSampler(Sampler[tuple[int, int, int]]):
     def set_epoch(self, epoch: int, first: int = 0) -> None:
         """Yield the order of `epoch` after this process's `first` images, which are skipped without a read."""
         self.order.set_epoch(epoch)
-        self.indices = list(self.order)
+        self.indices: list[int] = []  # of the epoch, in order, from the first one that is asked for
         self.epoch = epoch
         self.first = first
 
@@ -62,6 +62,7 @@ class TrainSampler(Sampler[tuple[int, int, int]]):
         return map(self._entry, range(self.first, self.num_images))
 
     def _entry(self, number: int) -> tuple[int, int, int]:
+        self.indices = self.indices or list(self.order)
         return self.indices[number], self.epoch, number * self.order.num_replicas + self.order.rank
 
 

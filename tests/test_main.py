@@ -262,9 +262,10 @@ def test_without_a_compiler_compile_is_refused_before_anything_is_written(
 
     monkeypatch.setattr(torch, "compile", lambda model: fail)
     assert call("--recipe", recipe, "--compile", "--output_dir", tmp_path / "run") == 2
-    line = refused(capsys)
-    assert "--compile does not work here: InvalidCxxCompiler: None found;" in line
-    assert "g++" in line
+    assert refused(capsys).endswith(
+        "--compile does not work here: InvalidCxxCompiler: None found; "
+        "leave it out, or install what it needs, such as g++"
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 import torch
+import torch.nn.functional as F
 from tiny_run import call, differences, load, log_of, timeless
 
 from tests.models import images, over_pairs, tiny
@@ -53,3 +54,28 @@ def test_a_move_to_the_gpu_and_back_leaves_nothing_stale(pe: str, join_type: str
     changed = model(pixels.cuda()).cpu()
     torch.testing.assert_close(model.cpu()(pixels), changed)
     assert not torch.equal(changed, before)
+
+
+@over_pairs
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_a_step_does_not_wait_for_the_gpu(pe: str, join_type: str) -> None:
+    model, pixels = tiny(pe, join_type).float().cuda(), images().float().cuda()
+    labels = torch.zeros(len(pixels), dtype=torch.long, device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def step(is_training: bool) -> None:
+        model.train(is_training)
+        with torch.autocast("cuda", torch.bfloat16), torch.set_grad_enabled(is_training):
+            loss = F.cross_entropy(model(pixels), labels)
+        if is_training:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for is_training in (True, False):
+        step(is_training)  # the first one may fill what is kept
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(is_training)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -60,9 +60,9 @@ study-where: .venv/.installed ## the study on WHERE: every encoding and join, al
 	.venv/bin/python -m comparison.side_by_side --reached 99 runs/study/where-cell runs/study/where-direction \
 		runs/study/where-order runs/study/where-distance
 
-study-cifar: .venv/.installed ## the study on CIFAR-10 (a download; about an hour of 2 cores for each of 22 runs; may be stopped)
+study-cifar: .venv/.installed ## the study on CIFAR-10 (a download; about an hour of 2 cores for each of 24 runs; may be stopped)
 	.venv/bin/python compare.py $(CIFAR) --pe none learnable 2D_sin relative rope rope_mixed learnable+rope_mixed alibi irpe
-	.venv/bin/python compare.py $(CIFAR) --pe learnable 2D_sin --join-type LaPE
+	.venv/bin/python compare.py $(CIFAR) --pe learnable 2D_sin learnable+rope_mixed --join-type LaPE
 
 study-gpu: .venv/.installed ## the published CIFAR protocols on a GPU (186 runs; MINUTES=9 stops in time, the same command continues)
 	@ends=$$(($$(date +%s) + 60 * $(MINUTES))); \

@@ -84,8 +84,8 @@ def draw_by_encoding(done: Mapping[Pair, Sequence[Outcome]], title: str) -> Figu
     means = {pair: float(np.mean([one.last for one in finished])) for pair, finished in done.items()}
     ranked = sorted({pe for pe, _ in done}, key=lambda pe: max(means[pair] for pair in means if pair[0] == pe))
     figure = Figure(figsize=(10, 1.6 + 0.36 * len(ranked)), dpi=DPI, layout="constrained")
-    figure.suptitle(title, fontsize=12)
     axes = figure.subplots()
+    axes.set_title(title, fontsize=12)  # above the axes alone, since the legend is beside them
     margin = 0.04 * (max(means.values()) - min(means.values())) or 1.0
     lowest = min(means.values()) - margin
     for (pe, join), finished in done.items():
@@ -142,8 +142,8 @@ def draw_sizes(
     done = {pair: by_size for pair, by_size in done.items() if by_size}
     looks = pair_looks(done)
     figure = Figure(figsize=(9.5, max(5.0, 2.2 + 0.2 * len({pe for pe, _ in done}))), dpi=DPI, layout="constrained")
-    figure.suptitle(title, fontsize=12)
     axes = figure.subplots()
+    axes.set_title(title, fontsize=12)
     for pair, by_size in done.items():
         means = np.array([np.mean(numbers) for numbers in by_size.values()])
         ends = np.array([[min(numbers), max(numbers)] for numbers in by_size.values()]).T

@@ -356,6 +356,23 @@ def test_accuracy_against_resolution_is_drawn_with_what_is_there(trained_at: obj
     assert file.getvalue().startswith(PNG)
 
 
+def test_the_title_keeps_clear_of_the_legend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    flags = ("--seeds", 0, *QUICK, "--epochs", 1, "--output_dir", tmp_path)
+    plan = plan_of("--pe", "none", "learnable+rope_mixed", *flags)
+    finish_all(plan)
+    done, title = outcomes(plan), "vit_compact_patch4_32 on FOLDER, 20 epochs, at other sizes, without log-n"
+    draw_comparison(done, title, io.BytesIO())
+    draw_sizes({pair: {24: [40.0], 32: [50.0]} for pair in done}, 32, title, io.BytesIO())
+    for figure in (*figures, draw_by_encoding(done, title)):
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        titles = [text for text in (*figure.texts, *(axes.title for axes in figure.axes)) if text.get_text() == title]
+        assert len(titles) == 1
+        assert not legend.get_window_extent().overlaps(titles[0].get_window_extent())
+
+
 def test_every_encoding_has_its_own_colour_and_every_join_its_own_look() -> None:
     looks = pair_looks(legal_pairs())
     colours = {pe: look["color"] for (pe, _), look in looks.items()}

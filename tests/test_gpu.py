@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from tiny_run import call, differences, load, log_of, timeless
 
+from lape_vit.encodings import ENCODINGS
 from tests.models import images, over_pairs, tiny
 
 pytestmark = pytest.mark.gpu
@@ -54,6 +55,19 @@ def test_a_move_to_the_gpu_and_back_leaves_nothing_stale(pe: str, join_type: str
     changed = model(pixels.cuda()).cpu()
     torch.testing.assert_close(model.cpu()(pixels), changed)
     assert not torch.equal(changed, before)
+
+
+@pytest.mark.parametrize("pe", list(ENCODINGS))
+def test_every_encoding_trains_compiled(pe: str) -> None:
+    torch.compiler.reset()
+    model, pixels = tiny(pe, depth=1).float().cuda(), images().float().cuda()
+    compiled = torch.compile(model)
+    compiled(pixels).square().mean().backward()
+    of_compiled = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    model(pixels).square().mean().backward()
+    for grad, parameter in zip(of_compiled, model.parameters(), strict=True):
+        torch.testing.assert_close(grad, parameter.grad, atol=1e-3, rtol=1e-2)
 
 
 @over_pairs

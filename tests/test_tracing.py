@@ -1,5 +1,6 @@
 """Every way in which timm's models are compiled, traced and exported."""
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,15 @@ def test_every_pair_trains_without_compiling_again(pe: str, join_type: str) -> N
     with torch.compiler.set_stance("fail_on_recompile"):
         train_and_evaluate()
         train_and_evaluate()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs g++")
+@torch.no_grad()
+def test_relative_compiles_where_parts_are_joined_as_on_a_gpu() -> None:
+    torch.compiler.reset()
+    model, images = model_and_images("relative", depth=1)
+    compiled = torch.compile(model, options={"force_pointwise_cat": True})
+    torch.testing.assert_close(compiled(images), model(images))
 
 
 @over_sampled_pairs

@@ -112,9 +112,12 @@ class Relative(AttentionEncoding):
             to_rows = (torch.arange(height, device=x.device) - y[:, None]).clamp(-k, k) + k + 1
             columns = F.one_hot(F.pad(to_columns, (0, 0, P, 0)), 2 * num_buckets)
             rows = F.one_hot(F.pad(to_rows, (0, 0, P, 0)) + num_buckets, 2 * num_buckets)
-            last_row, prefix = rows[:, -1:], columns.new_zeros(columns.shape[0], 1, 2 * num_buckets)
-            prefix[:, :, 0::num_buckets] = 1
-            buckets = torch.cat([columns + last_row, rows[:, :-1] - last_row, prefix], dim=1)
+            last_row = rows[:, -1:]
+            # Not by cat, whose indices torch's compiler cannot work out on a GPU.
+            buckets = columns.new_zeros(columns.shape[0], width + height, 2 * num_buckets)
+            buckets[:, :width] = columns + last_row
+            buckets[:, width:-1] = rows[:, :-1] - last_row
+            buckets[:, -1, ::num_buckets] = 1
         else:
             dx, dy = (offset.round().long().clamp(-k, k) + k + 1 for offset in places.offsets())
             dx, dy = F.pad(dx, (P, 0, P, 0)), F.pad(dy, (P, 0, P, 0)) + num_buckets

@@ -58,16 +58,18 @@ def test_a_move_to_the_gpu_and_back_leaves_nothing_stale(pe: str, join_type: str
 
 
 @pytest.mark.parametrize("pe", list(ENCODINGS))
-def test_every_encoding_trains_compiled(pe: str) -> None:
+def test_every_encoding_trains_compiled_in_one_graph_and_once(pe: str) -> None:
     torch.compiler.reset()
     model, pixels = tiny(pe, depth=1).float().cuda(), images().float().cuda()
-    compiled = torch.compile(model)
+    compiled = torch.compile(model, fullgraph=True)
     compiled(pixels).square().mean().backward()
     of_compiled = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
     model(pixels).square().mean().backward()
     for grad, parameter in zip(of_compiled, model.parameters(), strict=True):
         torch.testing.assert_close(grad, parameter.grad, atol=1e-3, rtol=1e-2)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled(pixels.flip(0)).square().mean().backward()
 
 
 @over_pairs

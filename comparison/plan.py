@@ -84,6 +84,11 @@ class Run:
         """Its `log.txt` so far, a row per epoch."""
         return read_log(self.folder / "log.txt", self.epochs)
 
+    def last_options(self) -> dict[str, Any]:
+        """Those of its `config.yaml`, which the last call of `main.py` wrote; none before the first."""
+        path = self.folder / "config.yaml"
+        return read_config(path) if path.exists() else {}
+
     def epochs_done(self) -> int:
         """Those that need not be trained again."""
         rows = self.rows()
@@ -244,10 +249,10 @@ def check_options(runs: Sequence[Run], common: dict[str, Any], parser: OptionPar
     """
     harmless: dict[str, str] = {}
     for run in runs:
-        path = run.folder / "config.yaml"
-        if not path.exists():
+        saved = run.last_options()
+        if not saved:
             continue
-        now, was = {**run.options, **common}, {**parser.defaults, **read_config(path)}
+        now, was = {**run.options, **common}, {**parser.defaults, **saved}
         for name in sorted(now.keys() & was.keys()):
             if now[name] == was[name]:
                 continue

@@ -248,11 +248,12 @@ def describe_making(found: Mapping[Pair, Sequence[Outcome]]) -> list[str]:
 
 def remarks(plan: Plan, rows: Sequence[Row]) -> str:
     """What a reader of the table, of these rows, has to know."""
-    common = plan.common
+    devices = sorted({{**run.options, **run.last_options()}["device"] for run in plan.finished()})
+    where = ", ".join([*devices, plan.common["amp_dtype"]])
     lines = [
         "Accuracy on the test images: mean ± standard deviation over seeds, of each run's best epoch (chosen on the "
         "same images) and of its last one. Images per second and the share of time spent waiting for data are medians "
-        f"over the epochs, several runs at a time included ({common['device']}, {common['amp_dtype']}).",
+        f"over the epochs, several runs at a time included ({where}).",
     ]
     if any(MAKING in row for row in rows):
         lines.append(

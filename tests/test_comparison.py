@@ -147,6 +147,16 @@ def test_the_table_tells_what_it_took_to_make_batches_with_sharing_and_without(t
     ]
 
 
+def test_the_table_names_the_devices_of_the_runs_and_not_that_of_the_call(tmp_path: Path) -> None:
+    plan = plan_of("--pe", "none", *QUICK, "--epochs", 4, "--seeds", 0, 1, "--output_dir", tmp_path)
+    finish_all(plan)
+    for run, devices in zip(plan.runs, ("cpu, cuda:1", "cuda:1"), strict=True):
+        config = run.folder / "config.yaml"
+        config.write_text(config.read_text().replace("device: cpu", "device: cuda:1"))
+        write_tables(plan, outcomes(plan), {})
+        assert f"({devices}, float32)" in (tmp_path / "table.md").read_text()
+
+
 def test_the_best_pair_alone_is_bold(tmp_path: Path) -> None:
     plan = plan_of("--pe", "none", "learnable", "rope", *QUICK, "--epochs", 4, "--output_dir", tmp_path)
     finish_all(plan)

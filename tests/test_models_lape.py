@@ -419,11 +419,11 @@ class TestArguments:
 
     def test_what_cannot_be_joined_is_refused(self, name: str) -> None:
         with pytest.raises(ValueError, match="unshare"):
-            named(name, pe="2D_sin", join_type="unshare")
+            named(name, pe="2D_sin", join_type="unshare", **sizes_of(name))
         with pytest.raises(ValueError, match="sinus"):
-            named(name, pe="sinus")
+            named(name, pe="sinus", **sizes_of(name))
         with pytest.raises(ValueError, match="lape"):
-            named(name, join_type="lape")
+            named(name, join_type="lape", **sizes_of(name))
 
 
 @over_encodings

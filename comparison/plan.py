@@ -4,6 +4,7 @@ import argparse
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,17 @@ def check_options(runs: Sequence[Run], common: dict[str, Any], parser: OptionPar
 
 
 def read_config(path: Path) -> dict[str, Any]:
+    """The options in a `config.yaml`; parsed once as long as the file stays, as tables are written after every run.
+
+    Raises:
+        ValueError: it is damaged, or of no run.
+    """
+    state = path.stat()
+    return {**_parse_config(path, state.st_mtime_ns, state.st_size)}
+
+
+@cache
+def _parse_config(path: Path, _written: int, _size: int) -> dict[str, Any]:
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
         missing = {"pe", "join_type", "seed", "epochs"} - options.keys()

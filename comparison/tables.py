@@ -248,7 +248,7 @@ def describe_making(found: Mapping[Pair, Sequence[Outcome]]) -> list[str]:
 
 def remarks(plan: Plan, rows: Sequence[Row]) -> str:
     """What a reader of the table, of these rows, has to know."""
-    devices = sorted({{**run.options, **run.last_options()}["device"] for run in plan.finished()})
+    devices = sorted({run.last_options().get("device", run.options["device"]) for run in plan.finished()})
     where = ", ".join([*devices, plan.common["amp_dtype"]])
     lines = [
         "Accuracy on the test images: mean ± standard deviation over seeds, of each run's best epoch (chosen on the "
